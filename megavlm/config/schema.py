@@ -21,7 +21,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Block(BaseModel):
     """Base of every block: unknown keys are errors, values are checked on assignment, nothing is coerced silently."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, strict=False)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, strict=False, use_attribute_docstrings=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- run
