@@ -1,0 +1,1 @@
+"""Helpers for tests: a pool of gloo ranks, tiny models and data."""

@@ -1,0 +1,121 @@
+"""Block-diagonal attention over packed sequences, as the core attention of megatron-core's layers.
+
+Rotary positions are applied here, from tables that `Packing` computed once per microbatch, and not by megatron-core's
+SelfAttention: its packed path ignores position ids and loops over segments in every layer.
+
+Backends: one scaled-dot-product call per segment (any device; equal segments become one batched call), torch's
+`varlen_attn` on CUDA, Transformer Engine's THD attention where the layer spec provides it.
+
+Shape legend: L local rows, S all rows, H heads, G key/value heads, K head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.attention.bias import causal_lower_right
+
+from megavlm.models.packing import Packing, apply_rotary
+
+CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+
+
+class PackedAttention(MegatronModule):
+    """Core attention for `packed_seq_params` of type `Packing`; nothing else reaches it in this project."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.is_causal = attn_mask_type in CAUSAL
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.context_group = pg_collection.cp if pg_collection is not None and config.context_parallel_size > 1 else None
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Packing | None = None,
+    ) -> torch.Tensor:
+        """(L, H, K), (L, G, K), (L, G, K) -> (L, H x K)."""
+        packing = packed_seq_params
+        assert isinstance(packing, Packing), "every forward pass here is packed: build a Packing with megavlm.models.packing.pack"
+        if packing.cos_LK is not None and packing.sin_LK is not None:
+            query = apply_rotary(query, packing.cos_LK, packing.sin_LK)
+            key = apply_rotary(key, packing.cos_LK, packing.sin_LK)
+        if packing.cache is not None:
+            out = packing.cache.attend(self.layer_number, query, key, value, packing, self.scale)
+            return out.reshape(query.shape[0], -1)
+        if packing.gathered_order_S is not None:
+            key, value = (self._gather_context(x, packing.gathered_order_S) for x in (key, value))
+        return attend_packed(query, key, value, packing, causal=self.is_causal, scale=self.scale).reshape(query.shape[0], -1)
+
+    def _gather_context(self, x: torch.Tensor, order_S: torch.Tensor) -> torch.Tensor:
+        """Keys or values of the whole sequence; the backward pass reduce-scatters their gradients to the owners."""
+        from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+        return gather_from_sequence_parallel_region(x.contiguous(), group=self.context_group)[order_S]
+
+
+def attend_packed(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, *, causal: bool, scale: float
+) -> torch.Tensor:
+    """Attention inside each segment: (L, H, K), (S, G, K), (S, G, K) -> (L, H, K)."""
+    if query.is_cuda and packing.gathered_order_S is None and _varlen_attn is not None and query.dtype != torch.float32:
+        window = (-1, 0) if causal else (-1, -1)
+        cu, longest = packing.cu_seqlens_q, packing.max_seqlen_q
+        # enable_gqa came after torch 2.11: repeat the key/value heads instead.
+        repeat = query.shape[1] // key.shape[1]
+        if repeat > 1:
+            key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+        return _varlen_attn(query, key, value, cu, cu, longest, longest, scale=scale, window_size=window)  # type: ignore[no-any-return]
+    grouped = query.shape[1] != key.shape[1]
+    if packing.equal_length is not None:
+        q, k, v = (x.unflatten(0, (-1, packing.equal_length)).transpose(1, 2) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+        return out.transpose(1, 2).flatten(0, 1)
+    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    outputs = []
+    for piece in packing.pieces:
+        keys = slice(piece.key_start, piece.key_start + piece.key_length)
+        q = query[:, :, piece.query_start : piece.query_start + piece.query_length]
+        is_square = piece.query_length == piece.key_length
+        # Queries in the middle of a segment (context parallelism) are aligned to the end of their keys.
+        mask = causal_lower_right(piece.query_length, piece.key_length) if causal and not is_square else None
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q, key[:, :, keys], value[:, :, keys], attn_mask=mask, is_causal=causal and is_square, scale=scale, enable_gqa=grouped
+            )
+        )
+    return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1)
+
+
+def _find_varlen_attn() -> Any:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+_varlen_attn = _find_varlen_attn()

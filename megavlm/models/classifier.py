@@ -1,0 +1,47 @@
+"""The encoder alone with a linear head, for pretraining it by classifying labelled patches.
+
+Shape legend: T tiles, P patches, D encoder width, Q labelled patches.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megavlm_kernels.linear_cross_entropy import linear_cross_entropy
+
+from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from megavlm.data.types import PackedBatch
+from megavlm.models.families import carried_shapes
+from megavlm.models.specs import DTYPES
+from megavlm.models.vision import VisionEncoder
+from megavlm.parallel.context import ParallelContext
+
+
+class VisionClassifier(MegatronModule):
+    """`vision` is the encoder as the VLM has it; `vision_head` is dropped after the stage."""
+
+    def __init__(
+        self, model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, ctx: ParallelContext, num_classes: int
+    ) -> None:
+        vision = VisionEncoder(model.vision, precision, parallel, ctx.device, carried_shapes(model))
+        super().__init__(config=vision.config)
+        self.pre_process = self.post_process = True
+        self.share_embeddings_and_output_weights = False
+        self.model_type = ModelType.encoder_or_decoder
+        self.vision = vision
+        self.vision_head = torch.nn.Linear(
+            model.vision.hidden_size, num_classes, bias=False, dtype=DTYPES[precision.dtype], device=ctx.device
+        )
+
+    def set_input_tensor(self, tensor: torch.Tensor | list[torch.Tensor]) -> None:
+        """The encoder has no earlier pipeline stage."""
+
+    def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weighted sum of losses, loss of each labelled patch); rows are the patches of all tiles in order."""
+        assert batch.tiles_TCHW is not None, "classification needs the tiles of its batch"
+        features_TPD = self.vision(batch.tiles_TCHW)
+        if self.vision.vision.class_token and self.vision.vision.keep_class_token:
+            features_TPD = features_TPD[:, 1:]
+        hidden_QD = features_TPD.flatten(0, 1)[batch.target_positions_Q]
+        return linear_cross_entropy(hidden_QD, self.vision_head.weight, batch.target_ids_Q, batch.target_weights_Q)

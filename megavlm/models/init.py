@@ -1,0 +1,48 @@
+"""Random initialisation that does not depend on the layout.
+
+Each global tensor is drawn from a generator seeded by (seed, checkpoint key); ranks cut out their slices. A layout
+therefore changes no weight, and neither does adding a layer elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+
+import torch
+
+from megavlm.config.schema import ModelConfig
+from megavlm.models.weights import Provider, assign
+from megavlm.parallel.context import ParallelContext
+
+RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
+
+
+def initialise(chunks: Sequence[torch.nn.Module], model: ModelConfig, seed: int, ctx: ParallelContext) -> None:
+    """Norms to one, biases to zero, everything else normal with `model.init_std`.
+
+    Layers that write to the residual stream get init_std / sqrt(2 x layers), as GPT-2 does (section 2.3 of its report).
+    """
+    assign(chunks, random_provider(model, seed), ctx)
+
+
+def random_provider(model: ModelConfig, seed: int) -> Provider:
+    """(key, shape) -> freshly drawn tensor in fp32."""
+
+    def provide(key: str, shape: tuple[int, ...]) -> torch.Tensor:
+        name = key.rsplit(".", 1)[-1]
+        if name in ("bias", "layer_norm_bias"):
+            return torch.zeros(shape)
+        if "norm" in key.rsplit(".", 2)[-2] or name == "layer_norm_weight" or (len(shape) == 1 and name.endswith("weight")):
+            return torch.ones(shape)
+        if "word_embeddings" in key or "output_layer" in key:
+            shape = (model.language.vocab_size, *shape[1:])  # padding depends on the layout: it is never drawn
+        std = model.init_std
+        if key.endswith(RESIDUAL_OUTPUTS):
+            layers = model.vision.num_used_layers if key.startswith("vision") else model.language.num_layers
+            std /= math.sqrt(2 * layers)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{key}".encode()))
+        return torch.randn(shape, generator=generator) * std
+
+    return provide

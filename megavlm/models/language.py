@@ -1,0 +1,106 @@
+"""Language model: megatron-core's GPTModel, fed with embeddings, with a head that only looks at target rows.
+
+Shape legend: S packed sequence, L this rank's rows of it (after context and sequence parallelism), D width, Q targets.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megavlm_kernels.linear_cross_entropy import linear_cross_entropy
+
+from megavlm.config.schema import LanguageConfig, ParallelConfig, PrecisionConfig
+from megavlm.models.packing import Packing
+from megavlm.models.specs import block_spec, language_transformer_config, layer_spec
+from megavlm.parallel.context import ParallelContext
+
+
+class LanguageModel(GPTModel):
+    """One pipeline chunk of the LLM. Positions are rotated inside the core attention, from the packing's tables."""
+
+    def __init__(
+        self,
+        language: LanguageConfig,
+        precision: PrecisionConfig,
+        parallel: ParallelConfig,
+        ctx: ParallelContext,
+        chunk: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
+        first, last, vp_stage = ctx.chunk_position(chunk)
+        config = language_transformer_config(language, precision, parallel, device or ctx.device)
+        layer = layer_spec(causal=True, rms_norm=True, qk_norm=language.qk_norm)
+        self.language, self.ctx = language, ctx
+        super().__init__(
+            config,
+            block_spec(config, layer, rms_norm=True, vp_stage=vp_stage),  # type: ignore[arg-type]
+            vocab_size=padded_vocab_size(language.vocab_size, parallel.tensor),
+            max_sequence_length=language.max_positions,
+            pre_process=first,
+            post_process=last,
+            share_embeddings_and_output_weights=language.tie_embeddings,
+            position_embedding_type="none",
+            scatter_embedding_sequence_parallel=False,
+            vp_stage=vp_stage,
+        )
+
+    def embed(self, tokens_S: torch.Tensor) -> torch.Tensor:
+        """Token embeddings (S, 1, D), whole on every rank: visual features are merged before anything is split."""
+        return self.embedding(tokens_S[None], None)  # type: ignore[no-any-return]
+
+    def split(self, x_SBD: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """This rank's rows (L, 1, D) of a whole sequence."""
+        if packing.rows_L is not None:
+            x_SBD = x_SBD[packing.rows_L]
+        if self.config.sequence_parallel:
+            x_SBD = scatter_to_sequence_parallel_region(x_SBD)
+        return x_SBD
+
+    def transform(self, x_LBD: torch.Tensor | None, packing: Packing) -> torch.Tensor:
+        """Run this chunk's layers. Later stages pass None: their input came through `set_input_tensor`."""
+        return self.decoder(x_LBD, None, packed_seq_params=packing)  # type: ignore[no-any-return]
+
+    def head_weight(self) -> torch.Tensor:
+        """This rank's rows of the output head (V, D)."""
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+
+    def target_loss(
+        self, x_LBD: torch.Tensor, rows_Q: torch.Tensor, target_Q: torch.Tensor, loss_weight_Q: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weighted sum, loss of each target) of rows that are local to this context rank."""
+        if self.config.sequence_parallel:
+            hidden_QD = gather_from_sequence_parallel_region(x_LBD)[rows_Q, 0]  # backward sums the tensor ranks' parts
+        else:
+            hidden_QD = copy_to_tensor_model_parallel_region(x_LBD[rows_Q, 0])  # backward sums the tensor ranks' parts
+        weight = self.head_weight()
+        return linear_cross_entropy(
+            hidden_QD,
+            weight,
+            target_Q,
+            loss_weight_Q,
+            vocab_size=self.language.vocab_size,
+            vocab_start=self.ctx.tensor_rank * weight.shape[0],
+            group=self.ctx.tensor_group,
+        )
+
+    def logits(self, x_LBD: torch.Tensor, rows_Q: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (Q, vocab_size) in fp32 of the given rows (None: all), whole on every tensor rank."""
+        if self.config.sequence_parallel:
+            x_LBD = gather_from_sequence_parallel_region(x_LBD)
+        hidden = x_LBD[:, 0] if rows_Q is None else x_LBD[rows_Q, 0]
+        local = hidden @ self.head_weight().T
+        if self.ctx.grid.tensor > 1:
+            local = gather_from_tensor_model_parallel_region(local)
+        return local[:, : self.language.vocab_size].float()
+
+
+def padded_vocab_size(vocab_size: int, tensor: int, multiple: int = 8) -> int:
+    """Smallest multiple of `multiple` x tensor that holds the vocabulary; padding rows stay zero and are never exported."""
+    unit = multiple * tensor
+    return -(-vocab_size // unit) * unit

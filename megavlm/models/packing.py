@@ -1,0 +1,123 @@
+"""What attention must know of a packed microbatch: where segments lie, positions' rotations, and the context split.
+
+Built once per microbatch on every pipeline stage (a stage without it would let samples of a pack attend to each other)
+and carried through megatron-core's layers as their `packed_seq_params`.
+
+Shape legend: S rows of the packed sequence (all of them), L rows of this context rank, K head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Queries of one segment that this rank owns, and the keys they may see (rows of the whole sequence)."""
+
+    query_start: int
+    query_length: int
+    key_start: int
+    key_length: int
+
+
+@dataclass
+class Packing(PackedSeqParams):
+    """megatron-core's packed-sequence parameters, with rotations and pieces computed once instead of once per layer."""
+
+    pieces: tuple[Piece, ...] = ()
+    equal_length: int | None = None
+    """Length of every segment when all are equal (tiles): attention then runs as one batch."""
+    cos_LK: torch.Tensor | None = None
+    sin_LK: torch.Tensor | None = None
+    gathered_order_S: torch.Tensor | None = None
+    """With context parallelism: row of the rank-major gathered keys that holds each row of the sequence."""
+    cache: Any = None
+    """Key/value cache of inference; None in training."""
+    rows_L: torch.Tensor | None = field(default=None)
+    """With context parallelism: rows of the sequence that this rank owns; None: all."""
+
+
+def context_rows(num_rows: int, rank: int, size: int) -> torch.Tensor:
+    """Rows of rank `rank`: chunk `rank` and its mirror image of 2 x size equal chunks (zigzag: equal causal work).
+
+    Raises ValueError when the sequence does not split into 2 x size chunks.
+    """
+    if num_rows % (2 * size):
+        raise ValueError(f"{num_rows} tokens do not split into 2 x parallel.context={2 * size} equal chunks: change data.seq_len_tokens")
+    chunk = num_rows // (2 * size)
+    mirror = 2 * size - 1 - rank
+    return torch.cat([torch.arange(rank * chunk, (rank + 1) * chunk), torch.arange(mirror * chunk, (mirror + 1) * chunk)])
+
+
+def rotary_tables(positions_L: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, each (L, head_dim), of rotary embeddings (https://arxiv.org/abs/2104.09864) in the half-split order of Llama."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_L.device) / head_dim
+    angle = positions_L.float()[:, None] * (1.0 / theta**exponent)[None, :]
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def apply_rotary(x_LHK: torch.Tensor, cos_LK: torch.Tensor, sin_LK: torch.Tensor) -> torch.Tensor:
+    """Rotate (L, heads, K)."""
+    first, second = x_LHK.chunk(2, dim=-1)
+    rotated = torch.cat([-second, first], dim=-1)
+    return x_LHK * cos_LK[:, None, :] + rotated * sin_LK[:, None, :]
+
+
+def pack(
+    segment_lengths: Sequence[int],
+    device: torch.device,
+    *,
+    causal: bool,
+    context: tuple[int, int] = (0, 1),
+    rotary: tuple[torch.Tensor, int, float, torch.dtype] | None = None,
+) -> Packing:
+    """Describe a packed sequence of `segment_lengths`.
+
+    `context` is (rank, size) of context parallelism; `rotary` is (positions_S, head_dim, theta, dtype), None for encoders
+    with learned positions. Without `causal` every row of a segment sees the whole segment.
+    """
+    rank, size = context
+    bounds = [0, *accumulate(segment_lengths)]
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
+    longest = max(segment_lengths, default=0)
+    packing = Packing(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest)
+    rows = None
+    if size > 1:
+        rows = context_rows(bounds[-1], rank, size)
+        packing.rows_L = rows.to(device)
+        packing.gathered_order_S = torch.argsort(torch.cat([context_rows(bounds[-1], r, size) for r in range(size)])).to(device)
+    elif segment_lengths and min(segment_lengths) == longest:
+        packing.equal_length = longest
+    packing.pieces = _pieces(bounds, _owned_chunks(bounds[-1], rank, size), causal)
+    if rotary is not None:
+        positions_S, head_dim, theta, dtype = rotary
+        positions = positions_S if packing.rows_L is None else positions_S[packing.rows_L]
+        packing.cos_LK, packing.sin_LK = rotary_tables(positions, head_dim, theta, dtype)
+    return packing
+
+
+def _owned_chunks(num_rows: int, rank: int, size: int) -> list[tuple[int, int]]:
+    if size == 1:
+        return [(0, num_rows)]
+    chunk, mirror = num_rows // (2 * size), 2 * size - 1 - rank
+    return [(rank * chunk, (rank + 1) * chunk), (mirror * chunk, (mirror + 1) * chunk)]
+
+
+def _pieces(bounds: Sequence[int], chunks: Sequence[tuple[int, int]], causal: bool) -> tuple[Piece, ...]:
+    """Cut every owned chunk at segment bounds; queries then see their segment's keys, up to their own end when causal."""
+    pieces, local = [], 0
+    for chunk_start, chunk_end in chunks:
+        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+            low, high = max(start, chunk_start), min(end, chunk_end)
+            if low < high:
+                pieces.append(Piece(local + low - chunk_start, high - low, start, (high if causal else end) - start))
+        local += chunk_end - chunk_start
+    return tuple(pieces)

@@ -1,0 +1,110 @@
+"""The vision-language model: encoder -> projector -> features replace placeholders -> language model -> loss on targets.
+
+The first pipeline stage holds encoder, projector and embeddings; every stage gets the same `PackedBatch`. Submodules are
+called `vision`, `projector` and `language`; checkpoint keys and freezing go by these names.
+
+Shape legend: S packed sequence, L this rank's rows, N visual tokens, D width, Q targets.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+
+from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from megavlm.data.types import PackedBatch
+from megavlm.models.families import carried_shapes
+from megavlm.models.language import LanguageModel
+from megavlm.models.packing import Packing, pack
+from megavlm.models.projector import Projector
+from megavlm.models.vision import VisionEncoder
+from megavlm.parallel.context import ParallelContext
+
+
+class VisionLanguageModel(MegatronModule):
+    """One pipeline chunk of the model. With `text_only` the encoder and projector are not built."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        precision: PrecisionConfig,
+        parallel: ParallelConfig,
+        ctx: ParallelContext,
+        chunk: int = 0,
+        *,
+        text_only: bool = False,
+    ) -> None:
+        language = LanguageModel(model.language, precision, parallel, ctx, chunk)
+        super().__init__(config=language.config)
+        self.pre_process, self.post_process, self.vp_stage = ctx.chunk_position(chunk)
+        self.share_embeddings_and_output_weights = model.language.tie_embeddings
+        self.model_type = ModelType.encoder_or_decoder
+        self.model, self.ctx = model, ctx
+        has_encoder = self.pre_process and not text_only
+        self.vision = VisionEncoder(model.vision, precision, parallel, ctx.device, carried_shapes(model)) if has_encoder else None
+        self.projector = Projector(model, precision, parallel, ctx.device) if has_encoder else None
+        self.language = language
+
+    def set_input_tensor(self, tensor: torch.Tensor | list[torch.Tensor]) -> None:
+        """Hidden states from the previous pipeline stage."""
+        self.language.set_input_tensor(tensor)
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor:
+        """The weight that embedding and head share; megatron-core sums its gradients over first and last stage."""
+        return self.language.shared_embedding_or_output_weight()
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """(weighted sum of target losses, loss of each target) on the last stage; hidden states (L, 1, D) before it."""
+        packing = self.packing(batch)
+        hidden = self.transform(batch, packing)
+        if not self.post_process:
+            return hidden
+        rows, mine = local_targets(batch.target_positions_Q, packing)
+        return self.language.target_loss(hidden, rows, batch.target_ids_Q[mine], batch.target_weights_Q[mine])
+
+    def transform(self, batch: PackedBatch, packing: Packing) -> torch.Tensor:
+        """Hidden states (L, 1, D) after this chunk's layers."""
+        x = None
+        if self.pre_process:
+            x = self.language.split(self.embed(batch), packing)
+        return self.language.transform(x, packing)
+
+    def embed(self, batch: PackedBatch) -> torch.Tensor:
+        """Token embeddings (S, 1, D) with visual features in the place of their placeholders."""
+        x = self.language.embed(batch.tokens_S)
+        if batch.num_tiles == 0:
+            return x
+        if self.vision is None or self.projector is None:
+            raise ValueError(f"this batch has {batch.num_tiles} image tiles, but the stage's objective is text: use samples without images")
+        assert batch.tiles_TCHW is not None, "the first pipeline stage needs the tiles of its batch"
+        features_ND = self.projector(self.vision(batch.tiles_TCHW))
+        if features_ND.shape[0] != batch.image_positions_N.numel():
+            raise ValueError(
+                f"{batch.image_positions_N.numel()} image placeholders, but {features_ND.shape[0]} visual features "
+                f"({batch.num_tiles} tiles x {self.model.visual_tokens_per_tile}): the data were prepared for another model.vision or model.projector"
+            )
+        return x.index_put((batch.image_positions_N,), features_ND.unsqueeze(1).to(x.dtype))
+
+    def packing(self, batch: PackedBatch) -> Packing:
+        """Segments and rotations of this batch for the LLM's attention."""
+        language = self.model.language
+        return pack(
+            batch.segment_lengths,
+            batch.tokens_S.device,
+            causal=True,
+            context=(self.ctx.context_rank, self.ctx.grid.context),
+            rotary=(batch.positions_S, language.head_width, language.rope_theta, self.config.params_dtype),
+        )
+
+
+def local_targets(positions_Q: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, torch.Tensor | slice]:
+    """Rows of this context rank's part that are targets, and which targets these are."""
+    if packing.rows_L is None:
+        return positions_Q, slice(None)
+    assert packing.gathered_order_S is not None
+    owner = torch.full((packing.gathered_order_S.numel(),), -1, dtype=torch.int64, device=positions_Q.device)
+    owner[packing.rows_L] = torch.arange(packing.rows_L.numel(), device=positions_Q.device)
+    local = owner[positions_Q]
+    mine = torch.nonzero(local >= 0).squeeze(1)
+    return local[mine], mine

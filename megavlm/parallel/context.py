@@ -1,0 +1,124 @@
+"""The rank's place in the grid, and megatron-core's start-up and shut-down around it.
+
+This is the only module that touches `megatron.core.parallel_state` and chooses a device. Everything above asks the
+`ParallelContext` it is handed.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megavlm.config.schema import ParallelConfig, RunConfig
+from megavlm.parallel import cpu
+from megavlm.topology.grid import RankGrid
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Where this rank stands and whom it talks to. Groups are torch process groups; a group of one is a valid group."""
+
+    grid: RankGrid
+    rank: int
+    device: torch.device
+    tensor_rank: int
+    context_rank: int
+    data_rank: int
+    pipeline_rank: int
+    tensor_group: dist.ProcessGroup
+    context_group: dist.ProcessGroup
+    data_group: dist.ProcessGroup
+    data_context_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Holds embeddings, encoder and projector."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Holds the LM head and sees the loss."""
+        return self.pipeline_rank == self.grid.pipeline - 1
+
+    def chunk_position(self, chunk: int) -> tuple[bool, bool, int | None]:
+        """(first of the model, last of the model, megatron's vp_stage) for this rank's virtual chunk `chunk`."""
+        first = self.is_first_stage and chunk == 0
+        last = self.is_last_stage and chunk == self.grid.virtual_pipeline - 1
+        return first, last, chunk if self.grid.virtual_pipeline > 1 else None
+
+
+def choose_device(run: RunConfig) -> torch.device:
+    """The recipe's device; raises ValueError when CUDA is asked for and there is none."""
+    has_cuda = torch.cuda.is_available()
+    if run.device == "cuda" and not has_cuda:
+        raise ValueError("run.device=cuda, but torch sees no CUDA device: use run.device=cpu or run on a GPU machine")
+    if run.device == "cpu" or not has_cuda:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def start_process_group(device: torch.device, timeout_s: float) -> None:
+    """Join the default process group from RANK/WORLD_SIZE/MASTER_*; a lone process needs none of these. Idempotent."""
+    if device.type == "cpu":
+        cpu.install()
+    else:
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+
+
+def enter_grid(parallel: ParallelConfig, device: torch.device, seed: int) -> ParallelContext:
+    """Form megatron-core's groups over the running process group and seed its random-number trackers.
+
+    Raises ValueError when the world size does not fit the grid.
+    """
+    from megatron.core import parallel_state as ps
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    grid = RankGrid.from_config(parallel, dist.get_world_size())
+    ps.initialize_model_parallel(
+        tensor_model_parallel_size=grid.tensor,
+        pipeline_model_parallel_size=grid.pipeline,
+        virtual_pipeline_model_parallel_size=grid.virtual_pipeline if grid.virtual_pipeline > 1 else None,
+        context_parallel_size=grid.context,
+        create_gloo_process_groups=True,
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return ParallelContext(
+        grid=grid,
+        rank=dist.get_rank(),
+        device=device,
+        tensor_rank=ps.get_tensor_model_parallel_rank(),
+        context_rank=ps.get_context_parallel_rank(),
+        data_rank=ps.get_data_parallel_rank(),
+        pipeline_rank=ps.get_pipeline_model_parallel_rank(),
+        tensor_group=ps.get_tensor_model_parallel_group(),
+        context_group=ps.get_context_parallel_group(),
+        data_group=ps.get_data_parallel_group(),
+        data_context_group=ps.get_data_parallel_group(with_context_parallel=True),
+        pipeline_group=ps.get_pipeline_model_parallel_group(),
+    )
+
+
+def leave_grid() -> None:
+    """Dissolve megatron-core's groups, so that another grid can be entered (stages may differ in layout)."""
+    from megatron.core import parallel_state as ps
+
+    ps.destroy_model_parallel()
+
+
+def stop_process_group() -> None:
+    """Leave the default process group. Safe to call twice."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,132 @@
+"""A pool of forked gloo ranks, shared by a whole test session.
+
+Starting a rank costs seconds of imports; forking one from a process that has imported torch and megatron-core costs
+milliseconds. Each task names a picklable function and a world size; the first `world_size` workers form a process group,
+run the function and leave the group again. A worker that hangs prints its stack and is killed with the pool.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import multiprocessing as mp
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import cloudpickle
+
+
+_QUIT = b"quit"
+
+
+class RankError(AssertionError):
+    """A rank raised; the message holds its traceback."""
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on right now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _worker(rank: int, connection: Connection) -> None:
+    import torch
+
+    ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the test session
+    torch.set_num_threads(1)
+    from megavlm.parallel.context import start_process_group, stop_process_group
+
+    while True:
+        try:
+            task = connection.recv_bytes()
+        except EOFError:
+            return
+        if task == _QUIT:
+            return
+        function, args, kwargs, world_size, port, timeout_s = cloudpickle.loads(task)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        faulthandler.dump_traceback_later(timeout_s, exit=True)
+        try:
+            start_process_group(torch.device("cpu"), timeout_s)
+            try:
+                answer: tuple[bool, Any] = (True, function(*args, **kwargs))
+            finally:
+                _leave_everything()
+                stop_process_group()
+        except BaseException:
+            answer = (False, f"rank {rank} of {world_size}:\n{traceback.format_exc()}")
+        faulthandler.cancel_dump_traceback_later()
+        connection.send_bytes(cloudpickle.dumps(answer))
+
+
+def _leave_everything() -> None:
+    from megatron.core import parallel_state as ps
+
+    from megavlm.parallel.context import leave_grid
+
+    if ps.model_parallel_is_initialized():
+        leave_grid()
+
+
+class RankPool:
+    """Up to `size` forked ranks. `run(f, world_size=n)` calls f on n of them and returns the list of results by rank."""
+
+    def __init__(self, size: int = 8) -> None:
+        import megatron.core.dist_checkpointing
+        import megatron.core.distributed
+        import megatron.core.models.gpt
+        import megatron.core.optimizer
+        import megatron.core.pipeline_parallel  # noqa: F401
+
+        context = mp.get_context("fork")
+        self._connections: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            # Not daemonic: megatron-core's checkpoint writer starts children of its own.
+            process = context.Process(target=_worker, args=(rank, theirs), daemon=False)
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any, world_size: int = 1, timeout_s: float = 120.0, **kwargs: Any) -> list[Any]:
+        """Call `function(*args, **kwargs)` on ranks 0..world_size-1. Raises RankError with the first failing rank's traceback."""
+        task = cloudpickle.dumps((function, args, kwargs, world_size, free_port(), timeout_s))
+        connections = self._connections[:world_size]
+        for c in connections:
+            c.send_bytes(task)
+        answers: dict[Connection, tuple[bool, Any]] = {}
+        while len(answers) < world_size:
+            ready = wait([c for c in connections if c not in answers], timeout_s + 10)
+            if not ready:
+                raise RankError(f"{world_size - len(answers)} of {world_size} ranks did not answer within {timeout_s} s")
+            for c in ready:
+                assert isinstance(c, Connection)
+                try:
+                    answers[c] = cloudpickle.loads(c.recv_bytes())
+                except EOFError:
+                    raise RankError(f"rank {self._connections.index(c)} died (timeout of {timeout_s} s, or killed)") from None
+        failures = [answers[c][1] for c in connections if not answers[c][0]]
+        if failures:
+            raise RankError(failures[0])
+        return [answers[c][1] for c in connections]
+
+    def close(self) -> None:
+        """End every worker."""
+        for c in self._connections:
+            with contextlib.suppress(OSError):
+                c.send_bytes(_QUIT)
+            c.close()
+        for p in self._processes:
+            p.join(timeout=5)
+            if p.is_alive():
+                p.kill()
+                p.join()
