@@ -42,6 +42,8 @@ class StepPlan:
     """[data-parallel rank][microbatch] -> packs of that microbatch."""
     cursor_after: dict[str, object]
     """JSON-serialisable state from which the next step is planned."""
+    statistics: dict[str, float] = field(default_factory=dict)
+    """How well the step is packed and balanced; names and units in `megavlm.data.plan.StepPlanner`."""
 
 
 @dataclass

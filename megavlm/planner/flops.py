@@ -1,0 +1,230 @@
+"""Floating-point operations of a pack, exactly, from metadata alone.
+
+A multiply-add counts 2. Counted are the matrix products (as torch.utils.flop_counter counts them); norms, activations, rotary
+positions and the softmax are not. Attention is counted on the real segments: 4 L^2 H K a layer for a segment of L tokens (scores
+and weighted sum), half of it where the mask is causal (the convention of PaLM, arXiv 2204.02311, appendix B, and of Dao et al.'s
+flash-attention benchmarks). The head runs on target positions only.
+
+Backward: a matrix product costs its forward once for the gradient of its input, where anything below it trains, and once for the
+gradient of its weight, where that trains; attention costs twice its forward. Below the lowest trainable module nothing is counted:
+a frozen encoder has no backward, while a projector alone still needs the LLM's input gradients. Recomputation is not counted: these
+are the FLOPs that the mathematics needs, the numerator of MFU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from megavlm.config.schema import ModelConfig, ModuleTraining, StageConfig
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of one part."""
+
+    forward: int = 0
+    backward: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.forward + other.forward, self.backward + other.backward)
+
+
+@dataclass(frozen=True)
+class PackFlops:
+    """FLOPs of one pack, and of its parts: vision.embedding, vision.linear, vision.attention, vision.head, projector,
+    language.linear, language.attention, language.head."""
+
+    by_part: dict[str, Work] = field(default_factory=dict)
+
+    @property
+    def forward(self) -> int:
+        return sum(work.forward for work in self.by_part.values())
+
+    @property
+    def backward(self) -> int:
+        return sum(work.backward for work in self.by_part.values())
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class _Product:
+    """One family of matrix products in the order of the forward pass."""
+
+    part: str
+    flops: int
+    """Forward FLOPs per unit."""
+    unit: str
+    """What it is paid for: tile, feature (a visual token), token, token_squared, target."""
+    trains: bool = False
+    """Its own weight gets a gradient."""
+    trains_below: bool = False
+    """Something that its input depends on gets a gradient, whether or not the pack has a picture."""
+    trains_below_with_tiles: bool = False
+    """The same in a pack that has a picture."""
+    attention: bool = False
+
+    def backward(self, has_tiles: bool) -> int:
+        """Backward FLOPs per unit."""
+        below = self.trains_below or (has_tiles and self.trains_below_with_tiles)
+        if self.attention:
+            return 2 * self.flops if below else 0
+        return self.flops * (int(below) + int(self.trains))
+
+
+_UNITS = ("tile", "feature", "token", "token_squared", "target")
+_EVERYTHING = ModuleTraining(train="full")
+
+
+class FlopsModel:
+    """The cost of packs under one model and stage, ready to be asked many times.
+
+    `stage=None` means that everything trains (a benchmark of the whole model).
+    """
+
+    def __init__(self, model: ModelConfig, stage: StageConfig | None = None) -> None:
+        self._features_per_tile = model.visual_tokens_per_tile
+        products = list(_products(model, stage))
+        self._objective = stage.objective if stage else "multimodal"
+        self._forward: dict[str, dict[str, int]] = {}
+        self._backward: dict[bool, dict[str, dict[str, int]]] = {False: {}, True: {}}
+        for product in products:
+            _accumulate(self._forward, product, product.flops)
+            for has_tiles in (False, True):
+                _accumulate(self._backward[has_tiles], product, product.backward(has_tiles))
+        self._total = {has_tiles: self._coefficients(has_tiles) for has_tiles in (False, True)}
+
+    def total(self, lengths: Iterable[int], num_tiles: int, num_targets: int) -> int:
+        """Forward + backward FLOPs of a pack of segments of `lengths` tokens; the cheap form for planning."""
+        lengths = () if self._objective == "vision_classification" else lengths
+        tile, feature, token, token_squared, target = self._total[num_tiles > 0]
+        tokens = squares = 0
+        for length in lengths:
+            tokens += length
+            squares += length * length
+        tiles = 0 if self._objective == "text" else num_tiles
+        return tiles * (tile + feature * self._features_per_tile) + tokens * token + squares * token_squared + num_targets * target
+
+    def pack(self, lengths: Sequence[int], num_tiles: int, num_targets: int) -> PackFlops:
+        """FLOPs of a pack, part by part."""
+        lengths = () if self._objective == "vision_classification" else lengths
+        amounts = {
+            "tile": num_tiles,
+            "feature": num_tiles * self._features_per_tile,
+            "token": sum(lengths),
+            "token_squared": sum(length * length for length in lengths),
+            "target": num_targets,
+        }
+        backward = self._backward[num_tiles > 0]
+        return PackFlops(
+            {
+                part: Work(
+                    sum(flops * amounts[unit] for unit, flops in units.items()),
+                    sum(flops * amounts[unit] for unit, flops in backward[part].items()),
+                )
+                for part, units in self._forward.items()
+            }
+        )
+
+    def _coefficients(self, has_tiles: bool) -> tuple[int, ...]:
+        """Forward + backward FLOPs per unit, in the order of _UNITS."""
+        tables = (self._forward, self._backward[has_tiles])
+        return tuple(sum(units.get(unit, 0) for table in tables for units in table.values()) for unit in _UNITS)
+
+
+def pack_flops(
+    model: ModelConfig, segment_lengths: Sequence[int], num_tiles: int, num_targets: int, stage: StageConfig | None = None
+) -> PackFlops:
+    """FLOPs of one pack: `segment_lengths` tokens each (visual tokens included), `num_tiles` tiles, `num_targets` loss positions.
+
+    `stage` says what trains and which part of the model runs; None: the whole model, everything training. For the objective
+    vision_classification the lengths play no part. Where many packs are asked for, keep a `FlopsModel`.
+    """
+    return FlopsModel(model, stage).pack(segment_lengths, num_tiles, num_targets)
+
+
+def _accumulate(table: dict[str, dict[str, int]], product: _Product, flops: int) -> None:
+    units = table.setdefault(product.part, {})
+    units[product.unit] = units.get(product.unit, 0) + flops
+
+
+def _products(model: ModelConfig, stage: StageConfig | None) -> Iterable[_Product]:
+    """Every matrix product that the stage's objective runs, in the order of the forward pass."""
+    objective = stage.objective if stage else "multimodal"
+    vision_training = stage.vision if stage else _EVERYTHING
+    encoder_trains = vision_training.train != "frozen"
+    if objective != "text":
+        yield from _encoder(model, vision_training)
+    if objective == "vision_classification":
+        # The temporary head is always trained: it starts from nothing.
+        classes = (stage.num_classes if stage else None) or 0
+        yield _Product("vision.head", 2 * model.vision.hidden_size * classes, "target", True, trains_below_with_tiles=encoder_trains)
+        return
+    projector_trains = (stage.projector if stage else _EVERYTHING).train != "frozen"
+    if objective == "multimodal":
+        yield from _projector(model, projector_trains, encoder_trains)
+    pictures_train = objective == "multimodal" and (projector_trains or encoder_trains)
+    yield from _language(model, stage.language if stage else _EVERYTHING, pictures_train)
+
+
+def _first_trainable(training: ModuleTraining, num_layers: int) -> int:
+    """Lowest layer that trains; num_layers when none does. The top `last_layers` of the layers that run train."""
+    if training.train == "frozen":
+        return num_layers
+    return 0 if training.train == "full" else max(num_layers - (training.last_layers or 0), 0)
+
+
+def _encoder(model: ModelConfig, training: ModuleTraining) -> Iterable[_Product]:
+    """Patch embedding (its input, pixels, needs no gradient) and the layers that run. Every trainable layer begins with a
+    trainable norm, so that even the lowest needs the gradient of its first product's input."""
+    config = model.vision
+    tokens = config.num_patches + int(config.class_token)
+    width = config.hidden_size
+    patch = config.num_channels * config.patch_size_px**2
+    yield _Product("vision.embedding", 2 * config.num_patches * patch * width, "tile", training.train == "full")
+    linear = 2 * tokens * width * (4 * width + 2 * config.ffn_hidden_size)
+    first = _first_trainable(training, config.num_used_layers)
+    for layer in range(config.num_used_layers):
+        trains = layer >= first
+        yield _Product("vision.linear", linear, "tile", trains, trains)
+        yield _Product("vision.attention", 4 * tokens * tokens * width, "tile", False, trains, attention=True)
+
+
+def _projector(model: ModelConfig, trains: bool, encoder_trains: bool) -> Iterable[_Product]:
+    width_in = model.vision.hidden_size * model.projector.pixel_shuffle**2
+    width_out = model.language.hidden_size
+    # An input norm that trains sits below the first product.
+    below = encoder_trains or (trains and model.projector.input_norm)
+    if model.projector.num_layers == 1:
+        yield _Product("projector", 2 * width_in * width_out, "feature", trains, below)
+        return
+    hidden = model.projector.hidden_size or width_out
+    yield _Product("projector", 2 * width_in * hidden, "feature", trains, below)
+    yield _Product("projector", 2 * hidden * width_out, "feature", trains, trains or encoder_trains)
+
+
+def _language(model: ModelConfig, training: ModuleTraining, pictures_train: bool) -> Iterable[_Product]:
+    """Decoder layers per token and per token squared, head per target. The embedding is a look-up: no FLOPs, but with train=full
+    it trains, and every layer above needs input gradients."""
+    config = model.language
+    query, key_value = config.num_attention_heads * config.head_width, config.kv_heads * config.head_width
+    linear = (
+        2 * config.hidden_size * (query + 2 * key_value) + 2 * query * config.hidden_size + 6 * config.hidden_size * config.ffn_hidden_size
+    )
+    first = _first_trainable(training, config.num_layers)
+    for layer in range(config.num_layers):
+        trains = layer >= first
+        yield _Product("language.linear", linear, "token", trains, trains, pictures_train)
+        yield _Product("language.attention", 2 * query, "token_squared", False, trains, pictures_train, attention=True)
+    # A tied head is the embedding: it trains with the whole model or not at all (see num_trainable in planner.parameters).
+    head_trains = training.train == "full" or (training.train == "last_layers" and not config.tie_embeddings)
+    yield _Product(
+        "language.head", 2 * config.hidden_size * config.vocab_size, "target", head_trains, training.train != "frozen", pictures_train
+    )
