@@ -1,0 +1,299 @@
+"""The part of MLflow tracking that talks to a store or server. It may block: only the sink's thread calls it.
+
+Measured with mlflow 3.17 (docs/log.md): importing it takes 2 s, a fresh sqlite store 2-7 s (schema migrations),
+log_metric 64 a second, log_batch of 1,000 metrics 9,700 a second; a dead server blocks the default client for 246 s.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from megavlm.tracking.metrics import flatten
+from megavlm.tracking.spool import Item
+
+MAX_METRICS_PER_BATCH = 1000
+MAX_PARAMS_PER_BATCH = 100
+MAX_TAGS_PER_BATCH = 100
+MAX_KEY_CHARS = 250
+MAX_PARAM_CHARS = 6000
+MAX_TAG_CHARS = 8000
+
+STATUSES = ("RUNNING", "SCHEDULED", "FINISHED", "FAILED", "KILLED")
+
+# A request to a server that does not answer ends after this; repeating is this package's business, not urllib3's.
+_CLIENT_SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+
+
+class TrackingError(ValueError):
+    """A tracking setting that cannot work."""
+
+
+class Rejected(Exception):
+    """The store understood these records and will never take them; sending them again is useless."""
+
+
+def tracking_uri(configured: str | None, run_dir: Path, environment: Mapping[str, str] = os.environ) -> str:
+    """Where to log: `configured`, else MLFLOW_TRACKING_URI, else sqlite:///<run_dir's parent>/mlflow.db.
+
+    Raises TrackingError for a folder store, which mlflow >= 3 refuses.
+    """
+    uri = configured or environment.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
+    scheme = urlsplit(uri).scheme
+    if scheme in ("", "file"):
+        raise TrackingError(
+            f"tracking.mlflow_uri={without_password(uri)!r} is a folder store, which mlflow no longer takes: "
+            "use sqlite:////absolute/path/mlflow.db or http(s)://server:port (or set tracking.mlflow=false)"
+        )
+    return uri
+
+
+def without_password(text: str) -> str:
+    """`text` with the user and password of any URI in it replaced, fit for a log or a message."""
+    return re.sub(r"//[^/@\s]+@", "//***@", text)
+
+
+def how_to_open(uri: str, experiment_id: str | None, run_id: str | None) -> str:
+    """The command that shows the run: `mlflow ui ...` for a database, the page's address for a server."""
+    scheme = urlsplit(uri).scheme
+    if scheme in ("http", "https"):
+        parts = urlsplit(uri)
+        host = parts.netloc.rsplit("@", 1)[-1]
+        page = f"/experiments/{experiment_id}/runs/{run_id}" if experiment_id and run_id else "/"
+        return urlunsplit((parts.scheme, host, parts.path.rstrip("/") + "/", "", page))
+    return f"mlflow ui --backend-store-uri {shlex.quote(without_password(uri))}"
+
+
+def param_values(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """A dumped recipe as MLflow params: nested keys joined by ".", stages by their name, lists as JSON."""
+    tree = dict(recipe)
+    if isinstance(stages := tree.get("stages"), list):
+        tree["stages"] = {stage["name"]: {k: v for k, v in stage.items() if k != "name"} for stage in stages}
+        tree["stage_order"] = [stage["name"] for stage in stages]
+    flat = flatten(tree, ".")
+    return {store_key(k): _shorten(v if isinstance(v, str) else json.dumps(v), MAX_PARAM_CHARS) for k, v in flat.items()}
+
+
+def store_key(name: str) -> str:
+    """`name` with the characters that MLflow keys may hold; a changed or shortened one gets a digest, so none collide."""
+    key = re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)
+    # MLflow treats keys as paths: "a//b" and "../a" are refused.
+    key = re.sub(r"/+", "/", key).strip("/")
+    key = "/".join("_" if part in (".", "..") else part for part in key.split("/"))
+    if key == name and len(key) <= MAX_KEY_CHARS:
+        return key
+    import hashlib
+
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{key[: MAX_KEY_CHARS - 9]}-{digest}"
+
+
+def prepare_client_environment() -> None:
+    """Short timeouts without retries, and no usage reports to the outside. What the user has set stays."""
+    for name, value in _CLIENT_SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
+class MlflowStore:
+    """One run in one store. Every method blocks and may raise whatever the client raises.
+
+    Args:
+        uri: tracking URI.
+        experiment: experiment name, created when missing.
+        run_name: name of a new run.
+        run_dir: where a new run's id is saved.
+        run_id: run to continue; a new one is made when the store does not have it.
+        params: for a new run. A continued run keeps its own: a changed value becomes the tag recipe.<key>.
+        warn: takes a text for the user.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        run_name: str,
+        run_dir: Path,
+        run_id: str | None,
+        params: Mapping[str, str],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._uri, self._experiment, self._run_name, self._run_dir = uri, experiment, run_name, run_dir
+        self._params, self._warn = dict(params), warn
+        self.run_id = run_id
+        self.experiment_id: str | None = None
+        self._client: Any = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._client is not None
+
+    def open(self) -> None:
+        """Connect, and find or make experiment and run."""
+        from mlflow import MlflowClient
+
+        # Their INFO lines about every schema migration would bury the training log.
+        for name in ("mlflow.store.db", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        with _one_process_at_a_time(self._uri):
+            client = MlflowClient(tracking_uri=self._uri)
+            experiment = client.get_experiment_by_name(self._experiment)
+            self.experiment_id = experiment.experiment_id if experiment is not None else self._create_experiment(client)
+        params = self._continue_run(client) if self.run_id else None
+        if params is None:
+            run = client.create_run(self.experiment_id, run_name=self._run_name)
+            self.run_id, params = run.info.run_id, {}
+            save_run_id(self._run_dir, run.info.run_id)
+        self._log_params(client, params)
+        self._client = client
+
+    def _create_experiment(self, client: Any) -> str:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return str(client.create_experiment(self._experiment, artifact_location=artifact_location(self._uri, self._run_dir)))
+        except MlflowException:
+            # Another run may have made it since we looked.
+            found = client.get_experiment_by_name(self._experiment)
+            if found is None:
+                raise
+            return str(found.experiment_id)
+
+    def _continue_run(self, client: Any) -> dict[str, str] | None:
+        """Params of the run to continue, now set to RUNNING; None when the store does not have it."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            run = client.get_run(self.run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            self._warn(f"MLflow has no run {self.run_id} at {without_password(self._uri)}: a new run is made")
+            return None
+        if run.info.lifecycle_stage != "active":
+            self._warn(f"MLflow run {self.run_id} was deleted: a new run is made")
+            return None
+        self.experiment_id = run.info.experiment_id
+        client.update_run(self.run_id, status="RUNNING")
+        return dict(run.data.params)
+
+    def _log_params(self, client: Any, stored: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        new = [Param(k, v) for k, v in self._params.items() if k not in stored]
+        changed = {f"recipe.{k}": v for k, v in self._params.items() if k in stored and stored[k] != v}
+        for batch in _batches(new, MAX_PARAMS_PER_BATCH):
+            client.log_batch(self.run_id, params=batch, synchronous=True)
+        if changed:
+            # MLflow params are written once; overwriting one raises.
+            names = ", ".join(sorted(changed)[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+            self._warn(f"the recipe differs from the one that MLflow run {self.run_id} began with; new values are in its tags {names}")
+            self._log_tags(client, changed)
+
+    def _log_tags(self, client: Any, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        entries = [RunTag(store_key(k), _shorten(v, MAX_TAG_CHARS)) for k, v in tags.items()]
+        for batch in _batches(entries, MAX_TAGS_PER_BATCH):
+            client.log_batch(self.run_id, tags=batch, synchronous=True)
+
+    def send(self, items: Iterable[Item]) -> None:
+        """Log `items`, whatever their number. Raises Rejected for those never to be taken, else what the client raises."""
+        from mlflow.entities import Metric
+
+        assert self._client is not None, "send() before open()"
+        items = list(items)
+        metrics = [
+            Metric(store_key(name), value, item["time_ms"], item["step"])
+            for item in items
+            if item["kind"] == "metrics"
+            for name, value in item["values"].items()
+        ]
+        tags: dict[str, str] = {}
+        for item in items:
+            if item["kind"] == "tags":
+                tags.update(item["values"])
+        for batch in _batches(metrics, MAX_METRICS_PER_BATCH):
+            self._guard(self._client.log_batch, self.run_id, metrics=batch, synchronous=True)
+        if tags:
+            self._guard(self._log_tags, self._client, tags)
+        for item in items:
+            if item["kind"] == "artifact":
+                self._send_artifact(item)
+            elif item["kind"] == "status":
+                self._guard(self._client.set_terminated, self.run_id, status=item["status"], end_time=item["time_ms"])
+
+    def _send_artifact(self, item: Item) -> None:
+        path = Path(item["path"])
+        if not path.exists():
+            raise Rejected(f"artifact {path} is gone: a file handed to MLflow must stay until the run ends")
+        log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+        self._guard(log, self.run_id, str(path), item["folder"] or None)
+
+    def _guard(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        """Tell "never" from "not now": only an answer that the request itself is wrong is final."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            call(*arguments, **options)
+        except MlflowException as error:
+            if error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+                raise Rejected(str(error)) from error
+            raise
+
+
+def artifact_location(uri: str, run_dir: Path) -> str | None:
+    """Where a new experiment keeps files: None lets a server decide; a bare database would use the current folder."""
+    scheme, rest = urlsplit(uri).scheme.split("+")[0], uri.split(":///", 1)[-1]
+    if scheme not in _DATABASES:
+        return None
+    folder = Path(rest).resolve().parent if scheme == "sqlite" and rest else run_dir.resolve().parent
+    return (folder / "mlartifacts").as_uri()
+
+
+def saved_run_id(run_dir: Path) -> str | None:
+    """Id of the MLflow run that belongs to the run in `run_dir`."""
+    path = run_dir / "mlflow_run_id"
+    return path.read_text(encoding="utf-8").strip() or None if path.exists() else None
+
+
+def save_run_id(run_dir: Path, run_id: str) -> None:
+    replacement = run_dir / "mlflow_run_id.new"
+    replacement.write_text(f"{run_id}\n", encoding="utf-8")
+    os.replace(replacement, run_dir / "mlflow_run_id")
+
+
+def _one_process_at_a_time(uri: str) -> Any:
+    """Lock beside a sqlite file: two processes that create its tables at once break each other's migration."""
+    from contextlib import nullcontext
+
+    if urlsplit(uri).scheme.split("+")[0] != "sqlite":
+        return nullcontext()
+    from filelock import FileLock
+
+    path = Path(uri.split(":///", 1)[-1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(f"{path}.lock", timeout=60)
+
+
+def _batches(entries: list[Any], size: int) -> Iterable[list[Any]]:
+    return (entries[i : i + size] for i in range(0, len(entries), size))
+
+
+def _shorten(text: str, limit: int) -> str:
+    """MLflow would cut long values itself, without a word."""
+    if len(text) <= limit:
+        return text
+    note = f"... [{len(text)} characters; all of them in recipe.yaml]"
+    return text[: limit - len(note)] + note

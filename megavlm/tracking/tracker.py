@@ -1,0 +1,229 @@
+"""What training tells the world: one object that writes metrics.jsonl, the console and MLflow.
+
+Only rank 0 writes. On every other rank the same calls do nothing, so training never asks who it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from megavlm.config.schema import Recipe
+from megavlm.tracking.console import TrainingDisplay, get_logger, setup_logging
+from megavlm.tracking.curves import plot_curves
+from megavlm.tracking.environment import environment_report
+from megavlm.tracking.metrics import EVALUATION_FILE, METRICS_FILE, MetricsWriter, flatten, to_plain
+from megavlm.tracking.mlflow_sink import MlflowSink, sink_for
+
+_log = get_logger(__name__)
+
+
+class Tracker:
+    """Records of one run.
+
+    with Tracker(recipe, rank, world_size) as tracker:
+        tracker.start(resume_step)
+        tracker.stage_begins("align", total_steps=200, first_step=0)
+        tracker.step({"step": 1, "stage": "align", "stage_step": 1, "loss": 2.3, "lr": {"projector": 1e-3}, ...})
+
+    Leaving the block ends the run as FINISHED, as KILLED after Ctrl-C, as FAILED after any other exception.
+
+    Args:
+        recipe: names the run's folder, the MLflow store and the line interval.
+        rank: this process; 0 writes.
+        world_size: processes of the run.
+        interactive: draw a progress bar; None: when stdout is a terminal.
+    """
+
+    def __init__(self, recipe: Recipe, rank: int = 0, world_size: int = 1, interactive: bool | None = None) -> None:
+        import sys
+
+        self._recipe = recipe
+        self.run_dir = Path(recipe.run.dir)
+        self.writes = rank == 0
+        self._world_size = world_size
+        console = setup_logging(rank, world_size, stream=sys.stdout)
+        self._display = TrainingDisplay(recipe.tracking.log_every_steps, console, interactive) if self.writes else None
+        self._metrics: MetricsWriter | None = None
+        self._evaluations: MetricsWriter | None = None
+        self._mlflow: MlflowSink | None = None
+        self._logged_files: set[str] = set()
+        self._finished = False
+
+    def start(self, resume_step: int = 0) -> None:
+        """Open everything. `resume_step`: optimizer steps that the loaded checkpoint has done; later records are cut.
+
+        Writes environment.json. A resumed run keeps one report per start: environment.json is the newest, the first
+        one is environment-<step>.json, and so on.
+        """
+        if not self.writes:
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._metrics = MetricsWriter(self.run_dir, resume_step)
+        self._evaluations = MetricsWriter(self.run_dir, resume_step, EVALUATION_FILE, one_per_step=False)
+        if cut := self._metrics.num_cut_lines:
+            _log.info("%s: %d lines after step %d moved to metrics.cut.jsonl", METRICS_FILE, cut, resume_step)
+        report = {**environment_report(), "world_size": self._world_size, "resume_step": resume_step}
+        _write_json(self.run_dir / "environment.json", report)
+        self._mlflow = sink_for(self._recipe, resume_step)
+        if self._mlflow is not None:
+            self._mlflow.tags({"run_dir": self.run_dir.resolve(), **_mutable_tags(report)})
+            self._mlflow.artifact(self.run_dir / "environment.json")
+        self._log_recipe_file()
+
+    def stage_begins(self, stage: str, total_steps: int, first_step: int = 0) -> None:
+        """`total_steps` of the stage, `first_step` of them done before this start (0 unless resumed inside the stage)."""
+        if self._display is None:
+            return
+        self._display.stage_begins(stage, total_steps, first_step)
+        self._log_recipe_file()
+        if self._mlflow is not None:
+            self._mlflow.tags({"stage": stage})
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """One optimizer step. Needs "step" (steps done, over all stages: 1 after the first); the rest is free.
+
+        Known to the console and the curves: stage, stage_step, loss, grad_norm, lr {group: rate}, tokens_per_s, mfu,
+        step_time_s, data_wait_s, task_loss {task: loss}. metrics.jsonl keeps nesting; in MLflow lr/vision, task_loss/caption.
+
+        Raises MetricsError for a value that is no number or text, and for a step that does not follow the last.
+        """
+        if self._metrics is None or self._display is None:
+            return
+        record = to_plain(record)
+        self._metrics.write(record)
+        self._display.step(record)
+        if self._mlflow is not None:
+            values = _numbers(record)
+            if "loss" in values and record.get("stage"):
+                values[f"stage_loss/{record['stage']}"] = values["loss"]
+            self._mlflow.metrics(record["step"], values)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """A measurement on held-out data at "step"; nested as the caller likes. Goes to evaluation.jsonl, MLflow, console."""
+        if self._evaluations is None or self._display is None:
+            return
+        record = to_plain(record)
+        self._evaluations.write(record)
+        values = {k: v for k, v in _numbers(record).items() if k not in ("step", "stage_step")}
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+        self._display.message(f"evaluation at step {record['step']}  {shown}")
+        if self._mlflow is not None:
+            self._mlflow.metrics(record["step"], {f"evaluation/{k}": v for k, v in values.items()})
+
+    def message(self, text: str) -> None:
+        """A line for whoever watches."""
+        if self._display is not None:
+            self._display.message(text)
+
+    def picture(self, name: str, picture: Any) -> Path | None:
+        """Keep a picture as <run_dir>/pictures/<name>.png (a path: with its own ending) and log it.
+
+        Args:
+            name: may hold folders: "align/sample-00".
+            picture: path of a file, a matplotlib figure, or a PIL image.
+
+        Returns the kept file; None on ranks that do not write.
+        """
+        if not self.writes:
+            return None
+        target = self.run_dir / "pictures" / name
+        if target.resolve().relative_to((self.run_dir / "pictures").resolve()) == Path():
+            raise ValueError(f"a picture needs a name, not {name!r}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(picture, (str, Path)):
+            source = Path(picture)
+            target = target.with_name(target.name + source.suffix) if source.suffix and target.suffix != source.suffix else target
+            if source.resolve() != target.resolve():
+                shutil.copyfile(source, target)
+        else:
+            target = target if target.suffix == ".png" else target.with_name(target.name + ".png")
+            save = getattr(picture, "savefig", None) or picture.save
+            save(target)
+        self.artifact(target, target.parent.relative_to(self.run_dir).as_posix())
+        return target
+
+    def artifact(self, path: str | Path, folder: str = "") -> None:
+        """Log a file or folder to MLflow under `folder`. It is read later and must stay until the run ends."""
+        if self._mlflow is not None:
+            self._mlflow.artifact(path, folder)
+
+    def how_to_open(self) -> str | None:
+        """The command that shows the run in MLflow; None without MLflow, and on ranks that do not write."""
+        return self._mlflow.how_to_open() if self._mlflow is not None else None
+
+    def finish(self, status: str = "FINISHED") -> None:
+        """Draw the curves, close everything; under 5 s whatever MLflow does. A second call does nothing.
+
+        Args:
+            status: FINISHED, FAILED or KILLED.
+        """
+        if self._finished or not self.writes:
+            return
+        self._finished = True
+        if self._display is not None:
+            self._display.close()
+        for writer in (self._metrics, self._evaluations):
+            if writer is not None:
+                writer.close()
+        if self._metrics is not None and self._metrics.path.stat().st_size:
+            self._draw_curves()
+        if self._mlflow is not None:
+            self._log_recipe_file()
+            self._mlflow.finish(status)
+            self.message(f"metrics and pictures of this run: {self.how_to_open()}")
+
+    def _draw_curves(self) -> None:
+        try:
+            self.artifact(plot_curves(self.run_dir))
+        except Exception as error:  # a picture must not turn a trained model into a failed run
+            _log.warning("curves.png could not be drawn (%s: %s)", type(error).__name__, error)
+
+    def _log_recipe_file(self) -> None:
+        """Log the resolved recipe once it is there: whoever starts the run writes it."""
+        path = self.run_dir / "recipe.yaml"
+        if self._mlflow is not None and "recipe.yaml" not in self._logged_files and path.exists():
+            self._logged_files.add("recipe.yaml")
+            self._mlflow.artifact(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, SystemExit):
+            self.finish("FINISHED" if not error.code else "FAILED")
+        else:
+            self.finish("FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record under flat names; texts and nulls are for metrics.jsonl only."""
+    return {k: float(v) for k, v in flatten(record).items() if isinstance(v, (int, float)) and k != "step"}
+
+
+def _mutable_tags(report: Mapping[str, Any]) -> dict[str, object]:
+    """What may differ from one start of a run to the next: tags, since MLflow params are written once."""
+    gpus = report["gpus"]
+    return {
+        "world_size": report["world_size"],
+        "resume_step": report["resume_step"],
+        "git_commit": report["code"]["git_commit"],
+        "device": gpus[0]["name"] if gpus else report["cpu"]["model"],
+        "torch": report["packages"]["torch"],
+        "megatron-core": report["packages"]["megatron-core"],
+    }
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace `path` in one go. An earlier report of the same run moves aside under the step it began at."""
+    if path.exists():
+        earlier = json.loads(path.read_text(encoding="utf-8")).get("resume_step", 0)
+        os.replace(path, path.with_name(f"environment-{earlier}.json"))
+    replacement = path.with_suffix(".new")
+    replacement.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(replacement, path)
