@@ -1,0 +1,1 @@
+"""The `megavlm` command: one thin file a sub-command, and nothing imported before it is needed."""

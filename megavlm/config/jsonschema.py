@@ -1,6 +1,7 @@
 """The recipe's JSON schema, for completion and checks in an editor: `python -m megavlm.config.jsonschema > recipe.schema.json`.
 
-Descriptions are the docstrings under the fields. A file that starts with `# yaml-language-server: $schema=PATH` is then checked while typing.
+Descriptions are the docstrings under the fields. A recipe whose first line is
+`# yaml-language-server: $schema=PATH` is then checked while it is typed.
 """
 
 from __future__ import annotations

@@ -65,18 +65,21 @@ def load_blocks(path: str | FilePath) -> dict[str, Any]:
     return blocks
 
 
+def recipe_yaml(recipe: Recipe) -> str:
+    """Every field of a recipe as YAML, defaults included, so that a later version with other defaults reads the same run."""
+    return yaml.safe_dump(_escape(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True, width=140)
+
+
 def dump_recipe(recipe: Recipe, path: str | FilePath) -> None:
-    """Writes every field of a recipe, defaults included, so that `megavlm train PATH` repeats the run with a later version's defaults too.
+    """Writes `recipe_yaml` to a file that `megavlm train` takes to repeat the run.
 
     The file appears whole or not at all, because other processes may read it while it is replaced.
     """
     path = FilePath(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    body = yaml.safe_dump(_escape(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True, width=140)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(
-        f"# Resolved by megavlm {megavlm.__version__}: `megavlm train {path.name}` repeats this run.\n{body}", encoding="utf-8"
-    )
+    header = f"# Resolved by megavlm {megavlm.__version__}: `megavlm train` with this file repeats the run.\n"
+    scratch.write_text(header + recipe_yaml(recipe), encoding="utf-8")
     os.replace(scratch, path)
 
 

@@ -59,7 +59,7 @@ def _set(values: dict[str, Any], root: type[Block], parts: list[str], value: Any
         path = (*path, key)
         if depth + 1 < len(parts):
             node = _descend(node, key, kind, path)
-    old = node[key] if isinstance(node, list) else node.get(key)
+    old = _get(node, key)
     node[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return path
 
@@ -75,6 +75,10 @@ def _locate(root: type[Block], kind: Any, node: Any, part: str, path: Path) -> s
     if isinstance(node, list):
         return _index(node, part, path)
     return part
+
+
+def _get(node: Any, key: str | int) -> Any:
+    return node[key] if isinstance(node, list) else node.get(key)
 
 
 def _unknown(root: type[Block], kind: type[Block], path: Path, part: str) -> str:
@@ -99,7 +103,7 @@ def _descend(node: Any, key: str | int, kind: Any, path: Path) -> Any:
     """The container at `key`, made when the recipe does not mention that block."""
     if not is_block(kind) and item_type(kind) is None:
         raise _Refused(f"{dotted(path)} is a single value, nothing lies below it")
-    child = node[key] if isinstance(node, list) else node.get(key)
+    child = _get(node, key)
     if child is None and get_origin(kind) is list:
         raise _Refused(f"{dotted(path)} is empty in the recipe: there is no element to name")
     if child is None:

@@ -1,0 +1,1 @@
+"""`megavlm convert`: between Hugging Face folders and megavlm's checkpoints."""

@@ -1,0 +1,54 @@
+"""`megavlm doctor`: what of this machine megavlm can use, and what each missing part costs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from megavlm.cli._parts import Finding
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False) -> None:
+    """Tell which optional parts are here, their versions, and what is lost without the others."""
+    import json
+    import os
+    import sys
+
+    from rich.console import Console
+
+    from megavlm.cli import _parts
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    findings = []
+    with Console(file=sys.stderr).status("importing ...") as status:
+        for part in _parts.PARTS:
+            status.update(f"importing {part.name} ...")
+            findings.append(_parts.examine(part))
+            if part.name == "torch":
+                findings.append(_parts.examine_cuda())
+    if as_json:
+        typer.echo(json.dumps(_parts.as_json(findings), indent=2))
+    else:
+        _print(findings, _parts.machine())
+
+
+def _print(findings: list[Finding], machine: dict[str, str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    memory = "" if machine["memory_gib"] == "unknown" else f", {machine['memory_gib']} GiB of memory"
+    console.print(f"Python {machine['python']} on {machine['system']}: {machine['cores']} cores{memory}", highlight=False)
+    table = Table("part", "", "version", "remarks", title_justify="left")
+    for finding in findings:
+        colour = {"ok": "green", "missing": "red" if finding.required else "yellow", "broken": "red"}[finding.status]
+        remarks = [finding.detail] if finding.detail else []
+        if finding.status != "ok":
+            remarks.append(("needed: " if finding.required else "") + finding.without)
+        table.add_row(finding.name, f"[{colour}]{finding.status}[/]", finding.version, "; ".join(remarks))
+    console.print(table)
+    lacking = [f.name for f in findings if f.required and f.status != "ok"]
+    if lacking:
+        console.print(f"[red]Needed and not usable: {', '.join(lacking)}.[/] Install megavlm again with `make install`.")

@@ -1,0 +1,1 @@
+"""`megavlm evaluate`: measure a trained model on held-out data."""

@@ -1,0 +1,1 @@
+"""`megavlm generate`: ask a trained model about pictures."""

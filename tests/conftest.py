@@ -1,0 +1,18 @@
+"""Settings for every test: one thread a process, no tracking server of the user's, no network."""
+
+import os
+
+for _name, _value in {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MPLBACKEND": "Agg",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+# A rank or a tracking server of the shell that runs the tests is not theirs.
+for _name in list(os.environ):
+    if _name in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"}:
+        del os.environ[_name]
