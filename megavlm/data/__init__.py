@@ -1,0 +1,1 @@
+"""The data's route: shards, index, mixture, packing, plan, materialise, loader (docs/data.md)."""
