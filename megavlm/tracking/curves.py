@@ -11,7 +11,7 @@ from megavlm.tracking.metrics import EVALUATION_FILE, METRICS_FILE, MetricsError
 MAX_POINTS = 5000
 """More than the picture has columns; a longer run is drawn from every k-th step."""
 SMOOTHING_STEPS = 50
-"""Horizon of the running mean, in drawn points; short stages take a tenth of their length."""
+"""Horizon of the running mean, in drawn points; short stages take a twentieth of their length."""
 
 Series = dict[str, tuple[list[int], list[float]]]
 
@@ -106,7 +106,7 @@ def _log_scale_if_wide(axis: Any, values: Sequence[float]) -> None:
 
 def smooth(values: Sequence[float]) -> list[float]:
     """Running mean that starts unbiased (Adam's correction) and steps over NaN and infinity."""
-    horizon = max(1.0, min(SMOOTHING_STEPS, len(values) / 10))
+    horizon = max(1.0, min(SMOOTHING_STEPS, len(values) / 20))
     keep, total, weight = 1.0 - 1.0 / horizon, 0.0, 0.0
     means: list[float] = []
     for value in values:

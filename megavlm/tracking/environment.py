@@ -122,7 +122,8 @@ def _cuda() -> dict[str, Any]:
         for i in range(torch.cuda.device_count()):
             found = torch.cuda.get_device_properties(i)
             gpus.append({"name": found.name, "memory_bytes": found.total_memory, "capability": f"{found.major}.{found.minor}"})
-    return {"cuda": {"version": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}, "gpus": gpus}
+    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return {"cuda": {"version": torch.version.cuda, "cudnn": cudnn}, "gpus": gpus}
 
 
 def _git_state(folder: Path) -> dict[str, Any]:

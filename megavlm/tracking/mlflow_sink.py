@@ -59,7 +59,9 @@ class MlflowSink:
         run_dir: holds the run's id (mlflow_run_id, which makes a restart continue the same MLflow run) and the spool.
         run_id: MLflow run to continue; None: the saved one, else MLFLOW_RUN_ID, else a new run.
         recipe: dumped recipe; its fields become the params of a new run.
-        resume_step: metrics of later steps that still wait in the spool are dropped: the resumed run makes them again.
+        resume_step: training goes on after this step. Metrics of later steps that still wait in the spool are dropped: they
+            will be made again. 0: training begins anew, in a new MLflow run, since MLflow cannot take points back.
+            None: nothing is trained, more is added to what is there.
 
     Raises TrackingError for a URI that cannot work. A server that cannot be reached is no error.
     """
@@ -79,7 +81,8 @@ class MlflowSink:
         self._run_dir.mkdir(parents=True, exist_ok=True)
         self.uri = tracking_uri(config.mlflow_uri, self._run_dir)
         prepare_client_environment()
-        run_id = run_id or saved_run_id(self._run_dir) or os.environ.get("MLFLOW_RUN_ID")
+        saved = saved_run_id(self._run_dir)
+        run_id = run_id or (None if resume_step == 0 else saved) or os.environ.get("MLFLOW_RUN_ID")
         params = param_values(recipe or {})
         self._store = MlflowStore(self.uri, config.experiment, run_name, self._run_dir, run_id, params, _log.warning)
         self._spool = Spool(self._run_dir / SPOOL_FILE)
@@ -94,6 +97,8 @@ class MlflowSink:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="megavlm-mlflow", daemon=True)
         self._thread.start()
+        if saved and run_id is None:
+            self.tags({"earlier_run": saved})
         # A program that ends without finish() (an exception, sys.exit) must not lose what is queued.
         atexit.register(self.finish, "FAILED")
 
@@ -206,7 +211,7 @@ class MlflowSink:
             return False
         if item["kind"] == "status":
             return not self._finished
-        return item["kind"] == "metrics" and item["step"] > self._resume_step
+        return item["kind"] == "metrics" and int(item["step"]) > self._resume_step
 
     def _take(self) -> bool:
         """Move records from the queue in flight; under the lock, so that finish() finds each in one place or the other."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -41,8 +42,6 @@ class Tracker:
     """
 
     def __init__(self, recipe: Recipe, rank: int = 0, world_size: int = 1, interactive: bool | None = None) -> None:
-        import sys
-
         self._recipe = recipe
         self.run_dir = Path(recipe.run.dir)
         self.writes = rank == 0
@@ -222,7 +221,10 @@ def _mutable_tags(report: Mapping[str, Any]) -> dict[str, object]:
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace `path` in one go. An earlier report of the same run moves aside under the step it began at."""
     if path.exists():
-        earlier = json.loads(path.read_text(encoding="utf-8")).get("resume_step", 0)
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8")).get("resume_step", 0)
+        except ValueError:  # edited by hand
+            earlier = "unknown"
         os.replace(path, path.with_name(f"environment-{earlier}.json"))
     replacement = path.with_suffix(".new")
     replacement.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
