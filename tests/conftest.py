@@ -14,5 +14,14 @@ for _name, _value in {
 
 # A rank or a tracking server of the shell that runs the tests is not theirs.
 for _name in list(os.environ):
-    if _name in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"}:
+    if _name in {
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "MLFLOW_TRACKING_URI",
+        "MLFLOW_RUN_ID",
+    }:
         del os.environ[_name]

@@ -64,7 +64,7 @@ PARTS = [
     Part("psutil", "psutil", ("psutil",), True, "megatron-core hangs while saving a checkpoint"),
     Part("mlflow", "mlflow", ("mlflow",), True, "no MLflow run; metrics.jsonl is still written"),
     Part(
-        "Transformer Engine", "transformer_engine.pytorch", ("transformer-engine",), False, "no FP8, no fused layers; attention is torch's"
+        "Transformer Engine", "transformer_engine.pytorch", ("transformer-engine",), False, "no FP8 and no fused layers: torch's are used"
     ),
     Part("Apex", "apex", ("apex",), False, "no fused gradient accumulation and optimizer kernels; torch's AdamW is used"),
     Part("flash-attn", "flash_attn", ("flash-attn",), False, "packed attention on a GPU without Transformer Engine is slower"),

@@ -59,8 +59,9 @@ def _set(values: dict[str, Any], root: type[Block], parts: list[str], value: Any
         path = (*path, key)
         if depth + 1 < len(parts):
             node = _descend(node, key, kind, path)
-    old = _get(node, key)
-    node[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    slot: Any = path[-1]
+    old = _get(node, slot)
+    node[slot] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return path
 
 
@@ -77,7 +78,7 @@ def _locate(root: type[Block], kind: Any, node: Any, part: str, path: Path) -> s
     return part
 
 
-def _get(node: Any, key: str | int) -> Any:
+def _get(node: Any, key: Any) -> Any:
     return node[key] if isinstance(node, list) else node.get(key)
 
 

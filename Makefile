@@ -1,0 +1,55 @@
+# Every target sets up .venv by itself, once: on a machine with Python 3.11 (or newer) and a package index, `make quickstart` is all there is.
+# Another torch (say, a CUDA build that is installed already): make install TORCH_REQUIREMENTS=/dev/null PYTHON=...
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+TORCH_REQUIREMENTS ?= requirements/cpu.txt
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The stamp's name holds a hash of what was asked for: a changed requirement installs again, an unchanged one costs nothing.
+STAMP := $(VENV)/.installed-$(shell cat setup.py $(TORCH_REQUIREMENTS) | sha256sum | cut -c1-16)
+
+export OMP_NUM_THREADS ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-all check format clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## Set up .venv (every other target does this too)
+
+$(STAMP): setup.py $(wildcard requirements/*.txt)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "megavlm needs Python 3.11 or newer; give one with PYTHON=..." >&2; exit 1; }
+	@echo "Setting up $(VENV): torch first, then everything else. Some minutes, once."
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r $(TORCH_REQUIREMENTS)
+	$(BIN)/python -m pip install -e '.[dev]'
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+quickstart: $(STAMP) ## Make data, train a small vision-language model, measure it, export it
+	$(BIN)/megavlm quickstart $(ARGS)
+
+test: $(STAMP) ## Run the tests (no GPU needed)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(STAMP) ## Run the slow tests and, where there is a GPU, those too
+	$(BIN)/python -m pytest -m "" $(ARGS)
+
+check: $(STAMP) ## Lint, format, types, floors, Dockerfile, shell
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck .ci/run
+
+format: $(STAMP) ## Put code into the shape that `make check` wants
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove caches (keeps .venv and runs/)
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
