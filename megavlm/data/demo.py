@@ -1,0 +1,220 @@
+"""The demonstration data: pictures of real scanned digits and conversations about them, in the project's shard format.
+
+folder/pages    one page, one question: caption, reading, counting, grounding; splits train and heldout
+folder/multi    several questions about one page, or several pages in one conversation; train and heldout
+folder/text     text only, in the same language; train and heldout
+folder/patches  crowded pages with labelled boxes, to pretrain the encoder by patch classification; train and heldout
+folder/tokenizer.model, folder/manifest.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from megavlm.data.chat import TEMPLATES
+from megavlm.data.demo_pages import PageMaker
+from megavlm.data.demo_talk import CHANCE, Talk, Talker, TextTalker
+from megavlm.data.shards import ShardWriter
+from megavlm.data.tokenizer import train_sentencepiece
+
+FORMAT_VERSION = 1
+"""Raise with every change of what is written: folders made by an older version are then made anew."""
+SOURCES = ("pages", "multi", "text", "patches")
+SPLITS = ("train", "heldout")
+TOKENIZER = "tokenizer.model"
+MANIFEST = "manifest.json"
+SHARD_SAMPLES = 2000
+TOKENIZER_SAMPLES = 3000
+VOCAB_SIZE = 512
+_MAKING = ".making"
+
+
+class DemoError(ValueError):
+    """The demonstration data cannot be made there, or not of that size."""
+
+
+@dataclass(frozen=True)
+class DemoManifest:
+    """What a demonstration folder holds."""
+
+    settings: dict[str, int]
+    """Arguments of `make_demo` and the format version."""
+    settings_hash: str
+    num_samples: dict[str, dict[str, int]]
+    """[source][split]."""
+    vocab_size: int
+    """Ids of the tokenizer."""
+    chance: dict[str, float]
+    """Task -> probability that a page's answer is also right for another page."""
+
+
+def make_demo(
+    folder: str | Path, *, seed: int = 0, num_train: int = 12_000, num_held_out: int = 600, page_px: int = 48, num_workers: int = 2
+) -> DemoManifest:
+    """Make the demonstration data in `folder`, or leave it as it is when it was made with the same settings.
+
+    Each sample has a random generator of its own: the same settings give the same bytes with any number of workers.
+
+    Args:
+        folder: created when missing. Sources that an earlier call made with other settings are replaced.
+        seed: of everything but the division of the scans into train and held-out ones, which is fixed.
+        num_train: training samples of `pages`; the other sources have about half as many each.
+        num_held_out: held-out samples of `pages`; likewise.
+        page_px: side of a page in pixels, a multiple of 8.
+        num_workers: processes that draw pages.
+
+    Returns:
+        What is in the folder.
+
+    Raises:
+        DemoError: sizes that make no sense; a folder that holds sources of another origin.
+    """
+    settings = {"version": FORMAT_VERSION, "seed": seed, "num_train": num_train, "num_held_out": num_held_out, "page_px": page_px}
+    _check(settings)
+    folder = Path(folder)
+    settings_hash = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    present = read_manifest(folder)
+    if present is not None and present.settings_hash == settings_hash:
+        return present
+    ours = present is not None
+    foreign = [name for name in (*SOURCES, TOKENIZER) if (folder / name).exists() and not ours]
+    if foreign:
+        raise DemoError(f"{folder} holds {', '.join(foreign)} but no {MANIFEST}: not made by this command; choose another folder")
+    making = folder / _MAKING
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    plan = _plan(num_train, num_held_out)
+    num_samples = {source: {split: sum(1 for s, p, _ in plan if (s, p) == (source, split)) for split in SPLITS} for source in SOURCES}
+    texts = _write_sources(making, plan, seed, page_px, num_workers)
+    tokenizer = train_sentencepiece(texts, making / TOKENIZER, VOCAB_SIZE, TEMPLATES["megavlm"].special_tokens)
+    manifest = DemoManifest(settings, settings_hash, num_samples, tokenizer.vocab_size, CHANCE)
+    _publish(making, folder, manifest)
+    return manifest
+
+
+def read_manifest(folder: str | Path) -> DemoManifest | None:
+    """Manifest of a demonstration folder; None where there is none.
+
+    Raises:
+        DemoError: a manifest.json that `make_demo` did not write.
+    """
+    file = Path(folder) / MANIFEST
+    if not file.is_file():
+        return None
+    try:
+        return DemoManifest(**json.loads(file.read_text()))
+    except (TypeError, ValueError) as error:
+        raise DemoError(f"{file} is not a manifest of the demonstration data ({error}): choose another folder or delete it") from error
+
+
+def _check(settings: dict[str, int]) -> None:
+    for name in ("num_train", "num_held_out"):
+        if settings[name] < 8:
+            raise DemoError(f"{name}={settings[name]}: at least 8, so that every task has samples")
+    if settings["seed"] < 0:
+        raise DemoError(f"seed={settings['seed']} is negative")
+    page_px = settings["page_px"]
+    if page_px % 8 or page_px < 40:
+        raise DemoError(f"page_px={page_px}: a multiple of 8, at least 40 (three digits must fit beside each other)")
+
+
+# --------------------------------------------------------------------------------------------------------- one sample
+
+
+def _plan(num_train: int, num_held_out: int) -> list[tuple[str, str, int]]:
+    """(source, split, number) of every sample."""
+    return [
+        (source, split, i)
+        for source in SOURCES
+        for split, base in zip(SPLITS, (num_train, num_held_out), strict=True)
+        for i in range(base if source == "pages" else base // 2)
+    ]
+
+
+@cache
+def _maker(split: str, page_px: int) -> PageMaker:
+    return PageMaker(split, page_px)
+
+
+def _talk(source: str, split: str, number: int, seed: int, page_px: int) -> Talk:
+    """The sample of that name, from a generator that nothing else draws from."""
+    rng = np.random.default_rng((seed, SOURCES.index(source), SPLITS.index(split), number))
+    talker = Talker(_maker(split, page_px), rng)
+    if source == "pages":
+        return (talker.caption, talker.reading, talker.counting, talker.grounding)[number % 4]()
+    if source == "multi":
+        return (talker.turns, talker.several)[number % 2]()
+    if source == "text":
+        return TextTalker(talker).any()
+    page = talker.crowd()
+    return Talk("patches", [], [page])
+
+
+def _make_sample(name: tuple[str, str, int], seed: int, page_px: int) -> tuple[dict[str, Any], list[bytes]]:
+    """JSON and pictures of one sample."""
+    source, split, number = name
+    talk = _talk(source, split, number, seed, page_px)
+    sample: dict[str, Any] = {"task": talk.task, "split": split, "messages": talk.messages()}
+    if talk.pages:
+        sample["objects"] = [
+            {"image": i, "label": placed.digit, "box_px": list(placed.box_px)}
+            for i, page in enumerate(talk.pages)
+            for placed in page.digits
+        ]
+    if talk.answer is not None:
+        sample["meta"] = {"answer": talk.answer}
+    return sample, [page.png() for page in talk.pages]
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def _write_sources(making: Path, plan: list[tuple[str, str, int]], seed: int, page_px: int, num_workers: int) -> Iterable[str]:
+    """Write every source; return texts of the training split to train the tokenizer on."""
+    texts: dict[str, list[str]] = {source: [] for source in SOURCES}
+    make = partial(_make_sample, seed=seed, page_px=page_px)
+    with tqdm(total=len(plan), desc="demonstration data", unit=" samples") as bar:
+        made = _in_order(make, plan, num_workers)
+        for source in SOURCES:
+            names = [name for name in plan if name[0] == source]
+            with ShardWriter(making / source, SHARD_SAMPLES) as writer:
+                for (_, split, number), (sample, pictures) in zip(names, made, strict=False):
+                    writer.write(f"{split}-{number:06d}", sample, pictures, ["png"] * len(pictures))
+                    if split == "train" and len(texts[source]) < TOKENIZER_SAMPLES:
+                        texts[source].append("\n".join(m["content"] for m in sample["messages"]))
+                    bar.update()
+    return chain.from_iterable(texts.values())
+
+
+def _in_order(make: Any, plan: list[tuple[str, str, int]], num_workers: int) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
+    """Samples in the plan's order, made by several processes when there is enough to share out."""
+    if num_workers < 2 or len(plan) < 2000:
+        yield from map(make, plan)
+        return
+    # spawn: a fork of a process in which threads run (torch, MLflow) may deadlock.
+    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(make, plan, chunksize=100)
+
+
+def _publish(making: Path, folder: Path, manifest: DemoManifest) -> None:
+    """Move the finished sources into place; the manifest comes last, so that a folder with one is complete."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for name in SOURCES:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (making / name).rename(folder / name)
+    (making / TOKENIZER).replace(folder / TOKENIZER)
+    making.rmdir()
+    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
