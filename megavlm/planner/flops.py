@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from megavlm.config.schema import ModelConfig, ModuleTraining, StageConfig
+from megavlm.planner.parameters import first_trainable_layer, head_trains
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,9 @@ def pack_flops(
 
     `stage` says what trains and which part of the model runs; None: the whole model, everything training. For the objective
     vision_classification the lengths play no part. Where many packs are asked for, keep a `FlopsModel`.
+
+    Raises:
+        TrainingError: the stage's `last_layers` exceeds the layers that there are.
     """
     return FlopsModel(model, stage).pack(segment_lengths, num_tiles, num_targets)
 
@@ -174,13 +178,6 @@ def _products(model: ModelConfig, stage: StageConfig | None) -> Iterable[_Produc
     yield from _language(model, stage.language if stage else _EVERYTHING, pictures_train)
 
 
-def _first_trainable(training: ModuleTraining, num_layers: int) -> int:
-    """Lowest layer that trains; num_layers when none does. The top `last_layers` of the layers that run train."""
-    if training.train == "frozen":
-        return num_layers
-    return 0 if training.train == "full" else max(num_layers - (training.last_layers or 0), 0)
-
-
 def _encoder(model: ModelConfig, training: ModuleTraining) -> Iterable[_Product]:
     """Patch embedding (its input, pixels, needs no gradient) and the layers that run. Every trainable layer begins with a
     trainable norm, so that even the lowest needs the gradient of its first product's input."""
@@ -190,7 +187,7 @@ def _encoder(model: ModelConfig, training: ModuleTraining) -> Iterable[_Product]
     patch = config.num_channels * config.patch_size_px**2
     yield _Product("vision.embedding", 2 * config.num_patches * patch * width, "tile", training.train == "full")
     linear = 2 * tokens * width * (4 * width + 2 * config.ffn_hidden_size)
-    first = _first_trainable(training, config.num_used_layers)
+    first = first_trainable_layer(training, config.num_used_layers, "vision")
     for layer in range(config.num_used_layers):
         trains = layer >= first
         yield _Product("vision.linear", linear, "tile", trains, trains)
@@ -218,13 +215,16 @@ def _language(model: ModelConfig, training: ModuleTraining, pictures_train: bool
     linear = (
         2 * config.hidden_size * (query + 2 * key_value) + 2 * query * config.hidden_size + 6 * config.hidden_size * config.ffn_hidden_size
     )
-    first = _first_trainable(training, config.num_layers)
+    first = first_trainable_layer(training, config.num_layers, "language")
     for layer in range(config.num_layers):
         trains = layer >= first
         yield _Product("language.linear", linear, "token", trains, trains, pictures_train)
         yield _Product("language.attention", 2 * query, "token_squared", False, trains, pictures_train, attention=True)
-    # A tied head is the embedding: it trains with the whole model or not at all (see num_trainable in planner.parameters).
-    head_trains = training.train == "full" or (training.train == "last_layers" and not config.tie_embeddings)
     yield _Product(
-        "language.head", 2 * config.hidden_size * config.vocab_size, "target", head_trains, training.train != "frozen", pictures_train
+        "language.head",
+        2 * config.hidden_size * config.vocab_size,
+        "target",
+        head_trains(model, training),
+        training.train != "frozen",
+        pictures_train,
     )

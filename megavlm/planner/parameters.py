@@ -1,0 +1,158 @@
+"""Parameters of a model, exactly: how many, on which rank, and what of them trains.
+
+Counts are of the weights as Hugging Face stores them (vocabulary unpadded). Weights that no gradient reaches (encoder layers above
+`vision.feature_layer`, the final norm when features skip it, SigLIP's pooling head) are counted as `carried`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megavlm.config.schema import ModelConfig, ModuleTraining, StageConfig, VisionConfig
+
+MODULES = ("vision", "projector", "language", "vision_head")
+
+
+class TrainingError(ValueError):
+    """A stage trains layers that the model does not have."""
+
+
+@dataclass(frozen=True)
+class ParameterBlock:
+    """Weights that live and train together."""
+
+    module: str
+    """vision, projector, language, or vision_head (the temporary head of vision_classification)."""
+    part: str
+    """embedding, layer, norm, head, mlp or carried."""
+    layer: int | None
+    """Place in the module's layers that run, counted from 0; None: not a layer."""
+    total: int
+    """Over all tensor ranks."""
+    local: int
+    """On one tensor rank."""
+    trains: bool
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of one module."""
+
+    total: int
+    trainable: int
+    carried: int
+    """Part of `total` that the forward pass never reads."""
+
+
+def params(model: ModelConfig, stage: StageConfig | None = None) -> dict[str, ParameterCount]:
+    """Counts by module. `stage` says which modules there are and what trains; None: the whole model, everything that can train."""
+    blocks = list(parameter_blocks(model, stage))
+    return {
+        module: ParameterCount(
+            total=sum(b.total for b in mine),
+            trainable=sum(b.total for b in mine if b.trains),
+            carried=sum(b.total for b in mine if b.part == "carried"),
+        )
+        for module in MODULES
+        if (mine := [b for b in blocks if b.module == module])
+    }
+
+
+def parameter_blocks(model: ModelConfig, stage: StageConfig | None = None, tensor: int = 1) -> Iterator[ParameterBlock]:
+    """Every block of the model that `stage` builds (None: the whole model, everything training), in the order of the forward pass.
+
+    Raises:
+        TrainingError: `last_layers` of a module exceeds its layers.
+    """
+    everything = ModuleTraining()
+    objective = stage.objective if stage else "multimodal"
+    if objective != "text":
+        yield from _vision(model.vision, stage.vision if stage else everything, tensor)
+    if objective == "multimodal":
+        yield _projector(model, (stage.projector if stage else everything).train != "frozen", tensor)
+    if objective == "vision_classification":
+        size = model.vision.hidden_size * ((stage.num_classes if stage else None) or 0)
+        yield ParameterBlock("vision_head", "head", None, size, size, True)
+    else:
+        yield from _language(model, stage.language if stage else everything, tensor)
+
+
+def first_trainable_layer(training: ModuleTraining, num_layers: int, module: str) -> int:
+    """Lowest of `num_layers` layers that trains; num_layers when none does.
+
+    Raises:
+        TrainingError: `last_layers` exceeds the layers.
+    """
+    if training.train == "frozen":
+        return num_layers
+    if training.train == "full":
+        return 0
+    last_layers = training.last_layers or 0
+    if last_layers > num_layers:
+        raise TrainingError(
+            f"{module}.last_layers={last_layers}, but the {module} runs {num_layers} layers: use train=full or fewer layers"
+        )
+    return num_layers - last_layers
+
+
+def head_trains(model: ModelConfig, training: ModuleTraining) -> bool:
+    """Does the output head get a gradient? A tied head is the embedding: it trains with the whole model or not at all."""
+    return training.train == "full" or (training.train == "last_layers" and not model.language.tie_embeddings)
+
+
+def _vision(config: VisionConfig, training: ModuleTraining, tensor: int) -> Iterator[ParameterBlock]:
+    """Patch, class and position embeddings; layers; final norm; whatever is carried. Matrices inside layers are split over tensor ranks."""
+    width, ffn = config.hidden_size, config.ffn_hidden_size
+    patch = (config.num_channels * config.patch_size_px**2 + int(config.patch_bias)) * width
+    tokens = config.num_patches + int(config.class_token)
+    embedding = patch + (tokens + int(config.class_token)) * width + (2 * width if config.pre_norm else 0)
+    yield ParameterBlock("vision", "embedding", None, embedding, embedding, training.train == "full")
+    split = 4 * width * width + 3 * width + 2 * width * ffn + ffn
+    whole = 4 * width + 2 * width
+    first = first_trainable_layer(training, config.num_used_layers, "vision")
+    for layer in range(config.num_used_layers):
+        yield ParameterBlock("vision", "layer", layer, split + whole, split // tensor + whole, layer >= first)
+    norm_part, norm_trains = ("norm", training.train != "frozen") if config.final_norm else ("carried", False)
+    yield ParameterBlock("vision", norm_part, None, 2 * width, 2 * width, norm_trains)
+    unused = (config.num_layers - config.num_used_layers) * (split + whole)
+    if config.pooling_head:
+        # Probe, attention (in and out projections with bias), LayerNorm, MLP: transformers' SiglipMultiheadAttentionPoolingHead.
+        unused += width + 4 * (width * width + width) + 2 * width + 2 * width * ffn + ffn + width
+    if unused:
+        yield ParameterBlock("vision", "carried", None, unused, unused, False)
+
+
+def _projector(model: ModelConfig, trains: bool, tensor: int) -> ParameterBlock:
+    config, width_out = model.projector, model.language.hidden_size
+    width_in = model.vision.hidden_size * config.pixel_shuffle**2
+    whole = 2 * width_in if config.input_norm else 0
+    if config.num_layers == 1:
+        split = (width_in + int(config.bias)) * width_out
+    else:
+        hidden = config.hidden_size or width_out
+        split = (width_in + int(config.bias)) * hidden + hidden * width_out
+        whole += width_out if config.bias else 0
+    return ParameterBlock("projector", "mlp", None, split + whole, split // tensor + whole, trains)
+
+
+def _language(model: ModelConfig, training: ModuleTraining, tensor: int) -> Iterator[ParameterBlock]:
+    """Embedding, layers, final norm, head (absent when tied). Key/value heads fewer than tensor ranks are held by several of them."""
+    config = model.language
+    width, head = config.hidden_size, config.head_width
+    vocabulary = config.vocab_size * width
+    yield ParameterBlock("language", "embedding", None, vocabulary, vocabulary // tensor, training.train == "full")
+    bias = int(config.qkv_bias)
+
+    def split(query_heads: int, kv_heads: int, ffn: int) -> int:
+        return (width + bias) * (query_heads + 2 * kv_heads) * head + query_heads * head * width + 3 * width * ffn
+
+    whole = 2 * width + (2 * head if config.qk_norm else 0)
+    total = split(config.num_attention_heads, config.kv_heads, config.ffn_hidden_size) + whole
+    local = split(config.num_attention_heads // tensor, max(config.kv_heads // tensor, 1), config.ffn_hidden_size // tensor) + whole
+    first = first_trainable_layer(training, config.num_layers, "language")
+    for layer in range(config.num_layers):
+        yield ParameterBlock("language", "layer", layer, total, local, layer >= first)
+    yield ParameterBlock("language", "norm", None, width, width, training.train != "frozen")
+    if not config.tie_embeddings:
+        yield ParameterBlock("language", "head", None, vocabulary, vocabulary // tensor, head_trains(model, training))
