@@ -13,8 +13,10 @@ from megavlm_kernels.linear_cross_entropy import linear_cross_entropy
 from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megavlm.data.types import PackedBatch
 from megavlm.models.families import carried_shapes
+from megavlm.models.language import weight_of
 from megavlm.models.specs import DTYPES
 from megavlm.models.vision import VisionEncoder
+from megavlm.models.vlm import TargetLoss
 from megavlm.parallel.context import ParallelContext
 
 
@@ -37,11 +39,12 @@ class VisionClassifier(MegatronModule):
     def set_input_tensor(self, tensor: torch.Tensor | list[torch.Tensor]) -> None:
         """The encoder has no earlier pipeline stage."""
 
-    def forward(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(weighted sum of losses, loss of each labelled patch); rows are the patches of all tiles in order."""
+    def forward(self, batch: PackedBatch) -> TargetLoss:
+        """Loss of each labelled patch; rows are the patches of all tiles in order."""
         assert batch.tiles_TCHW is not None, "classification needs the tiles of its batch"
         features_TPD = self.vision(batch.tiles_TCHW)
         if self.vision.vision.class_token and self.vision.vision.keep_class_token:
             features_TPD = features_TPD[:, 1:]
         hidden_QD = features_TPD.flatten(0, 1)[batch.target_positions_Q]
-        return linear_cross_entropy(hidden_QD, self.vision_head.weight, batch.target_ids_Q, batch.target_weights_Q)
+        weight = weight_of(self.vision_head)
+        return TargetLoss(*linear_cross_entropy(hidden_QD, weight, batch.target_ids_Q, batch.target_weights_Q), slice(None))

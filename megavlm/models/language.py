@@ -68,7 +68,9 @@ class LanguageModel(GPTModel):
 
     def head_weight(self) -> torch.Tensor:
         """This rank's rows of the output head (V, D)."""
-        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        if self.share_embeddings_and_output_weights and self.pre_process:
+            return self.shared_embedding_or_output_weight()  # the embedding has run in this very forward pass
+        return weight_of(self.output_layer)
 
     def target_loss(
         self, x_LBD: torch.Tensor, rows_Q: torch.Tensor, target_Q: torch.Tensor, loss_weight_Q: torch.Tensor
@@ -98,6 +100,19 @@ class LanguageModel(GPTModel):
         if self.ctx.grid.tensor > 1:
             local = gather_from_tensor_model_parallel_region(local)
         return local[:, : self.language.vocab_size].float()
+
+
+def weight_of(module: torch.nn.Module) -> torch.Tensor:
+    """A module's weight, for use outside the module's own forward.
+
+    Overlapped parameter gathering waits for a parameter in a hook before its owner's forward; a weight read past that
+    hook is last step's, silently. So the hooks run here.
+    """
+    for hook in module._forward_pre_hooks.values():
+        hook(module, ())
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
 
 
 def padded_vocab_size(vocab_size: int, tensor: int, multiple: int = 8) -> int:

@@ -8,6 +8,8 @@ Shape legend: S packed sequence, L this rank's rows, N visual tokens, D width, Q
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
@@ -20,6 +22,17 @@ from megavlm.models.packing import Packing, pack
 from megavlm.models.projector import Projector
 from megavlm.models.vision import VisionEncoder
 from megavlm.parallel.context import ParallelContext
+
+
+class TargetLoss(NamedTuple):
+    """What the last stage returns."""
+
+    total: torch.Tensor
+    """Sum of loss x weight over this rank's targets; carries the gradient."""
+    loss_Q: torch.Tensor
+    """Loss of each of this rank's targets, without gradient."""
+    mine: torch.Tensor | slice
+    """Which of the batch's targets these are: all of them, unless context parallelism splits the sequence."""
 
 
 class VisionLanguageModel(MegatronModule):
@@ -41,6 +54,8 @@ class VisionLanguageModel(MegatronModule):
         self.share_embeddings_and_output_weights = model.language.tie_embeddings
         self.model_type = ModelType.encoder_or_decoder
         self.model, self.ctx = model, ctx
+        # Without overlap an image-less microbatch simply has no encoder gradient; with it the encoder must be touched.
+        self.touch_encoder = parallel.overlap_grad_reduce
         has_encoder = self.pre_process and not text_only
         self.vision = VisionEncoder(model.vision, precision, parallel, ctx.device, carried_shapes(model)) if has_encoder else None
         self.projector = Projector(model, precision, parallel, ctx.device) if has_encoder else None
@@ -54,14 +69,15 @@ class VisionLanguageModel(MegatronModule):
         """The weight that embedding and head share; megatron-core sums its gradients over first and last stage."""
         return self.language.shared_embedding_or_output_weight()
 
-    def forward(self, batch: PackedBatch) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """(weighted sum of target losses, loss of each target) on the last stage; hidden states (L, 1, D) before it."""
+    def forward(self, batch: PackedBatch) -> torch.Tensor | TargetLoss:
+        """Losses on the last stage; hidden states (L, 1, D) before it."""
         packing = self.packing(batch)
         hidden = self.transform(batch, packing)
         if not self.post_process:
             return hidden
         rows, mine = local_targets(batch.target_positions_Q, packing)
-        return self.language.target_loss(hidden, rows, batch.target_ids_Q[mine], batch.target_weights_Q[mine])
+        total, loss = self.language.target_loss(hidden, rows, batch.target_ids_Q[mine], batch.target_weights_Q[mine])
+        return TargetLoss(total, loss, mine)
 
     def transform(self, batch: PackedBatch, packing: Packing) -> torch.Tensor:
         """Hidden states (L, 1, D) after this chunk's layers."""
@@ -74,7 +90,7 @@ class VisionLanguageModel(MegatronModule):
         """Token embeddings (S, 1, D) with visual features in the place of their placeholders."""
         x = self.language.embed(batch.tokens_S)
         if batch.num_tiles == 0:
-            return x
+            return x + self._untouched_encoder() if self.touch_encoder and self.vision is not None else x
         if self.vision is None or self.projector is None:
             raise ValueError(f"this batch has {batch.num_tiles} image tiles, but the stage's objective is text: use samples without images")
         assert batch.tiles_TCHW is not None, "the first pipeline stage needs the tiles of its batch"
@@ -85,6 +101,17 @@ class VisionLanguageModel(MegatronModule):
                 f"({batch.num_tiles} tiles x {self.model.visual_tokens_per_tile}): the data were prepared for another model.vision or model.projector"
             )
         return x.index_put((batch.image_positions_N,), features_ND.unsqueeze(1).to(x.dtype))
+
+    def _untouched_encoder(self) -> torch.Tensor:
+        """A zero that depends on every weight of encoder and projector, by way of one grey tile.
+
+        Overlapped gradient reduction counts gradients as they arrive: a microbatch without an image would leave the
+        encoder's buckets waiting, and the job hanging, on this rank only.
+        """
+        assert self.vision is not None and self.projector is not None
+        side = self.model.vision.image_size_px
+        tile = torch.full((1, self.model.vision.num_channels, side, side), 127, dtype=torch.uint8, device=self.ctx.device)
+        return 0.0 * self.projector(self.vision(tile)).sum()
 
     def packing(self, batch: PackedBatch) -> Packing:
         """Segments and rotations of this batch for the LLM's attention."""

@@ -1,0 +1,1 @@
+"""Training: builders, optimizer groups, schedule, step, loop, signals, stages. Start reading at loop.py."""

@@ -1,0 +1,73 @@
+"""Build what one stage trains: model chunks with their weights, data-parallel wrapping, optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from megavlm.config.schema import ParallelConfig, Recipe, StageConfig
+from megavlm.models.classifier import VisionClassifier
+from megavlm.models.freezing import apply_freezing
+from megavlm.models.vlm import VisionLanguageModel
+from megavlm.parallel.context import ParallelContext
+from megavlm.training.optimizer import build_optimizer
+
+
+@dataclass
+class StageModel:
+    """A stage's model in training form."""
+
+    chunks: list[DistributedDataParallel]
+    """One per virtual pipeline chunk of this rank."""
+    optimizer: MegatronOptimizer
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """The bare chunks."""
+        return [chunk.module for chunk in self.chunks]
+
+
+def stage_layout(parallel: ParallelConfig, stage: StageConfig) -> ParallelConfig:
+    """The grid a stage runs in.
+
+    Encoder pretraining has no language model to cut into pipeline stages or sequences to split: those ranks become
+    data-parallel ones for the stage. The global batch is the same, and so is the loss.
+    """
+    if stage.objective != "vision_classification":
+        return parallel
+    return parallel.model_copy(update={"pipeline": 1, "virtual_pipeline": 1, "context": 1, "sequence": False})
+
+
+def build_chunks(recipe: Recipe, stage: StageConfig, parallel: ParallelConfig, ctx: ParallelContext) -> list[torch.nn.Module]:
+    """The stage's bare model on this rank, weights unset."""
+    if stage.objective == "vision_classification":
+        assert stage.num_classes is not None
+        return [VisionClassifier(recipe.model, recipe.precision, parallel, ctx, stage.num_classes)]
+    text_only = stage.objective == "text"
+    return [
+        VisionLanguageModel(recipe.model, recipe.precision, parallel, ctx, chunk, text_only=text_only)
+        for chunk in range(parallel.virtual_pipeline)
+    ]
+
+
+def wrap_for_training(
+    modules: list[torch.nn.Module], recipe: Recipe, stage: StageConfig, parallel: ParallelConfig
+) -> StageModel:
+    """Freeze, wrap for data parallelism, build the optimizer. Weights must be in place: the optimizer copies them."""
+    apply_freezing(modules, stage)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=recipe.precision.grad_reduce_in_fp32,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+    )
+    chunks = [DistributedDataParallel(m.config, ddp_config, m, disable_bucketing=i > 0) for i, m in enumerate(modules)]
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+        if parallel.overlap_grad_reduce:
+            no_sync = [c.no_sync for c in chunks]
+            chunk.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return StageModel(chunks, build_optimizer(chunks, stage, recipe.precision, parallel))

@@ -1,0 +1,99 @@
+"""When and what the loop saves, and where a stage's weights come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megavlm.checkpoint import store
+from megavlm.checkpoint.hf import load_hf
+from megavlm.config.schema import ParallelConfig, Recipe, StageConfig
+from megavlm.models.init import initialise
+from megavlm.parallel.context import ParallelContext
+from megavlm.parallel.reductions import from_rank_zero
+from megavlm.training.build import StageModel, build_chunks, wrap_for_training
+from megavlm.training.state import RunState
+
+
+def checkpoint_root(recipe: Recipe) -> Path:
+    """Folder of a run's checkpoints."""
+    return Path(recipe.run.dir) / "checkpoints"
+
+
+def resume_point(recipe: Recipe) -> RunState:
+    """State of the newest checkpoint in run.dir, or the beginning. All ranks get rank 0's answer.
+
+    Raises ValueError when checkpoint.resume is off and run.dir already holds checkpoints: a run is never overwritten.
+    """
+
+    def look() -> RunState | Exception:
+        try:
+            newest = store.newest(recipe.run.dir)
+            if newest is None:
+                return RunState(model=recipe.model.model_dump(mode="json"))
+            if not recipe.checkpoint.resume:
+                raise ValueError(f"{newest.parent} already holds checkpoints and checkpoint.resume is false: choose another run.dir")
+            state = RunState.from_json(store.read_state(newest), recipe)
+            return state
+        except (ValueError, OSError) as error:
+            return error
+
+    answer = from_rank_zero(look() if dist.get_rank() == 0 else None)
+    if isinstance(answer, Exception):
+        raise answer
+    assert isinstance(answer, RunState)
+    return answer
+
+
+def prepare_model(recipe: Recipe, stage: StageConfig, layout: ParallelConfig, state: RunState, ctx: ParallelContext) -> StageModel:
+    """The stage's model with its weights, ready to train.
+
+    In the middle of a stage everything comes from that stage's checkpoint. At its beginning each module comes from the
+    newest checkpoint that holds it; one that no stage has trained yet comes from model.init_from or is drawn from the seed.
+    """
+    modules = build_chunks(recipe, stage, layout, ctx)
+    root = checkpoint_root(recipe)
+    if state.stage_step > 0:
+        model = wrap_for_training(modules, recipe, stage, layout)
+        store.load(root / state.checkpoint, model.modules, model.optimizer, ctx)
+        return model
+    initialise(modules, recipe.model, recipe.run.seed, ctx)
+    if recipe.model.init_from is not None:
+        load_hf(modules, recipe.model.init_from, recipe.model, ctx)
+    by_folder: dict[str, set[str]] = {}
+    for module, folder in state.modules.items():
+        by_folder.setdefault(folder, set()).add(module)
+    held = {name for chunk in modules for name, _ in chunk.named_children()}
+    for folder, names in by_folder.items():
+        wanted = names & held_anywhere(held)
+        if wanted:
+            store.load(root / folder, modules, None, ctx, modules=wanted)
+    return wrap_for_training(modules, recipe, stage, layout)
+
+
+def held_anywhere(names: set[str]) -> set[str]:
+    """Union over ranks: every rank must take part in loading a module that any rank holds."""
+    gathered: list[set[str]] = [set() for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, names)
+    return set().union(*gathered)
+
+
+class Checkpointer:
+    """Writes <run.dir>/checkpoints/<step>-<stage> and clears away what the recipe does not keep."""
+
+    def __init__(self, recipe: Recipe, ctx: ParallelContext) -> None:
+        self.recipe, self.ctx, self.root = recipe, ctx, checkpoint_root(recipe)
+
+    def save(self, model: StageModel, stage: StageConfig, state: RunState) -> Path:
+        """Save model, optimizer and state; the last checkpoint of every stage is kept."""
+        folder = f"{state.step:08d}-{stage.name}"
+        held = held_anywhere({name for chunk in model.modules for name, _ in chunk.named_children()})
+        state.modules.update(dict.fromkeys(sorted(held), folder))
+        state.checkpoint = folder
+        path = self.root / folder
+        store.save(path, model.modules, model.optimizer, state.to_json(), self.ctx, timeout_s=self.recipe.checkpoint.timeout_s)
+        if dist.get_rank() == 0:
+            store.prune(self.recipe.run.dir, self.recipe.checkpoint.keep_last, keep=set(state.modules.values()))
+        dist.barrier()
+        return path

@@ -1,0 +1,134 @@
+"""Data of a run: tokenizer and indexes once, a stream per stage, fixed held-out batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch.distributed as dist
+
+from megavlm.config.schema import Recipe, StageConfig
+from megavlm.data.index import SampleIndex, build_index
+from megavlm.data.loader import StageData
+from megavlm.data.plan import StepPlanner
+from megavlm.data.tokenizer import Tokenizer, load_tokenizer
+from megavlm.data.types import StepData, StepPlan
+from megavlm.parallel.context import ParallelContext
+from megavlm.training.state import RunState
+
+
+class StageStream:
+    """A stage's data as the loop sees them."""
+
+    def __init__(
+        self, recipe: Recipe, stage: StageConfig, indexes: dict[str, SampleIndex], tokenizer: Tokenizer, ctx: ParallelContext, state: RunState
+    ) -> None:
+        self.tokenizer, self._indexes = tokenizer, indexes
+        self.tasks = sorted({task for index in indexes.values() for task in index.task_names})
+        is_classification = stage.objective == "vision_classification"
+        self.pack_tokens = stage.images_per_pack if is_classification else recipe.data.seq_len_tokens
+        self._data = open_stream(recipe, stage, indexes, tokenizer, ctx, seed=recipe.run.seed + state.stage_index, cursor=state.cursor)
+
+    def next(self) -> StepData:
+        """The next step's microbatches of this rank."""
+        return self._data.next()
+
+    def count_images(self, plan: StepPlan) -> int:
+        """Images of a step over all ranks."""
+        samples = [s for rank in plan.assignment for microbatch in rank for pack in microbatch for s in pack.samples]
+        return sum(_num_images(self._indexes[s.source], s.row) for s in samples)
+
+    def count_sources(self, plan: StepPlan) -> dict[str, int]:
+        """Samples of each source in a step over all ranks."""
+        samples = [s for rank in plan.assignment for microbatch in rank for pack in microbatch for s in pack.samples]
+        return dict(sorted(Counter(s.source for s in samples).items()))
+
+    def close(self) -> None:
+        """End the loading threads."""
+        self._data.close()
+
+
+class RunData:
+    """What all stages share."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.tokenizer = load_tokenizer(recipe.data.tokenizer)
+        if self.tokenizer.vocab_size > recipe.model.language.vocab_size:
+            raise ValueError(
+                f"{recipe.data.tokenizer} has {self.tokenizer.vocab_size} tokens, but model.language.vocab_size is "
+                f"{recipe.model.language.vocab_size}: raise it"
+            )
+        self._held_out: dict[tuple[str, int, int], list[StepData]] = {}
+
+    def open_stage(self, stage: StageConfig, ctx: ParallelContext, state: RunState) -> StageStream:
+        """The stage's stream, from the state's cursor on."""
+        return StageStream(self.recipe, stage, self.indexes(stage), self.tokenizer, ctx, state)
+
+    def indexes(self, stage: StageConfig) -> dict[str, SampleIndex]:
+        """Indexes of the stage's sources; rank 0 builds what is missing, the others read it."""
+        names = [name for name, weight in stage.mixture.items() if weight]
+        return build_on_rank_zero_first(self.recipe, stage, names, self.tokenizer)
+
+    def held_out(self, stage: StageConfig, ctx: ParallelContext) -> list[StepData]:
+        """The same held-out packs every time; empty when nothing is to be measured or the stage does not train the whole model."""
+        config = self.recipe.evaluation
+        if not config.sources or config.every_steps is None or stage.objective != "multimodal":
+            return []
+        measured = stage.model_copy(
+            update={"mixture": dict.fromkeys(config.sources, 1.0), "packs_per_step": config.packs, "micro_batch_packs": 1}
+        )
+        indexes = build_on_rank_zero_first(self.recipe, measured, config.sources, self.tokenizer)
+        stream = open_stream(self.recipe, measured, indexes, self.tokenizer, ctx, seed=self.recipe.run.seed, cursor=None)
+        try:
+            return [stream.next()]
+        finally:
+            stream.close()
+
+
+def build_on_rank_zero_first(recipe: Recipe, stage: StageConfig, names: list[str], tokenizer: Tokenizer) -> dict[str, SampleIndex]:
+    """Index each named source; the cache that rank 0 writes serves the other ranks."""
+    data, model = recipe.data, recipe.model
+    for turn in (True, False):
+        if (dist.get_rank() == 0) is turn:
+            indexes = {n: build_index(data.sources[n], data, model, stage.objective, tokenizer, progress=turn) for n in names}
+        dist.barrier()
+    return indexes
+
+
+def open_stream(
+    recipe: Recipe,
+    stage: StageConfig,
+    indexes: dict[str, SampleIndex],
+    tokenizer: Tokenizer,
+    ctx: ParallelContext,
+    *,
+    seed: int,
+    cursor: dict[str, object] | None,
+) -> StageData:
+    """Plan and load a stage's data for this rank."""
+    planner = StepPlanner(
+        indexes,
+        stage,
+        recipe.data,
+        recipe.model,
+        seed=seed,
+        dp_size=ctx.grid.data,
+        num_microbatches=ctx.grid.num_microbatches(stage),
+        cursor=cursor,
+    )
+    return StageData(
+        recipe,
+        stage,
+        indexes,
+        tokenizer,
+        planner,
+        dp_rank=ctx.data_rank,
+        needs_tiles=ctx.is_first_stage,
+        check_images=ctx.is_last_stage,
+        log_bad_samples=ctx.is_last_stage and ctx.tensor_rank == 0 and ctx.context_rank == 0,
+        device=ctx.device,
+    )
+
+
+def _num_images(index: SampleIndex, row: int) -> int:
+    return int(index.image_start[row + 1] - index.image_start[row])

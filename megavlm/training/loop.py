@@ -1,0 +1,193 @@
+"""The training loop: stages one after the other, each a grid, a model, a stream of data and a number of steps.
+
+    for each stage:
+        enter its grid            -> ParallelContext
+        build and fill its model  -> StageModel       (weights: the newest checkpoint that has each module)
+        open its data             -> StageData        (from the cursor)
+        step, record, evaluate, save, until done or asked to stop
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from megavlm.config.schema import Recipe, StageConfig
+from megavlm.data.types import StepData
+from megavlm.parallel.context import ParallelContext, enter_grid, leave_grid
+from megavlm.tracking.tracker import Tracker
+from megavlm.training.accounting import Accountant
+from megavlm.training.build import StageModel, stage_layout
+from megavlm.training.checkpointing import Checkpointer, prepare_model
+from megavlm.training.data import RunData, StageStream
+from megavlm.training.optimizer import set_learning_rate
+from megavlm.training.pictures import log_sample_pictures
+from megavlm.training.signals import StopRequest
+from megavlm.training.state import RunState
+from megavlm.training.step import StepLoss, measure, train_step
+
+
+class TrainingFailure(RuntimeError):
+    """Training cannot go on: the loss or the gradient is not a number."""
+
+
+def run_stages(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker, stop: StopRequest, device: torch.device) -> int:
+    """Train from `state` on. Returns 0 when the recipe (or run.max_steps) is done, 128 + the signal's number when stopped by one."""
+    while state.stage_index < len(recipe.stages):
+        if recipe.run.max_steps is not None and state.step >= recipe.run.max_steps:
+            break
+        signal_number = _run_stage(recipe, state, data, tracker, stop, device)
+        if signal_number:
+            return 128 + signal_number
+        if state.stage_step < recipe.stages[state.stage_index].steps:
+            break  # run.max_steps
+        if state.stage_index + 1 == len(recipe.stages):
+            break
+        state.finish_stage()
+    return 0
+
+
+def _run_stage(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker, stop: StopRequest, device: torch.device) -> int:
+    stage = recipe.stages[state.stage_index]
+    if state.stage_step >= stage.steps:
+        return 0
+    layout = stage_layout(recipe.parallel, stage)
+    ctx = enter_grid(layout, device, recipe.run.seed)
+    streams: list[StageStream] = []
+    try:
+        checkpointer = Checkpointer(recipe, ctx)
+        model = prepare_model(recipe, stage, layout, state, ctx)
+        stream = data.open_stage(stage, ctx, state)
+        streams.append(stream)
+        tracker.stage_begins(stage.name, stage.steps, state.stage_step)
+        held_out = data.held_out(stage, ctx)
+        return _StageRun(recipe, stage, state, ctx, model, stream, held_out, tracker, checkpointer, stop).run()
+    finally:
+        for stream in streams:
+            stream.close()
+        leave_grid()
+
+
+class _StageRun:
+    """One stage at work."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: StageConfig,
+        state: RunState,
+        ctx: ParallelContext,
+        model: StageModel,
+        stream: StageStream,
+        held_out: list[StepData],
+        tracker: Tracker,
+        checkpointer: Checkpointer,
+        stop: StopRequest,
+    ) -> None:
+        self.recipe, self.stage, self.state, self.ctx, self.model = recipe, stage, state, ctx, model
+        self.stream, self.held_out, self.tracker, self.checkpointer, self.stop = stream, held_out, tracker, checkpointer, stop
+        name = torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else None
+        self.accountant = Accountant(recipe, ctx.grid.world_size, name)
+
+    def run(self) -> int:
+        """Steps until the stage is done, run.max_steps is reached or a signal came. Returns the signal's number or 0."""
+        is_first = self.state.stage_step == 0
+        signal_number = 0
+        while self.state.stage_step < self.stage.steps and not self._reached_max_steps() and not signal_number:
+            self._one_step(show_pictures=is_first)
+            is_first = False
+            self._evaluate_if_due()
+            signal_number = self.stop.agreed(self.ctx.device)
+            if self._save_is_due() and not signal_number:
+                self._save()
+        self._save()
+        if signal_number:
+            self.tracker.message(f"signal {signal_number}: saved step {self.state.step}, leaving")
+        return signal_number
+
+    def _one_step(self, show_pictures: bool) -> None:
+        start = time.perf_counter()
+        data = self.stream.next()
+        if show_pictures:
+            log_sample_pictures(self.tracker, self.recipe, self.stage, data, self.stream.tokenizer, self.ctx)
+        rates = set_learning_rate(self.model.optimizer, self.stage, self.state.stage_step)
+        loss, grad_norm = train_step(self.model, data.microbatches, self.stream.tasks, self.ctx)
+        seconds = time.perf_counter() - start
+        self.state.step += 1
+        self.state.stage_step += 1
+        self.state.cursor = dict(data.plan.cursor_after)
+        self._record(data, loss, grad_norm, rates, seconds)
+        if not (math.isfinite(loss.loss) and math.isfinite(grad_norm)):
+            raise TrainingFailure(
+                f"step {self.state.step} (stage {self.stage.name}): loss {loss.loss}, gradient norm {grad_norm}. "
+                "No checkpoint was written for this step; lower the learning rate, or look at the samples of this step in metrics.jsonl"
+            )
+
+    def _record(self, data: StepData, loss: StepLoss, grad_norm: float, rates: dict[str, float], seconds: float) -> None:
+        pack_tokens = self.stream.pack_tokens
+        self.tracker.step(
+            {
+                "step": self.state.step,
+                "stage": self.stage.name,
+                "stage_step": self.state.stage_step,
+                "loss": loss.loss,
+                "grad_norm": grad_norm,
+                "lr": rates,
+                **self.accountant.record(data.plan, seconds, data.wait_s, pack_tokens),
+                "images": self.stream.count_images(data.plan),
+                "task_loss": loss.by_task,
+                "source_samples": self.stream.count_sources(data.plan),
+                "plan": dict(data.plan.statistics),
+            }
+        )
+
+    def _evaluate_if_due(self) -> None:
+        every = self.recipe.evaluation.every_steps
+        if not self.held_out or every is None:
+            return
+        if self.state.stage_step % every and self.state.stage_step != self.stage.steps:
+            return
+        with self._whole_parameters():
+            loss = measure(self.model.chunks, [d.microbatches for d in self.held_out], self.stream.tasks, self.ctx)
+        self.tracker.evaluation(
+            {"step": self.state.step, "stage": self.stage.name, "loss": loss.loss, "targets": loss.num_targets, "task_loss": loss.by_task}
+        )
+
+    def _reached_max_steps(self) -> bool:
+        limit = self.recipe.run.max_steps
+        return limit is not None and self.state.step >= limit
+
+    def _save_is_due(self) -> bool:
+        every = self.recipe.checkpoint.every_steps
+        return every is not None and self.state.step % every == 0 and self.state.stage_step < self.stage.steps
+
+    def _save(self) -> None:
+        start = time.perf_counter()
+        with self._whole_parameters():
+            path = self.checkpointer.save(self.model, self.stage, self.state)
+        self.tracker.message(f"saved {path.name} in {time.perf_counter() - start:.1f} s")
+
+    def _whole_parameters(self) -> AbstractContextManager[None]:
+        """Overlapped gathering updates parameters on their next use; whoever reads them otherwise needs them gathered first."""
+        if not self.recipe.parallel.overlap_param_gather:
+            return nullcontext()
+        return _gathered(self.model)
+
+
+@contextmanager
+def _gathered(model: StageModel) -> Iterator[None]:
+    for chunk in model.chunks:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    yield
+    for chunk in model.chunks:
+        chunk.enable_forward_pre_hook()
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    dist.barrier()

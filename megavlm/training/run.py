@@ -1,0 +1,50 @@
+"""`train(recipe)`: what one rank does from start to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megavlm.config.load import dump_recipe
+from megavlm.config.schema import Recipe
+from megavlm.parallel.context import choose_device, start_process_group, stop_process_group
+from megavlm.tracking.tracker import Tracker
+from megavlm.training.checkpointing import resume_point
+from megavlm.training.data import RunData
+from megavlm.training.loop import run_stages
+from megavlm.training.signals import StopRequest
+
+
+def train(recipe: Recipe) -> int:
+    """Train the recipe on this rank, resuming where run.dir stands. Returns the exit code: 0, or 128 + signal after a stop."""
+    device = choose_device(recipe.run)
+    start_process_group(device, recipe.run.distributed_timeout_s)
+    try:
+        _set_determinism(recipe.run.deterministic)
+        _prepare_run_dir(recipe)
+        state = resume_point(recipe)
+        with StopRequest() as stop, Tracker(recipe, dist.get_rank(), dist.get_world_size()) as tracker:
+            tracker.start(state.step)
+            if state.step:
+                tracker.message(f"resuming at step {state.step}, stage {recipe.stages[state.stage_index].name}")
+            code = run_stages(recipe, state, RunData(recipe), tracker, stop, device)
+            tracker.finish("FINISHED" if code == 0 else "KILLED")
+            return code
+    finally:
+        stop_process_group()
+
+
+def _set_determinism(wanted: bool) -> None:
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    # Filling every fresh tensor with NaN is a debugging aid, not a part of determinism.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def _prepare_run_dir(recipe: Recipe) -> None:
+    if dist.get_rank() == 0:
+        folder = Path(recipe.run.dir)
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        dump_recipe(recipe, folder / "recipe.yaml")
+    dist.barrier()

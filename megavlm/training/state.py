@@ -1,0 +1,61 @@
+"""Where a run stands: the little that a checkpoint needs besides tensors."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from megavlm.config.schema import Recipe
+
+
+@dataclass
+class RunState:
+    """Position in the recipe. JSON-serialisable; a few KB, whatever the data set's size."""
+
+    step: int = 0
+    """Optimizer steps done over all stages."""
+    stage_index: int = 0
+    stage_step: int = 0
+    """Optimizer steps done in the current stage."""
+    cursor: dict[str, Any] | None = None
+    """Where the stage's data go on; None at the beginning of a stage."""
+    checkpoint: str = ""
+    """Folder name of the newest checkpoint; "" before the first."""
+    modules: dict[str, str] = field(default_factory=dict)
+    """Module -> folder name of the newest checkpoint that holds it."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """The recipe's model block, to refuse a resume with another architecture."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], recipe: Recipe) -> RunState:
+        """Raises ValueError when the recipe no longer fits: another architecture, or fewer stages than were done."""
+        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        state = cls(**known)
+        now = recipe.model.model_dump(mode="json")
+        changed = [f"model.{path}: {then!r} then, {here!r} now" for path, then, here in _differences(state.model, now)]
+        if changed:
+            raise ValueError("the checkpoint in run.dir was made with another model:\n  " + "\n  ".join(changed) + "\nuse another run.dir")
+        if state.stage_index >= len(recipe.stages):
+            raise ValueError(
+                f"the checkpoint in run.dir is in stage number {state.stage_index + 1}, but the recipe has {len(recipe.stages)} stages: "
+                "give the recipe its stages back, or use another run.dir"
+            )
+        return state
+
+    def finish_stage(self) -> None:
+        """Move to the beginning of the next stage."""
+        self.stage_index, self.stage_step, self.cursor = self.stage_index + 1, 0, None
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    found: list[tuple[str, Any, Any]] = []
+    for key in sorted(set(then) | set(now)):
+        a, b = then.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b and key != "init_from":
+            found.append((f"{prefix}{key}", a, b))
+    return found

@@ -1,0 +1,115 @@
+"""One optimizer step, or one measurement: microbatches through megatron-core's schedule, losses summed and shared.
+
+Every microbatch returns (sum of weighted target losses, number of targets). megatron-core divides gradients once by the
+number of targets of the whole global batch, so the loss does not depend on how samples fall on ranks and microbatches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megavlm.data.types import PackedBatch
+from megavlm.models.vlm import TargetLoss
+from megavlm.parallel.context import ParallelContext
+from megavlm.parallel.reductions import sum_over_data_then_share
+from megavlm.training.build import StageModel
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """Losses of a global batch, equal on every rank."""
+
+    loss: float
+    """Weighted mean over targets: what the gradients belong to."""
+    num_targets: int
+    """Targets with a weight above 0."""
+    by_task: dict[str, float]
+    """Plain mean over each task's targets, for tasks that occurred."""
+
+
+def forward_backward(
+    chunks: Sequence[DistributedDataParallel | torch.nn.Module],
+    microbatches: Sequence[PackedBatch],
+    tasks: Sequence[str],
+    ctx: ParallelContext,
+    *,
+    forward_only: bool = False,
+) -> StepLoss:
+    """Run the schedule. Gradients are left in the chunks, reduced and normalised, unless `forward_only`."""
+    batches = [b.to(ctx.device) for b in microbatches]
+    task_number = {task: i for i, task in enumerate(tasks)}
+
+    def forward_step(iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[Any, Any]:
+        batch = next(iterator)
+        output = model(batch)
+        if not isinstance(output, TargetLoss):
+            return output, None
+        return output.total, lambda total: (total, *_report(batch, output, task_number, ctx))
+
+    iterators = [iter(batches) for _ in chunks]
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks) if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=batches[0].num_tokens,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    sums = torch.zeros(2 + 2 * len(tasks), dtype=torch.float64, device=ctx.device)
+    for report in reports:
+        sums += report
+    return _to_loss(sum_over_data_then_share(sums, ctx).tolist(), tasks)
+
+
+def _report(
+    batch: PackedBatch, output: TargetLoss, task_number: dict[str, int], ctx: ParallelContext
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Number of targets for megatron-core, and [loss sum, targets, then sum and count of each task] for people."""
+    weights, segments = batch.target_weights_Q[output.mine], batch.target_segments_Q[output.mine]
+    counted = weights > 0
+    number = counted.sum()
+    sums = torch.zeros(2 + 2 * len(task_number), dtype=torch.float64, device=ctx.device)
+    sums[0], sums[1] = output.total.detach(), number
+    task_of_segment = torch.tensor([task_number.get(t, -1) for t in batch.segment_tasks], device=ctx.device)
+    if segments.numel():
+        task = task_of_segment[segments[counted]]
+        sums[2::2].index_add_(0, task, output.loss_Q[counted].double())
+        sums[3::2].index_add_(0, task, torch.ones_like(task, dtype=torch.float64))
+    return number.to(torch.int), sums
+
+
+def _to_loss(sums: list[float], tasks: Sequence[str]) -> StepLoss:
+    by_task = {task: sums[2 + 2 * i] / sums[3 + 2 * i] for i, task in enumerate(tasks) if sums[3 + 2 * i]}
+    return StepLoss(sums[0] / max(sums[1], 1.0), int(sums[1]), by_task)
+
+
+def train_step(model: StageModel, microbatches: Sequence[PackedBatch], tasks: Sequence[str], ctx: ParallelContext) -> tuple[StepLoss, float]:
+    """Forward, backward, update. Returns the losses and the gradient norm before clipping."""
+    for chunk in model.chunks:
+        chunk.zero_grad_buffer()
+    model.optimizer.zero_grad()
+    loss = forward_backward(model.chunks, microbatches, tasks, ctx)
+    _, grad_norm, _ = model.optimizer.step()
+    return loss, float(grad_norm)
+
+
+@torch.no_grad()
+def measure(chunks: Sequence[torch.nn.Module], steps: Sequence[Sequence[PackedBatch]], tasks: Sequence[str], ctx: ParallelContext) -> StepLoss:
+    """Losses over several global batches, without gradients."""
+    for chunk in chunks:
+        chunk.eval()
+    losses = [forward_backward(chunks, batches, tasks, ctx, forward_only=True) for batches in steps]
+    for chunk in chunks:
+        chunk.train()
+    total = sum(x.num_targets for x in losses)
+    by_task = {t: [x.by_task[t] for x in losses if t in x.by_task] for t in tasks}
+    return StepLoss(
+        sum(x.loss * x.num_targets for x in losses) / max(total, 1), total, {t: sum(v) / len(v) for t, v in by_task.items() if v}
+    )
