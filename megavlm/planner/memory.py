@@ -1,0 +1,234 @@
+"""Memory of one rank, estimated before anything is allocated: weights, gradients, optimizer, activations, head.
+
+Weights, gradients and optimizer state are exact up to the padding of vocabulary and buffers. Activations are what autograd keeps between
+forward and backward, counted tensor by tensor after Korthikanti et al. 2022 (arXiv 2205.05198, section 4) for attention that does not
+store its score matrix; kernels' workspaces, communication buffers and the allocator's fragmentation come on top (allow 10-20 %).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megavlm.config.schema import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, StageConfig
+from megavlm.planner.parameters import ParameterBlock, parameter_blocks
+from megavlm.topology.grid import RankGrid
+from megavlm.topology.pipeline import PipelineSplit
+from megavlm.topology.table import human_bytes, human_count, text_table
+
+HEAD_CHUNK_ELEMENTS = 1 << 24
+"""Logits that exist at a time: the chunk of megavlm_kernels.linear_cross_entropy (a test holds the two equal; no torch here)."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on each rank of one pipeline stage."""
+
+    pipeline_rank: int
+    num_parameters: int
+    num_trainable: int
+    parameters_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    head_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes + self.head_bytes
+
+
+def estimate_memory(
+    model: ModelConfig, stage: StageConfig, data: DataConfig, grid: RankGrid, parallel: ParallelConfig, precision: PrecisionConfig
+) -> list[RankMemory]:
+    """One estimate a pipeline rank (ranks that differ on other axes need the same), for the fullest microbatch that budgets allow.
+
+    Without data.max_tiles_per_pack a pack is taken to hold as many tiles as its tokens have room for.
+
+    Raises:
+        PipelineError: the layers cannot be split over the grid. GridError: the batch cannot. TrainingError: see planner.parameters.
+    """
+    num_microbatches = grid.num_microbatches(stage)
+    split = PipelineSplit(model.language.num_layers, grid.pipeline, grid.virtual_pipeline)
+    blocks = list(parameter_blocks(model, stage, grid.tensor))
+    load = _Load.of(model, stage, data, grid, parallel, precision)
+    return [_rank_memory(rank, blocks, split, load, model, num_microbatches) for rank in range(grid.pipeline)]
+
+
+def memory_table(estimates: Sequence[RankMemory]) -> str:
+    """The estimates as text for --dry-run."""
+    header = ("pipeline rank", "parameters", "training", "weights", "gradients", "optimizer", "activations", "head", "total")
+    rows = [
+        (
+            e.pipeline_rank,
+            human_count(e.num_parameters),
+            human_count(e.num_trainable),
+            *map(human_bytes, (e.parameters_bytes, e.gradients_bytes, e.optimizer_bytes, e.activations_bytes, e.head_bytes, e.total_bytes)),
+        )
+        for e in estimates
+    ]
+    return text_table(header, rows, "memory of a rank (estimate; allow 10-20 % for workspaces and fragmentation)")
+
+
+def state_bytes(precision: PrecisionConfig, shards: int = 1) -> tuple[int, int, float]:
+    """(weight, gradient, optimizer) bytes of a trainable parameter; `shards` > 1: distributed optimizer over that many ranks.
+
+    The table of megatron-core's docs, api-guide/dist_optimizer: fp32 4 + 4 + 8/shards; bf16 with fp32 gradients 2 + 4 + 12/shards;
+    bf16 with bf16 gradients 2 + 2 + 16/shards (fp32 master weight, its fp32 gradient, two moments).
+    """
+    if precision.dtype == "fp32":
+        return 4, 4, 8 / shards
+    return (2, 4, 12 / shards) if precision.grad_reduce_in_fp32 else (2, 2, 16 / shards)
+
+
+@dataclass(frozen=True)
+class _Load:
+    """What one microbatch brings to one rank."""
+
+    tokens: int
+    """LLM rows of this context rank."""
+    tiles: int
+    tensor: int
+    sequence_split: int
+    """Ranks over which rows outside attention and MLP are split: tensor with sequence parallelism, else 1."""
+    recompute: bool
+    precision: PrecisionConfig
+    shards: int
+
+    @classmethod
+    def of(
+        cls, model: ModelConfig, stage: StageConfig, data: DataConfig, grid: RankGrid, parallel: ParallelConfig, precision: PrecisionConfig
+    ) -> _Load:
+        most_tiles = data.max_tiles_per_pack or max(data.seq_len_tokens // model.visual_tokens_per_tile, 1)
+        tokens, tiles = {
+            "multimodal": (data.seq_len_tokens, most_tiles),
+            "text": (data.seq_len_tokens, 0),
+            "vision_classification": (0, stage.images_per_pack),
+        }[stage.objective]
+        return cls(
+            tokens=math.ceil(tokens * stage.micro_batch_packs / grid.context),
+            tiles=tiles * stage.micro_batch_packs,
+            tensor=grid.tensor,
+            sequence_split=grid.tensor if parallel.sequence else 1,
+            # Recomputing only the core attention saves nothing where its scores are never stored.
+            recompute=parallel.recompute == "full",
+            precision=precision,
+            shards=grid.data * grid.context if parallel.distributed_optimizer else 1,
+        )
+
+    @property
+    def element_bytes(self) -> int:
+        return 4 if self.precision.dtype == "fp32" else 2
+
+
+def _rank_memory(
+    rank: int, blocks: Sequence[ParameterBlock], split: PipelineSplit, load: _Load, model: ModelConfig, num_microbatches: int
+) -> RankMemory:
+    mine = [block for block in blocks if _lives_on(block, rank, split)]
+    parameters, trainable = sum(b.local for b in mine), sum(b.local for b in mine if b.trains)
+    # The last stage holds a copy of a tied embedding: its head.
+    embedding = next((b for b in blocks if b.module == "language" and b.part == "embedding"), None)
+    if embedding is not None and model.language.tie_embeddings and split.pipeline > 1 and split.is_last(rank):
+        parameters += embedding.local
+        trainable += embedding.local if embedding.trains else 0
+    weight, gradient, optimizer = state_bytes(load.precision, load.shards)
+    return RankMemory(
+        pipeline_rank=rank,
+        num_parameters=parameters,
+        num_trainable=trainable,
+        parameters_bytes=parameters * weight,
+        gradients_bytes=trainable * gradient,
+        optimizer_bytes=math.ceil(trainable * optimizer),
+        activations_bytes=_activations(rank, blocks, split, load, model, num_microbatches),
+        head_bytes=_head(load, model, embedding, blocks) if load.tokens and split.is_last(rank) else 0,
+    )
+
+
+def _lives_on(block: ParameterBlock, rank: int, split: PipelineSplit) -> bool:
+    if block.module == "language" and block.part == "layer":
+        assert block.layer is not None
+        return split.owner(block.layer)[0] == rank
+    if block.module == "language" and block.part in ("norm", "head"):
+        return split.is_last(rank)
+    return rank == 0
+
+
+def chunk_passes_in_flight(rank: int, pipeline: int, virtual_pipeline: int, num_microbatches: int) -> int:
+    """Most forward passes of a chunk whose backward is still to come on one pipeline rank.
+
+    1F1B: the warm-up passes and one more. Interleaved: as megatron-core's `schedules.get_pp_rank_microbatches` counts the warm-up.
+    """
+    if virtual_pipeline == 1:
+        return min(num_microbatches, pipeline - rank)
+    warm_up = 2 * (pipeline - rank - 1) + (virtual_pipeline - 1) * pipeline
+    return min(num_microbatches * virtual_pipeline, warm_up + 1)
+
+
+def _activations(
+    rank: int, blocks: Sequence[ParameterBlock], split: PipelineSplit, load: _Load, model: ModelConfig, num_microbatches: int
+) -> int:
+    """Bytes that wait for their backward pass on one rank."""
+    elements = 0.0
+    passes = chunk_passes_in_flight(rank, split.pipeline, split.virtual_pipeline, num_microbatches)
+    below = False
+    kept: list[tuple[float, bool]] = []
+    for block in blocks:
+        below = below or block.trains
+        if block.part == "layer" and _lives_on(block, rank, split) and below:
+            kept.append((_layer_elements(block, load, model), block.module == "language"))
+    # A chunk pass keeps this rank's LLM layers / chunks; the encoder stands before the first chunk only.
+    encoder_passes = math.ceil(passes / split.virtual_pipeline)
+    for layer_elements, is_language in kept:
+        share = passes / split.virtual_pipeline if is_language else encoder_passes
+        elements += share * (_checkpoint_elements(load, model, is_language) if load.recompute else layer_elements)
+    if load.recompute and kept:
+        elements += max(layer_elements for layer_elements, _ in kept)
+    if rank == 0 and any(b.module == "projector" and b.trains for b in blocks):
+        elements += encoder_passes * _projector_elements(load, model)
+    return math.ceil(elements * load.element_bytes)
+
+
+def _layer_elements(block: ParameterBlock, load: _Load, model: ModelConfig) -> float:
+    """Elements that one layer keeps: norm inputs; queries, keys, values and their result; the MLP's middle; and, where its weights
+    train, the inputs of its linear layers."""
+    if block.module == "language":
+        language = model.language
+        rows, width = load.tokens, language.hidden_size
+        attention = (2 * language.num_attention_heads + 2 * max(language.kv_heads, load.tensor)) * language.head_width
+        before_activation, ffn = 2, language.ffn_hidden_size
+        split = load.sequence_split
+    else:
+        vision = model.vision
+        rows, width = load.tiles * (vision.num_patches + int(vision.class_token)), vision.hidden_size
+        attention, before_activation, ffn, split = 4 * width, 1, vision.ffn_hidden_size, 1
+    outside = (4 if block.trains else 2) * width / split
+    inside = attention + (before_activation + int(block.trains)) * ffn
+    return rows * (outside + inside / load.tensor)
+
+
+def _checkpoint_elements(load: _Load, model: ModelConfig, is_language: bool) -> float:
+    """Elements that a recomputed layer keeps: its input."""
+    if is_language:
+        return load.tokens * model.language.hidden_size / load.sequence_split
+    return load.tiles * (model.vision.num_patches + int(model.vision.class_token)) * model.vision.hidden_size
+
+
+def _projector_elements(load: _Load, model: ModelConfig) -> float:
+    """Elements that the projector keeps: its input, and what stands before and after the GELU."""
+    features = load.tiles * model.visual_tokens_per_tile
+    width_in = model.vision.hidden_size * model.projector.pixel_shuffle**2
+    hidden = model.projector.hidden_size or model.language.hidden_size
+    middle = 2 * hidden / load.tensor if model.projector.num_layers == 2 else 0
+    return features * (width_in * (2 if model.projector.input_norm else 1) + middle)
+
+
+def _head(load: _Load, model: ModelConfig, embedding: ParameterBlock | None, blocks: Sequence[ParameterBlock]) -> int:
+    """Hidden states of the targets and their gradient, one chunk of logits in fp32 (and in the model's format), and the fp32 gradient
+    of the head's weight with its scaled copy. Every row is taken to be a target."""
+    head = next((b for b in blocks if b.module == "language" and b.part == "head"), embedding)
+    assert head is not None
+    columns, width = head.local // model.language.hidden_size, model.language.hidden_size
+    chunk = min(load.tokens, max(HEAD_CHUNK_ELEMENTS // columns, 1)) * columns
+    logits = chunk * (4 if load.precision.dtype == "fp32" else 6)
+    return 2 * load.tokens * width * load.element_bytes + logits + (2 * 4 * head.local if head.trains else 0)
