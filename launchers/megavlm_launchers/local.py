@@ -70,6 +70,8 @@ class _Group:
     ranks: list[_Rank] = field(default_factory=list)
     failed: _Rank | None = None
     stop_requested: bool = False
+    stop_code: int = 0
+    """What a rank returns that ended as it was asked to: 128 + signal, or 0."""
     kill_at: float | None = None
 
     @property
@@ -97,7 +99,8 @@ def launch_local(
         say: where the launcher's own words go, a line each; default: stderr.
 
     Returns:
-        0 when every rank returned 0, else the exit code of the rank that failed first (128 + N for one that signal N ended).
+        0 when every rank returned 0, else the exit code of the rank that failed first (128 + N for one that signal N ended). Ranks that
+        return 0 or 128 + N after they were asked to stop by signal N have not failed; the greatest of their codes is returned.
 
     A first SIGINT, SIGTERM or SIGHUP goes to every rank once and they may take their time (saving a checkpoint); a second one kills.
     Must be called from the main thread of a process without other threads that care for these signals. Raises LaunchError.
@@ -184,7 +187,7 @@ def _reap(group: _Group) -> None:
     """Collects ranks that ended; the first failure gives the others `grace_s` to follow."""
     for rank in group.ranks:
         rank.reap()
-    failed = next((r for r in group.ranks if r.exit_code), None)
+    failed = next((r for r in group.ranks if r.exit_code not in (None, 0, group.stop_code)), None)
     if failed is None or group.failed is not None:
         return
     group.failed = failed
@@ -203,6 +206,7 @@ def _forward(group: _Group, number: signal.Signals) -> None:
         return
     if number in STOPPING:
         group.stop_requested = True
+        group.stop_code = 128 + FORWARDED[number]
         group.say(f"{number.name} passed on to {len(group.alive)} ranks; once more kills them")
     for rank in group.alive:
         rank.send(FORWARDED[number])
@@ -232,7 +236,7 @@ def _signal_name(number: int) -> str:
 def _verdict(group: _Group) -> int:
     first = group.failed
     if first is None:
-        return 0
+        return max((r.process.returncode for r in group.ranks), default=0)
     if first.log is not None:
         group.say(f"the end of {first.log}:")
         for line in first.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]:

@@ -1,7 +1,7 @@
 """Which exceptions are the user's to mend, and how they look on the terminal.
 
-An exception class of ours that derives from ValueError or OSError says what to do: it is printed as it is and the exit code is 2. So is a
-file that is missing or not allowed. Anything else is a fault of the program: a traceback and exit code 1.
+A ValueError that our own code raised says what to do: it is printed as it is and the exit code is 2. So is a file that is missing or not
+allowed. Anything else, a ValueError from the depths of torch included, is a fault of the program: a traceback and exit code 1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ def is_user_error(error: BaseException) -> bool:
     """Whether the message alone tells the user what to do."""
     if isinstance(error, _FILE_ERRORS):
         return True
-    return isinstance(error, (ValueError, OSError)) and type(error).__module__.partition(".")[0] in OWN_PACKAGES
+    ours = type(error).__module__.partition(".")[0] in OWN_PACKAGES or _raised_in(error) in OWN_PACKAGES
+    return isinstance(error, ValueError) and ours
+
+
+def _raised_in(error: BaseException) -> str:
+    """Package whose code raised it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def report(error: Exception) -> int:

@@ -1,0 +1,61 @@
+"""One sample in words, for `megavlm data show`."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megavlm.config import Recipe
+    from megavlm.data.index import SampleIndex
+    from megavlm.data.shards import Sample
+    from megavlm.data.tokenizer import Tokenizer
+
+TARGET_OPEN, TARGET_CLOSE = "\u27e6", "\u27e7"
+
+
+def describe(index: SampleIndex, row: int, recipe: Recipe, tokenizer: Tokenizer) -> str:
+    """Address, sizes, pictures and the conversation; targets stand between double brackets, runs of placeholders are counted."""
+    sample = index.sample(row)
+    lines = [f"row {row}: {index.where(row)}, task {sample.task!r}, split {sample.split!r}"]
+    lines.append(
+        f"  {index.length_tokens[row]} tokens, {index.num_targets[row]} targets, {index.num_tiles[row]} tiles, weight {sample.weight:g}"
+    )
+    lines += [f"  picture {i}: {image.file}, {image.width} x {image.height} px" for i, image in enumerate(sample.images)]
+    if index.objective == "vision_classification":
+        lines += [f"  object {o.label} in picture {o.image} at {', '.join(f'{v:g}' for v in o.box_px)}" for o in sample.objects or []]
+    else:
+        lines += [f"  | {line}" for line in _conversation(sample, recipe, tokenizer).split("\n")]
+    return "\n".join(lines)
+
+
+def save_pictures(index: SampleIndex, row: int, folder: Path) -> list[Path]:
+    """Writes a sample's pictures, bytes as they are in the shard, and returns where."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, image in enumerate(index.sample(row).images):
+        path = folder / Path(image.file).name
+        path.write_bytes(index.image(row, number))
+        paths.append(path)
+    return paths
+
+
+def _conversation(sample: Sample, recipe: Recipe, tokenizer: Tokenizer) -> str:
+    from megavlm.data.chat import Chat
+    from megavlm.data.index import sample_grids
+
+    grids = sample_grids(sample, recipe.data, recipe.model, "multimodal")
+    tokens = [g.num_tiles * recipe.model.visual_tokens_per_tile for g in grids]
+    encoded = Chat(recipe.data.chat_template, tokenizer).encode_conversation([m.model_dump() for m in sample.messages], tokens)
+    image_id = tokenizer.image_token_id if tokens else -1
+    text = ""
+    rows = zip(encoded.ids_L.tolist(), encoded.supervised_L.tolist(), strict=True)
+    for (is_image, is_target), run in groupby(rows, key=lambda r: (r[0] == image_id, r[1])):
+        ids = [token for token, _ in run]
+        if is_image:
+            text += f"{tokenizer.decode(ids[:1])} x {len(ids)}"
+        else:
+            part = tokenizer.decode(ids)
+            text += f"{TARGET_OPEN}{part}{TARGET_CLOSE}" if is_target else part
+    return text
