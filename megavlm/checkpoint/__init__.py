@@ -1,0 +1,1 @@
+"""Sharded checkpoints that load into any parallel layout, and Hugging Face folders in and out."""
