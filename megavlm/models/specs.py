@@ -151,6 +151,10 @@ def block_spec(config: TransformerConfig, layer: ModuleSpec, *, rms_norm: bool, 
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm)
 
 
+def _leave_unset(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
 def _common(precision: PrecisionConfig, parallel: ParallelConfig, device: torch.device) -> dict[str, Any]:
     dtype = DTYPES[precision.dtype]
     recompute: dict[str, Any] = {}
@@ -161,7 +165,10 @@ def _common(precision: PrecisionConfig, parallel: ParallelConfig, device: torch.
     return {
         "tensor_model_parallel_size": parallel.tensor,
         "use_cpu_initialization": device.type == "cpu",
-        "perform_initialization": False,  # weights come from models/init.py or from a checkpoint, never from here
+        # Weights come from models/init.py or from a checkpoint. Initialisation stays switched on, with nothing to do, because
+        # megatron-core marks tensor-parallel parameters there; unmarked ones count once instead of per rank in the gradient norm.
+        "init_method": _leave_unset,
+        "output_layer_init_method": _leave_unset,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
