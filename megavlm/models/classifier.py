@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
-from megavlm_kernels.linear_cross_entropy import linear_cross_entropy
 
 from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megavlm.data.types import PackedBatch
@@ -18,6 +17,7 @@ from megavlm.models.specs import DTYPES
 from megavlm.models.vision import VisionEncoder
 from megavlm.models.vlm import TargetLoss
 from megavlm.parallel.context import ParallelContext
+from megavlm_kernels.linear_cross_entropy import linear_cross_entropy
 
 
 class VisionClassifier(MegatronModule):

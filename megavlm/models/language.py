@@ -13,12 +13,12 @@ from megatron.core.tensor_parallel import (
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
-from megavlm_kernels.linear_cross_entropy import linear_cross_entropy
 
 from megavlm.config.schema import LanguageConfig, ParallelConfig, PrecisionConfig
 from megavlm.models.packing import Packing
 from megavlm.models.specs import block_spec, language_transformer_config, layer_spec
 from megavlm.parallel.context import ParallelContext
+from megavlm_kernels.linear_cross_entropy import linear_cross_entropy
 
 
 class LanguageModel(GPTModel):

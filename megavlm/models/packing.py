@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -115,7 +115,7 @@ def _pieces(bounds: Sequence[int], chunks: Sequence[tuple[int, int]], causal: bo
     """Cut every owned chunk at segment bounds; queries then see their segment's keys, up to their own end when causal."""
     pieces, local = [], 0
     for chunk_start, chunk_end in chunks:
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, end in pairwise(bounds):
             low, high = max(start, chunk_start), min(end, chunk_end)
             if low < high:
                 pieces.append(Piece(local + low - chunk_start, high - low, start, (high if causal else end) - start))

@@ -98,7 +98,8 @@ class VisionLanguageModel(MegatronModule):
         if features_ND.shape[0] != batch.image_positions_N.numel():
             raise ValueError(
                 f"{batch.image_positions_N.numel()} image placeholders, but {features_ND.shape[0]} visual features "
-                f"({batch.num_tiles} tiles x {self.model.visual_tokens_per_tile}): the data were prepared for another model.vision or model.projector"
+                f"({batch.num_tiles} tiles x {self.model.visual_tokens_per_tile}): the data were prepared for another "
+                "model.vision or model.projector"
             )
         return x.index_put((batch.image_positions_N,), features_ND.unsqueeze(1).to(x.dtype))
 

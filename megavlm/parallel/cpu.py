@@ -104,5 +104,5 @@ def install() -> None:
         module.manual_seed = torch.manual_seed  # type: ignore[attr-defined, assignment]
     torch.cuda.is_available = lambda: False  # type: ignore[assignment]
     torch.cuda.empty_cache = lambda: None  # type: ignore[assignment]
-    torch.cuda.current_stream = torch.cuda.default_stream = lambda *args, **kwargs: stream  # type: ignore
-    torch.cuda.stream = lambda *args, **kwargs: stream  # type: ignore
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda *args, **kwargs: stream  # type: ignore[assignment]
+    torch.cuda.stream = lambda *args, **kwargs: stream  # type: ignore[assignment]

@@ -21,7 +21,6 @@ from typing import Any
 
 import cloudpickle
 
-
 _QUIT = b"quit"
 
 

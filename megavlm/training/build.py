@@ -30,17 +30,6 @@ class StageModel:
         return [chunk.module for chunk in self.chunks]
 
 
-def stage_layout(parallel: ParallelConfig, stage: StageConfig) -> ParallelConfig:
-    """The grid a stage runs in.
-
-    Encoder pretraining has no language model to cut into pipeline stages or sequences to split: those ranks become
-    data-parallel ones for the stage. The global batch is the same, and so is the loss.
-    """
-    if stage.objective != "vision_classification":
-        return parallel
-    return parallel.model_copy(update={"pipeline": 1, "virtual_pipeline": 1, "context": 1, "sequence": False})
-
-
 def build_chunks(recipe: Recipe, stage: StageConfig, parallel: ParallelConfig, ctx: ParallelContext) -> list[torch.nn.Module]:
     """The stage's bare model on this rank, weights unset."""
     if stage.objective == "vision_classification":
@@ -53,9 +42,7 @@ def build_chunks(recipe: Recipe, stage: StageConfig, parallel: ParallelConfig, c
     ]
 
 
-def wrap_for_training(
-    modules: list[torch.nn.Module], recipe: Recipe, stage: StageConfig, parallel: ParallelConfig
-) -> StageModel:
+def wrap_for_training(modules: list[torch.nn.Module], recipe: Recipe, stage: StageConfig, parallel: ParallelConfig) -> StageModel:
     """Freeze, wrap for data parallelism, build the optimizer. Weights must be in place: the optimizer copies them."""
     apply_freezing(modules, stage)
     ddp_config = DistributedDataParallelConfig(

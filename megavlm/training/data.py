@@ -20,7 +20,13 @@ class StageStream:
     """A stage's data as the loop sees them."""
 
     def __init__(
-        self, recipe: Recipe, stage: StageConfig, indexes: dict[str, SampleIndex], tokenizer: Tokenizer, ctx: ParallelContext, state: RunState
+        self,
+        recipe: Recipe,
+        stage: StageConfig,
+        indexes: dict[str, SampleIndex],
+        tokenizer: Tokenizer,
+        ctx: ParallelContext,
+        state: RunState,
     ) -> None:
         self.tokenizer, self._indexes = tokenizer, indexes
         self.tasks = sorted({task for index in indexes.values() for task in index.task_names})

@@ -1,30 +1,30 @@
 """The training loop: stages one after the other, each a grid, a model, a stream of data and a number of steps.
 
-    for each stage:
-        enter its grid            -> ParallelContext
-        build and fill its model  -> StageModel       (weights: the newest checkpoint that has each module)
-        open its data             -> StageData        (from the cursor)
-        step, record, evaluate, save, until done or asked to stop
+for each stage:
+    enter its grid            -> ParallelContext
+    build and fill its model  -> StageModel       (weights: the newest checkpoint that has each module)
+    open its data             -> StageData        (from the cursor)
+    step, record, evaluate, save, until done or asked to stop
 """
 
 from __future__ import annotations
 
 import math
 import time
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-import torch.distributed as dist
 
 from megavlm.config.schema import Recipe, StageConfig
 from megavlm.data.types import StepData
 from megavlm.parallel.context import ParallelContext, enter_grid, leave_grid
 from megavlm.tracking.tracker import Tracker
 from megavlm.training.accounting import Accountant
-from megavlm.training.build import StageModel, stage_layout
+from megavlm.training.build import StageModel
 from megavlm.training.checkpointing import Checkpointer, prepare_model
 from megavlm.training.data import RunData, StageStream
+from megavlm.training.layout import check_sequence_split, stage_layout
 from megavlm.training.optimizer import set_learning_rate
 from megavlm.training.pictures import log_sample_pictures
 from megavlm.training.signals import StopRequest
@@ -57,6 +57,7 @@ def _run_stage(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker,
     if state.stage_step >= stage.steps:
         return 0
     layout = stage_layout(recipe.parallel, stage)
+    check_sequence_split(recipe, stage, layout)
     ctx = enter_grid(layout, device, recipe.run.seed)
     streams: list[StageStream] = []
     try:
@@ -186,8 +187,3 @@ def _gathered(model: StageModel) -> Iterator[None]:
     yield
     for chunk in model.chunks:
         chunk.enable_forward_pre_hook()
-
-
-def barrier() -> None:
-    """Wait for every rank."""
-    dist.barrier()

@@ -41,7 +41,9 @@ def _samples(batch: PackedBatch, recipe: Recipe, stage: StageConfig, tokenizer: 
         if sample is not None and num_tiles:
             text = tokenizer.decode([int(t) for t in tokens if t != image_token])
             targets = tokenizer.decode(batch.target_ids_Q[batch.target_segments_Q == number].tolist())
-            found.append((list(batch.tiles_TCHW[tile : tile + num_tiles]), f"{text[:_SHOWN_CHARACTERS]}\nlearns: {targets[:_SHOWN_CHARACTERS]}"))
+            found.append(
+                (list(batch.tiles_TCHW[tile : tile + num_tiles]), f"{text[:_SHOWN_CHARACTERS]}\nlearns: {targets[:_SHOWN_CHARACTERS]}")
+            )
         start, tile = start + length, tile + num_tiles
     return found
 

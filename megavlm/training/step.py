@@ -68,9 +68,7 @@ def forward_backward(
     return _to_loss(sum_over_data_then_share(sums, ctx).tolist(), tasks)
 
 
-def _report(
-    batch: PackedBatch, output: TargetLoss, task_number: dict[str, int], ctx: ParallelContext
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _report(batch: PackedBatch, output: TargetLoss, task_number: dict[str, int], ctx: ParallelContext) -> tuple[torch.Tensor, torch.Tensor]:
     """Number of targets for megatron-core, and [loss sum, targets, then sum and count of each task] for people."""
     weights, segments = batch.target_weights_Q[output.mine], batch.target_segments_Q[output.mine]
     counted = weights > 0
@@ -90,7 +88,9 @@ def _to_loss(sums: list[float], tasks: Sequence[str]) -> StepLoss:
     return StepLoss(sums[0] / max(sums[1], 1.0), int(sums[1]), by_task)
 
 
-def train_step(model: StageModel, microbatches: Sequence[PackedBatch], tasks: Sequence[str], ctx: ParallelContext) -> tuple[StepLoss, float]:
+def train_step(
+    model: StageModel, microbatches: Sequence[PackedBatch], tasks: Sequence[str], ctx: ParallelContext
+) -> tuple[StepLoss, float]:
     """Forward, backward, update. Returns the losses and the gradient norm before clipping."""
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
@@ -101,7 +101,9 @@ def train_step(model: StageModel, microbatches: Sequence[PackedBatch], tasks: Se
 
 
 @torch.no_grad()
-def measure(chunks: Sequence[torch.nn.Module], steps: Sequence[Sequence[PackedBatch]], tasks: Sequence[str], ctx: ParallelContext) -> StepLoss:
+def measure(
+    chunks: Sequence[torch.nn.Module], steps: Sequence[Sequence[PackedBatch]], tasks: Sequence[str], ctx: ParallelContext
+) -> StepLoss:
     """Losses over several global batches, without gradients."""
     for chunk in chunks:
         chunk.eval()

@@ -1,0 +1,103 @@
+"""Recipes for tests: a tiny model on real demonstration data, through the whole route."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megavlm.config.schema import Recipe, StageConfig
+from megavlm.data.demo import make_demo
+from megavlm.tracking.metrics import read_metrics
+
+ENCODER_FROZEN = {"vision": {"train": "frozen"}, "projector": {"train": "full"}, "language": {"train": "full"}}
+PROJECTOR_ONLY = {"vision": {"train": "frozen"}, "projector": {"train": "full"}, "language": {"train": "frozen"}}
+ALL_TRAIN = {"vision": {"train": "full"}, "projector": {"train": "full"}, "language": {"train": "full"}}
+TOP_LAYERS = {
+    "vision": {"train": "last_layers", "last_layers": 1, "lr_scale": 0.1},
+    "projector": {"train": "full"},
+    "language": {"train": "last_layers", "last_layers": 2, "weight_decay": 0.1},
+}
+# Adam's default epsilon would amplify rounding on gradients that are mathematically zero.
+PARITY_OPTIMIZER = {"lr": 1e-3, "eps": 1e-5, "weight_decay": 0.01}
+
+
+def make_tiny_data(folder: str | Path) -> Path:
+    """A few hundred pages, conversations and texts; made once per test session."""
+    make_demo(folder, seed=1, num_train=300, num_held_out=40, page_px=48, num_workers=1)
+    return Path(folder)
+
+
+def tiny_stage(name: str = "all", steps: int = 5, **changes: Any) -> dict[str, Any]:
+    """A multimodal stage in which some packs, and whole microbatches, have no picture."""
+    return {
+        "name": name,
+        "steps": steps,
+        "packs_per_step": 8,
+        "mixture": {"pages": 0.35, "multi": 0.15, "text": 0.5},
+        "optimizer": PARITY_OPTIMIZER,
+        "schedule": {"kind": "cosine", "warmup_steps": 1, "min_lr_fraction": 0.5},
+        **(ALL_TRAIN | changes),
+    }
+
+
+def tiny_recipe(run_dir: str | Path, data_dir: str | Path, stages: list[dict[str, Any]] | None = None, **changes: dict[str, Any]) -> Recipe:
+    """A recipe of two encoder and four language layers. `changes` update whole blocks: parallel={"tensor": 2}."""
+    data = Path(data_dir)
+    values: dict[str, dict[str, Any]] = {
+        "run": {"dir": str(run_dir), "device": "cpu", "seed": 1},
+        "model": {
+            # A small initialisation hides position and masking mistakes.
+            "init_std": 0.2,
+            "vision": {
+                "image_size_px": 48,
+                "patch_size_px": 8,
+                "num_layers": 3,
+                "hidden_size": 32,
+                "num_attention_heads": 4,
+                "ffn_hidden_size": 64,
+                "feature_layer": -2,
+            },
+            "language": {
+                "vocab_size": 512,
+                "num_layers": 4,
+                "hidden_size": 48,
+                "num_attention_heads": 4,
+                "num_query_groups": 2,
+                "ffn_hidden_size": 96,
+                "tie_embeddings": True,
+            },
+        },
+        "parallel": {},
+        "precision": {"dtype": "fp32"},
+        "data": {
+            "tokenizer": str(data / "tokenizer.model"),
+            "seq_len_tokens": 256,
+            "pack_window_samples": 32,
+            "sources": {
+                **{name: {"path": str(data / name)} for name in ("pages", "multi", "text", "patches")},
+                "held_out": {"path": str(data / "pages"), "split": "heldout"},
+            },
+        },
+        "evaluation": {},
+        "checkpoint": {},
+        "tracking": {"mlflow": False, "peak_tflops_per_rank": 0.1, "num_sample_pictures": 0},
+    }
+    for block, update in changes.items():
+        values[block] = _merged(values[block], update)
+    return Recipe.model_validate({**values, "stages": [StageConfig.model_validate(s) for s in stages or [tiny_stage()]]})
+
+
+def _merged(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in update.items():
+        merged[key] = _merged(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
+    return merged
+
+
+def train_and_read(recipe: Recipe) -> list[dict[str, Any]]:
+    """Train on this rank; the run's metrics, a record a step."""
+    from megavlm.training.run import train
+
+    code = train(recipe)
+    assert code == 0, f"training ended with exit code {code}"
+    return read_metrics(recipe.run.dir)

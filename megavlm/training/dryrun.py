@@ -1,0 +1,54 @@
+"""What a run would do, without doing it: rank grid, parameters and memory of each rank, plan of every stage's first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megavlm.config.schema import Recipe, StageConfig
+from megavlm.data.index import SampleIndex, build_index
+from megavlm.data.plan import StepPlanner, step_table
+from megavlm.data.tokenizer import load_tokenizer
+from megavlm.planner.memory import estimate_memory, memory_table
+from megavlm.planner.parameters import params
+from megavlm.topology.grid import RankGrid
+from megavlm.topology.table import human_count, text_table
+from megavlm.training.layout import check_sequence_split, stage_layout
+
+
+def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object]) -> None:
+    """Check the recipe against the grid and the data, and print what it comes to.
+
+    Raises:
+        ValueError: whatever the run itself would refuse: a grid that does not divide, layers that do not split, missing data,
+            samples over the budget.
+    """
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    for number, stage in enumerate(recipe.stages):
+        layout = stage_layout(recipe.parallel, stage)
+        grid = RankGrid.from_config(layout, world_size)
+        check_sequence_split(recipe, stage, layout)
+        if number == 0 or layout != stage_layout(recipe.parallel, recipe.stages[number - 1]):
+            echo(grid.table() + "\n")
+        echo(f"stage {stage.name}: {stage.objective}, {stage.steps} steps of {stage.packs_per_step} packs")
+        echo(_parameter_table(recipe, stage) + "\n")
+        echo(memory_table(estimate_memory(recipe.model, stage, recipe.data, grid, layout, recipe.precision)) + "\n")
+        indexes: dict[str, SampleIndex] = {
+            name: build_index(recipe.data.sources[name], recipe.data, recipe.model, stage.objective, tokenizer)
+            for name, weight in stage.mixture.items()
+            if weight
+        }
+        planner = StepPlanner(
+            indexes,
+            stage,
+            recipe.data,
+            recipe.model,
+            seed=recipe.run.seed + number,
+            dp_size=grid.data,
+            num_microbatches=grid.num_microbatches(stage),
+        )
+        echo(step_table(planner.next()) + "\n")
+
+
+def _parameter_table(recipe: Recipe, stage: StageConfig) -> str:
+    rows = [(module, human_count(count.total), human_count(count.trainable)) for module, count in params(recipe.model, stage).items()]
+    return text_table(("module", "parameters", "training"), rows, "parameters of the whole model")

@@ -1,0 +1,139 @@
+"""The layout matrix: the same recipe gives the same losses and gradient norms however it is spread over ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megavlm.data.types import StepPlan
+from megavlm.testing.pool import RankPool
+from megavlm.testing.recipes import (
+    ALL_TRAIN,
+    ENCODER_FROZEN,
+    PROJECTOR_ONLY,
+    TOP_LAYERS,
+    make_tiny_data,
+    tiny_recipe,
+    tiny_stage,
+    train_and_read,
+)
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "TP2": (2, {"tensor": 2}),
+    "TP2+SP": (2, {"tensor": 2, "sequence": True}),
+    "PP2": (2, {"pipeline": 2}),
+    "PP2xVPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "DP2": (2, {}),
+    "DP2+distopt": (2, {"distributed_optimizer": True}),
+    "DP2+overlap": (2, {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "CP2": (2, {"context": 2}),
+    "TP2xPP2": (4, {"tensor": 2, "pipeline": 2}),
+    "TP2xPP2xDP2": (8, {"tensor": 2, "pipeline": 2}),
+}
+TRAINING = {"all": ALL_TRAIN, "encoder_frozen": ENCODER_FROZEN, "projector_only": PROJECTOR_ONLY, "top_layers": TOP_LAYERS}
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_data(tmp_path_factory.mktemp("data"))
+
+
+def run(pool: RankPool, run_dir: Path, data_dir: Path, world_size: int, stage: dict[str, Any], **blocks: Any) -> list[dict[str, Any]]:
+    recipe = tiny_recipe(run_dir, data_dir, [stage], **blocks)
+    result: list[dict[str, Any]] = pool.run(train_and_read, recipe, world_size=world_size)[0]
+    return result
+
+
+def assert_same(records: list[dict[str, Any]], reference: list[dict[str, Any]], loss: float = 1e-5, gradient: float = 1e-4) -> None:
+    assert [r["step"] for r in records] == [r["step"] for r in reference]
+    for record, expected in zip(records, reference, strict=True):
+        where = f"step {expected['step']}"
+        assert record["loss"] == pytest.approx(expected["loss"], rel=loss), where
+        assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=gradient), where
+        assert record["task_loss"] == pytest.approx(expected["task_loss"], rel=10 * loss), where
+        for count in ("useful_tokens", "target_tokens", "tiles", "images", "source_samples"):
+            assert record[count] == expected[count], f"{where}: {count}"
+
+
+@pytest.fixture(scope="session")
+def single_rank(pool: RankPool, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """The reference: one rank, for each way of freezing."""
+    base = tmp_path_factory.mktemp("single")
+    return {name: run(pool, base / name, data_dir, 1, tiny_stage(**changes)) for name, changes in TRAINING.items()}
+
+
+@pytest.mark.parametrize("training", TRAINING)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_equals_single_rank(
+    layout: str, training: str, pool: RankPool, data_dir: Path, tmp_path: Path, single_rank: dict[str, list[dict[str, Any]]]
+) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    records = run(pool, tmp_path, data_dir, world_size, tiny_stage(**TRAINING[training]), parallel=parallel)
+    assert_same(records, single_rank[training])
+
+
+def test_reference_learns_and_freezing_changes_it(single_rank: dict[str, list[dict[str, Any]]]) -> None:
+    """Guards the matrix against comparing constants: losses fall, and each way of freezing gives other numbers."""
+    for name, records in single_rank.items():
+        assert len(records) == 5
+        assert records[-1]["loss"] != records[0]["loss"], name
+    last = [records[-1]["loss"] for records in single_rank.values()]
+    assert len(set(last)) == len(last)
+    assert single_rank["all"][-1]["loss"] < single_rank["all"][0]["loss"]
+
+
+def test_matrix_has_imageless_and_unequal_microbatches(data_dir: Path) -> None:
+    """The matrix means something only if ranks differ: packs without a picture, a rank and microbatch without one, other target counts."""
+    plans = first_plans(data_dir, dp_size=4, steps=5)
+    microbatches = [mb for plan in plans for rank in plan.assignment for mb in rank]
+    tiles = [sum(pack.num_tiles for pack in mb) for mb in microbatches]
+    targets = [sum(pack.num_targets for pack in mb) for mb in microbatches]
+    assert min(tiles) == 0 < max(tiles)
+    assert len(set(targets)) > 3
+    rank_tiles = [sum(pack.num_tiles for mb in rank for pack in mb) for plan in plans for rank in plan.assignment]
+    assert min(rank_tiles) == 0 < max(rank_tiles)
+
+
+def first_plans(data_dir: Path, dp_size: int, steps: int) -> list[StepPlan]:
+    from megavlm.data.index import build_index
+    from megavlm.data.plan import StepPlanner
+    from megavlm.data.tokenizer import load_tokenizer
+
+    recipe = tiny_recipe("unused", data_dir)
+    stage, tokenizer = recipe.stages[0], load_tokenizer(recipe.data.tokenizer)
+    indexes = {n: build_index(recipe.data.sources[n], recipe.data, recipe.model, "multimodal", tokenizer) for n in stage.mixture}
+    planner = StepPlanner(
+        indexes, stage, recipe.data, recipe.model, seed=1, dp_size=dp_size, num_microbatches=stage.packs_per_step // dp_size
+    )
+    return [planner.next() for _ in range(steps)]
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recompute_changes_nothing(
+    recompute: str, pool: RankPool, data_dir: Path, tmp_path: Path, single_rank: dict[str, list[dict[str, Any]]]
+) -> None:
+    records = run(pool, tmp_path, data_dir, 1, tiny_stage(), parallel={"recompute": recompute})
+    assert_same(records, single_rank["all"])
+
+
+def test_two_packs_in_a_microbatch(pool: RankPool, data_dir: Path, tmp_path: Path, single_rank: dict[str, list[dict[str, Any]]]) -> None:
+    records = run(pool, tmp_path, data_dir, 2, tiny_stage(micro_batch_packs=2), parallel={"tensor": 2})
+    assert_same(records, single_rank["all"])
+
+
+def test_untied_embeddings_and_pipeline(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    untied = {"language": {"tie_embeddings": False}}
+    reference = run(pool, tmp_path / "one", data_dir, 1, tiny_stage(steps=3), model=untied)
+    records = run(pool, tmp_path / "two", data_dir, 4, tiny_stage(steps=3), model=untied, parallel={"tensor": 2, "pipeline": 2})
+    assert_same(records, reference)
+
+
+@pytest.mark.parametrize("layout", ["TP2", "PP2", "DP2+distopt"])
+def test_bf16_layouts_agree(layout: str, pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    bf16 = {"dtype": "bf16"}
+    reference = run(pool, tmp_path / "one", data_dir, 1, tiny_stage(steps=3), precision=bf16)
+    records = run(pool, tmp_path / "two", data_dir, world_size, tiny_stage(steps=3), precision=bf16, parallel=parallel)
+    assert_same(records, reference, loss=2e-2, gradient=1e-1)
