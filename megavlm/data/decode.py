@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, features
 
-from megavlm.data.images import ImageError
+from megavlm.data.images import ImageError, reason
 
 _PLAIN_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _CPU_DEVICE = -99999  # NVIMGCODEC_DEVICE_CPU_ONLY
@@ -53,7 +53,7 @@ class PillowDecoder(ImageDecoder):
         except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error, zlib.error, ...
             if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and not features.check("webp"):
                 raise ImageError("a WebP picture, and this Pillow was built without WebP: install a Pillow wheel") from error
-            raise ImageError(f"{type(error).__name__}: {error}") from error
+            raise ImageError(reason(error)) from error
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

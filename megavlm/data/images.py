@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as functional
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from megavlm.config.schema import ImageConfig
 
@@ -24,6 +24,13 @@ _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
 
 class ImageError(ValueError):
     """A picture that cannot be read."""
+
+
+def reason(error: Exception) -> str:
+    """Why Pillow failed, without the object address in its message, so that logs of two runs compare equal."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture of a known format"
+    return str(error) if isinstance(error, ImageError) else f"{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ def measure_image(data: bytes) -> Measured:
                 turned = picture.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
                 name = picture.format or "img"
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error, DecompressionBombError, ...
-        raise ImageError(f"{type(error).__name__}: {error}") from error
+        raise ImageError(reason(error)) from error
     if turned:
         width, height = height, width
     return Measured(width, height, _EXTENSIONS.get(name, name.lower()))
