@@ -5,7 +5,7 @@ The rules, in order:
 2. Nothing is lost. What a dead, frozen or absent server does not take goes to <run_dir>/mlflow-spool.jsonl, and is sent
    when the server answers again or when the run starts the next time. What a server refuses for good goes to
    <run_dir>/mlflow-rejected.jsonl with the reason.
-3. The program ends. `finish` waits under 5 s, then leaves the rest in the spool.
+3. The program ends. `finish` waits 3 s for a server, then leaves the rest in the spool.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ ITEMS_PER_DELIVERY = 500
 DELIVER_EVERY_S = 1.0
 RETRY_AFTER_S = (2.0, 5.0, 15.0, 60.0)
 """Pauses after a failed delivery; the last one repeats."""
-FINISH_TIMEOUT_S = 4.0
+FINISH_TIMEOUT_S = 3.0
+"""With the interpreter's own end, an exit takes under 5 s whatever the server does."""
+FINISH_TIMEOUT_SQLITE_S = 30.0
+"""A file on this machine always gets there; a run shorter than the store's first start (seconds) should be in it."""
 
 _log = get_logger(__name__)
 
@@ -86,7 +89,8 @@ class MlflowSink:
         params = param_values(recipe or {})
         self._store = MlflowStore(self.uri, config.experiment, run_name, self._run_dir, run_id, params, _log.warning)
         self._spool = Spool(self._run_dir / SPOOL_FILE)
-        self._resume_step = resume_step
+        if resume_step is not None:
+            self._spool.keep(lambda item: not _is_outdated(item, resume_step))
         self._clock = clock
         # deque: append and popleft need no lock, so a put never waits for the thread.
         self._queue: deque[Item] = deque()
@@ -116,8 +120,10 @@ class MlflowSink:
         """A file or folder, to be stored under `folder`. It is read later: it must stay until the run ends."""
         self._put({"kind": "artifact", "path": str(Path(path).resolve()), "folder": folder})
 
-    def finish(self, status: str = "FINISHED", timeout_s: float = FINISH_TIMEOUT_S) -> None:
+    def finish(self, status: str = "FINISHED", timeout_s: float | None = None) -> None:
         """Deliver what is queued and close the run with `status`; after `timeout_s` the rest stays in the spool.
+
+        timeout_s: None: FINISH_TIMEOUT_S, or FINISH_TIMEOUT_SQLITE_S for an sqlite store.
 
         Raises TrackingError for a status that MLflow does not have. A second call does nothing.
         """
@@ -128,6 +134,8 @@ class MlflowSink:
         self._put({"kind": "status", "status": status, "time_ms": _now_ms()})
         self._finished = True
         self._stop.set()
+        if timeout_s is None:
+            timeout_s = FINISH_TIMEOUT_SQLITE_S if self.uri.startswith("sqlite") else FINISH_TIMEOUT_S
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             with self._handover:
@@ -200,18 +208,10 @@ class MlflowSink:
                 break
             if bad:
                 self._reject(bad, f"line of {SPOOL_FILE} that is no record (torn by a crash?)")
-            self._send([item for item in items if not self._is_outdated(item)])
+            self._send(items)
             self._spool.advance(position)
         if not self._abandoned:
             self._spool.compact()
-
-    def _is_outdated(self, item: Item) -> bool:
-        """Spooled by an earlier start of this run, and to be made again; or an end that was not the end."""
-        if self._resume_step is None:
-            return False
-        if item["kind"] == "status":
-            return not self._finished
-        return item["kind"] == "metrics" and int(item["step"]) > self._resume_step
 
     def _take(self) -> bool:
         """Move records from the queue in flight; under the lock, so that finish() finds each in one place or the other."""
@@ -254,6 +254,11 @@ def sink_for(recipe: Recipe, resume_step: int | None = None) -> MlflowSink | Non
         return None
     dumped = recipe.model_dump(mode="json")
     return MlflowSink(recipe.tracking, recipe.run.name, recipe.run.dir, recipe=dumped, resume_step=resume_step)
+
+
+def _is_outdated(item: Item, resume_step: int) -> bool:
+    """Spooled by an earlier start of this run, and to be made again; or an end that was not the end."""
+    return item["kind"] == "status" or (item["kind"] == "metrics" and int(item["step"]) > resume_step)
 
 
 def _now_ms() -> int:

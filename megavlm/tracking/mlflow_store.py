@@ -33,6 +33,7 @@ _CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
@@ -101,7 +102,7 @@ def store_key(name: str) -> str:
 
 
 def prepare_client_environment() -> None:
-    """Short timeouts without retries, and no usage reports to the outside. What the user has set stays."""
+    """Short timeouts without retries, no usage reports to the outside, no prints into our output. What the user has set stays."""
     for name, value in _CLIENT_SETTINGS.items():
         os.environ.setdefault(name, value)
 

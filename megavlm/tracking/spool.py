@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,23 @@ class Spool:
                 os.replace(replacement, self.path)
             else:
                 self.path.unlink()
+            self._offset = 0
+
+    def keep(self, wanted: Callable[[Item], bool]) -> None:
+        """Drop the records that are not `wanted`; lines that are no record stay, for `peek` to report."""
+        with self._lock:
+            if not self.path.exists():
+                return
+            replacement = self.path.with_suffix(".new")
+            with open(self.path, "rb") as old, open(replacement, "wb") as new:
+                for line in old:
+                    try:
+                        drop = not wanted(decode_line(line.decode()))
+                    except (ValueError, KeyError):
+                        drop = False
+                    if not drop:
+                        new.write(line)
+            os.replace(replacement, self.path)
             self._offset = 0
 
     def __len__(self) -> int:

@@ -131,19 +131,17 @@ class Tracker:
         """
         if not self.writes:
             return None
-        target = self.run_dir / "pictures" / name
-        if target.resolve().relative_to((self.run_dir / "pictures").resolve()) == Path():
-            raise ValueError(f"a picture needs a name, not {name!r}")
+        folder = self.run_dir / "pictures"
+        ending = Path(picture).suffix if isinstance(picture, (str, Path)) else ".png"
+        target = folder / (name if ending and name.endswith(ending) else name + ending)
+        if not Path(name).name or not target.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"a picture's name is a path inside {folder}, and {name!r} is not")
         target.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(picture, (str, Path)):
-            source = Path(picture)
-            target = target.with_name(target.name + source.suffix) if source.suffix and target.suffix != source.suffix else target
-            if source.resolve() != target.resolve():
-                shutil.copyfile(source, target)
-        else:
-            target = target if target.suffix == ".png" else target.with_name(target.name + ".png")
+        if not isinstance(picture, (str, Path)):
             save = getattr(picture, "savefig", None) or picture.save
             save(target)
+        elif Path(picture).resolve() != target.resolve():
+            shutil.copyfile(picture, target)
         self.artifact(target, target.parent.relative_to(self.run_dir).as_posix())
         return target
 
@@ -157,7 +155,7 @@ class Tracker:
         return self._mlflow.how_to_open() if self._mlflow is not None else None
 
     def finish(self, status: str = "FINISHED") -> None:
-        """Draw the curves, close everything; under 5 s whatever MLflow does. A second call does nothing.
+        """Draw the curves, close everything; a silent MLflow server holds this up for 3 s at most. A second call does nothing.
 
         Args:
             status: FINISHED, FAILED or KILLED.

@@ -100,7 +100,7 @@ def test_peaks_of_known_gpus(name, dtype, expected):
     ],
 )
 def test_an_unknown_peak_names_the_field_to_set(name, dtype):
-    with pytest.raises(UnknownDevice, match="tracking.peak_tflops_per_rank"):
+    with pytest.raises(UnknownDevice, match=r"tracking\.peak_tflops_per_rank"):
         peak_tflops(name, dtype)
 
 
@@ -111,7 +111,7 @@ def test_the_cpu_rate_is_measured_once_and_is_the_rate_of_real_products(monkeypa
 
     hardware._measured_cpu_tflops.cache_clear()
     products, matmul = [], torch.matmul
-    ticks = iter(range(0, 10_000))
+    ticks = iter(range(10_000))
     monkeypatch.setattr(torch, "matmul", lambda a, b: products.append(a.shape) or matmul(a, b))
     # Every look at the clock is 10 ms later: a product takes 10 ms, and the measurement ends by itself.
     monkeypatch.setattr(hardware.time, "perf_counter", lambda: next(ticks) * 0.01)
@@ -122,7 +122,7 @@ def test_the_cpu_rate_is_measured_once_and_is_the_rate_of_real_products(monkeypa
     assert peak_tflops(None, "fp32") == rate
     hardware._measured_cpu_tflops.cache_clear()
     assert 1e-4 < peak_tflops(None, "fp32") < 100
-    with pytest.raises(UnknownDevice, match="precision.dtype"):
+    with pytest.raises(UnknownDevice, match=r"precision\.dtype"):
         peak_tflops(None, "fp8")
 
 
