@@ -1,1 +1,46 @@
 """`megavlm evaluate`: measure a trained model on held-out data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="A run's folder, a checkpoint in it, or a Hugging Face folder.", metavar="PATH")],
+    split: Annotated[str, typer.Option(help="Which samples of the sources.")] = "heldout",
+    samples: Annotated[int, typer.Option(help="At most so many of each task.")] = 200,
+    task: Annotated[list[str] | None, typer.Option(help="Only this task; may be given several times. Else all.")] = None,
+    source: Annotated[list[str] | None, typer.Option(help="A source of the recipe; several times. Else evaluation.sources.")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="A folder of shards; several times. Instead of the recipe's sources.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for table, predictions and pictures; else PATH/evaluation.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions answered together.")] = 32,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; else the longest right answer and a little more.")] = None,
+    seed: Annotated[int, typer.Option(help="Chooses samples and swapped pictures.")] = 0,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU where there is one.")] = "auto",
+    chat_template: Annotated[str | None, typer.Option(help="For Hugging Face folders with a template of their own.")] = None,
+) -> None:
+    """Held-out answers with the right picture, with another sample's, and with none: is it good, and does it look?"""
+    from megavlm.evaluation.held_out import evaluate as measure
+    from megavlm.evaluation.held_out import folder_sources, held_out_sources
+    from megavlm.inference.load import load_for_inference
+
+    loaded = load_for_inference(path, device=device, chat_template=chat_template)
+    sources = folder_sources(data, split) if data else held_out_sources(loaded.recipe, source, split)
+    folder = out or path / "evaluation"
+    result = measure(
+        loaded,
+        sources=sources,
+        split=split,
+        tasks=task,
+        samples_per_task=samples,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        out=folder,
+    )
+    if loaded.model.ctx.rank == 0:
+        typer.echo(result.table())
+        typer.echo(f"every answer: {folder / 'predictions.jsonl'}; pictures: {folder / 'pictures.png'}")

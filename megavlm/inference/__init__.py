@@ -1,0 +1,1 @@
+"""Use a trained model: load it from a run or a Hugging Face folder, and generate."""

@@ -182,11 +182,12 @@ def _check_prompt(model: VisionLanguageModel, number: int, prompt: Prompt, max_n
     num_tiles = 0 if tiles is None else len(tiles)
     if placeholders != num_tiles * per_tile:
         raise PromptError(
-            f"prompt {number} has {placeholders} image placeholders (id {image_token_id}), but {num_tiles} tiles x {per_tile} visual tokens "
-            f"= {num_tiles * per_tile}"
+            f"prompt {number} has {placeholders} image placeholders (id {image_token_id}), but {num_tiles} tiles x {per_tile} visual "
+            f"tokens = {num_tiles * per_tile}"
         )
     side, channels = model.model.vision.image_size_px, model.model.vision.num_channels
     if tiles is not None and num_tiles and (tiles.dtype != torch.uint8 or tuple(tiles.shape[1:]) != (channels, side, side)):
         raise PromptError(
-            f"prompt {number}: tiles are {tiles.dtype} of shape {tuple(tiles.shape)}, the encoder takes uint8 (T, {channels}, {side}, {side})"
+            f"prompt {number}: tiles are {tiles.dtype} of shape {tuple(tiles.shape)}, "
+            f"the encoder takes uint8 (T, {channels}, {side}, {side})"
         )

@@ -1,0 +1,181 @@
+"""Load a model to use it: from a run, from one of its checkpoints, or from a Hugging Face folder; into any tensor-parallel size."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from megavlm.checkpoint import store
+from megavlm.checkpoint.hf import config_from_hf, load_hf
+from megavlm.config.load import load_recipe
+from megavlm.config.schema import DataConfig, ParallelConfig, PrecisionConfig, Recipe, RunConfig
+from megavlm.data.chat import TEMPLATES, Chat
+from megavlm.data.tokenizer import Tokenizer, load_tokenizer
+from megavlm.inference.generate import OnToken, Prompt, generate
+from megavlm.inference.prompts import Picture, make_prompt, question
+from megavlm.models.init import initialise
+from megavlm.models.vlm import VisionLanguageModel
+from megavlm.parallel.context import ParallelContext, choose_device, enter_grid, start_process_group
+
+log = logging.getLogger(__name__)
+MODULES = ("vision", "projector", "language")
+
+
+class LoadError(ValueError):
+    """A folder that no model can be loaded from."""
+
+
+class LoadedModel(NamedTuple):
+    """A model with all that is needed to talk to it."""
+
+    model: VisionLanguageModel
+    tokenizer: Tokenizer
+    chat: Chat
+    recipe: Recipe
+    """Of the run; for a Hugging Face folder it says how the model and its data are read, and has no stages."""
+
+    def prompt(self, text: str, pictures: Sequence[Picture] = ()) -> Prompt:
+        """One question about pictures, as a prompt. Raises ChatError and ImageError as `make_prompt`."""
+        return make_prompt(question(text, len(pictures)), pictures, chat=self.chat, data=self.recipe.data, model=self.recipe.model)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        on_token: OnToken | None = None,
+    ) -> list[list[int]]:
+        """`megavlm.inference.generate` with this model's stop tokens."""
+        return generate(
+            self.model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            stop_ids=self.chat.stop_ids,
+            image_token_id=self.tokenizer.image_token_id,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            on_token=on_token,
+        )
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Answer as text, without the token that ended it; any other special token is written out."""
+        ended = bool(ids) and ids[-1] in self.chat.stop_ids
+        return self.tokenizer.decode(ids[:-1] if ended else ids)
+
+
+def load_for_inference(
+    path: str | Path,
+    *,
+    parallel: ParallelConfig | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    dtype: Literal["fp32", "bf16"] | None = None,
+    chat_template: str | None = None,
+    ctx: ParallelContext | None = None,
+) -> LoadedModel:
+    """Load a model from a run's folder (newest checkpoint), a checkpoint in it, or a Hugging Face folder.
+
+    All ranks call it together; a lone process needs nothing started. It gives (model, tokenizer, chat, recipe).
+
+    Args:
+        parallel: layout to load into, one pipeline stage; None: one rank (all data-parallel where there are more).
+        dtype: None: as the run trained; bf16 on a GPU and fp32 on a CPU for a Hugging Face folder.
+        chat_template: for Hugging Face folders whose template is not one of ours.
+        ctx: grid that was entered already, in the layout `parallel`; None: it is entered here.
+
+    Raises:
+        LoadError: the folder is none of the three, a run without a checkpoint, an unknown chat template, or a layout with
+            several pipeline stages.
+    """
+    folder = Path(path)
+    layout = parallel or ParallelConfig()
+    if layout.pipeline > 1 or layout.context > 1 or layout.sequence:
+        raise LoadError(
+            f"inference runs on one pipeline stage: use pipeline=1, context=1, sequence=false instead of pipeline={layout.pipeline}, "
+            f"context={layout.context}, sequence={str(layout.sequence).lower()} (tensor may be any size)"
+        )
+    is_hf = (folder / "config.json").is_file()
+    checkpoint = None if is_hf else find_checkpoint(folder)
+    recipe = _hf_recipe(folder, chat_template) if is_hf else _run_recipe(folder)
+    run = recipe.run.model_copy(update={"device": device if device != "auto" or is_hf else recipe.run.device})
+    if ctx is None:
+        where = choose_device(run)
+        start_process_group(where, run.distributed_timeout_s)
+        ctx = enter_grid(layout, where, run.seed)
+    if dtype is None and is_hf:
+        dtype = "bf16" if ctx.device.type == "cuda" else "fp32"
+    if dtype is not None:
+        recipe = recipe.model_copy(update={"precision": PrecisionConfig(dtype=dtype)})
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    model = VisionLanguageModel(recipe.model, recipe.precision, layout, ctx)
+    if checkpoint is None:
+        load_hf([model], folder, recipe.model, ctx)
+    else:
+        _load_modules(model, checkpoint, recipe, ctx)
+    model.eval()
+    return LoadedModel(model, tokenizer, Chat(recipe.data.chat_template, tokenizer), recipe)
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The checkpoint that `folder` is, or the newest one of the run that it is. Raises LoadError."""
+    if not folder.is_dir():
+        raise LoadError(f"{folder}: there is no such folder")
+    if (folder / "recipe.yaml").is_file():
+        newest = store.newest(folder)
+        if newest is None:
+            raise LoadError(f"{folder} is a run without a complete checkpoint: train it first, or give another folder")
+        return newest
+    if (folder.parent.parent / "recipe.yaml").is_file() and folder.parent.name == "checkpoints":
+        return folder
+    raise LoadError(
+        f"{folder} is neither a run (recipe.yaml), nor a checkpoint of one (RUN/checkpoints/...), nor a Hugging Face folder (config.json)"
+    )
+
+
+def _run_recipe(folder: Path) -> Recipe:
+    run = folder if (folder / "recipe.yaml").is_file() else folder.parent.parent
+    return load_recipe(run / "recipe.yaml")
+
+
+def _load_modules(model: VisionLanguageModel, checkpoint: Path, recipe: Recipe, ctx: ParallelContext) -> None:
+    """Each module from the newest checkpoint that holds it, as the next stage of training would take it."""
+    folders: dict[str, str] = store.read_state(checkpoint)["modules"]
+    unheld = [name for name in MODULES if name not in folders]
+    if unheld:
+        log.warning(
+            "no stage of this run has trained %s yet: as the run started from (%s)", ", ".join(unheld), recipe.model.init_from or "random"
+        )
+        initialise([model], recipe.model, recipe.run.seed, ctx)
+        if recipe.model.init_from is not None:
+            load_hf([model], recipe.model.init_from, recipe.model, ctx)
+    for name in sorted({folders[m] for m in MODULES if m in folders}):
+        wanted = {m for m in MODULES if folders.get(m) == name}
+        store.load(checkpoint.parent / name, [model], None, ctx, modules=wanted)
+
+
+def _hf_recipe(folder: Path, chat_template: str | None) -> Recipe:
+    """What a recipe says of a model, for a folder that has none. A recipe needs stages to train; this one has none to give."""
+    data = DataConfig.model_validate({"tokenizer": str(folder), "chat_template": _template_name(folder, chat_template)})
+    return Recipe.model_construct(run=RunConfig(name=folder.name, dir=str(folder)), model=config_from_hf(folder), data=data, stages=[])
+
+
+def _template_name(folder: Path, wanted: str | None) -> str:
+    """Name of the chat template that renders as the folder's own does."""
+    if wanted is not None:
+        if wanted not in TEMPLATES:
+            raise LoadError(f"chat template {wanted!r} is not one of {', '.join(TEMPLATES)}")
+        return wanted
+    file = folder / "chat_template.jinja"
+    text = file.read_text(encoding="utf-8") if file.is_file() else None
+    for name, template in TEMPLATES.items():
+        if text is not None and text.strip() == template.jinja().strip():
+            return name
+    problem = "has no chat_template.jinja" if text is None else "has a chat template that is not one of ours"
+    raise LoadError(f"{folder} {problem}: say which format it speaks, --chat-template one of {', '.join(TEMPLATES)} (LLaVA-1.5: llava-v1)")

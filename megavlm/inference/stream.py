@@ -1,0 +1,36 @@
+"""Text of an answer while its tokens arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+_REPLACEMENT = "\ufffd"
+
+
+class TextStream:
+    """Calls `emit` with each new piece of text; the pieces joined are the text of the whole answer.
+
+    The answer is decoded anew with every token: a token's text may depend on its neighbours, and a character may be
+    spread over several tokens (it is held back until it is whole).
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], emit: Callable[[str], None]) -> None:
+        self._decode, self._emit = decode, emit
+        self._ids: list[int] = []
+        self._shown = ""
+
+    def add(self, token: int) -> None:
+        """The next token of the answer."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        if not text.endswith(_REPLACEMENT):
+            self._show(text)
+
+    def close(self) -> None:
+        """The answer is over: show what was held back."""
+        self._show(self._decode(self._ids))
+
+    def _show(self, text: str) -> None:
+        if text.startswith(self._shown) and len(text) > len(self._shown):
+            self._emit(text[len(self._shown) :])
+            self._shown = text
