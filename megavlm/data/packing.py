@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 T = TypeVar("T")
 
-_NEVER = np.iinfo(np.int32).max // 2
-"""More tiles than any pack has: marks a sum of lengths that no subset reaches."""
+LOOK_AHEAD_TILES = 64
+"""Waiting samples that are tried where the tile budget decides: that search costs some 20 times the other one a sample."""
 
 
 class PackingError(ValueError):
@@ -95,7 +95,8 @@ class Packer(Generic[T]):
 def choose(waiting: Sequence[Waiting[T]], budget: Budget) -> list[int]:
     """Places in `waiting`, ascending and starting with 0 (the oldest), whose lengths come closest to the budget.
 
-    Exact: no other subset that holds the oldest and keeps both budgets is longer.
+    Exact: no other subset that holds the oldest and keeps both budgets is longer. Where the longest breaks the tile budget,
+    "other" are the subsets of the LOOK_AHEAD_TILES oldest.
     """
     room = budget.length - waiting[0].length
     lengths = [w.length for w in waiting[1:]]
@@ -104,7 +105,7 @@ def choose(waiting: Sequence[Waiting[T]], budget: Budget) -> list[int]:
         tiles = [w.tiles for w in waiting[1:]]
         room_tiles = budget.tiles - waiting[0].tiles
         if sum(tiles[i] for i in chosen) > room_tiles:
-            chosen = _fill_both(lengths, tiles, room, room_tiles)
+            chosen = _fill_both(lengths[:LOOK_AHEAD_TILES], tiles[:LOOK_AHEAD_TILES], room, room_tiles)
     return [0] + [i + 1 for i in chosen]
 
 
@@ -137,7 +138,10 @@ def _fill_both(lengths: Sequence[int], tiles: Sequence[int], room: int, room_til
 
     `fewest[s]` is the least number of tiles with which some subset adds up to s: enough to know exactly which sums are possible.
     """
-    fewest: npt.NDArray[np.int32] = np.full(room + 1, _NEVER, dtype=np.int32)
+    # Small numbers make small arrays; more tiles than any sum may have mark a sum that no subset reaches.
+    dtype = np.int16 if room_tiles < 2**14 else np.int64
+    never = room_tiles + 1
+    fewest: npt.NDArray[np.signedinteger] = np.full(room + 1, never, dtype=dtype)
     fewest[0] = 0
     improved: list[npt.NDArray[np.bool_] | None] = []
     for length, number in zip(lengths, tiles, strict=True):
@@ -146,11 +150,11 @@ def _fill_both(lengths: Sequence[int], tiles: Sequence[int], room: int, room_til
         if length > room or number > room_tiles:
             improved.append(None)
             continue
-        taken = np.full(room + 1, _NEVER, dtype=np.int32)
-        np.add(fewest[: room + 1 - length], number, out=taken[length:])
-        better = taken < fewest
+        taken = fewest[: room + 1 - length] + dtype(number)
+        better = np.zeros(room + 1, dtype=np.bool_)
+        np.less(taken, fewest[length:], out=better[length:])
         improved.append(better)
-        np.minimum(fewest, taken, out=fewest)
+        np.minimum(fewest[length:], taken, out=fewest[length:])
     total = int(np.flatnonzero(fewest <= room_tiles)[-1])
     chosen: list[int] = []
     for i in range(len(improved) - 1, -1, -1):
