@@ -1,11 +1,13 @@
 """Which exceptions are the user's to mend, and how they look on the terminal.
 
-A ValueError that our own code raised says what to do: it is printed as it is and the exit code is 2. So is a file that is missing or not
-allowed. Anything else, a ValueError from the depths of torch included, is a fault of the program: a traceback and exit code 1.
+A ValueError with a `raise` in our own code says what to do: it is printed as it is and the exit code is 2. So is a file that is missing
+or not allowed. Anything else, a ValueError from the depths of torch or from int("x") included, is a fault of the program: a traceback and
+exit code 1.
 """
 
 from __future__ import annotations
 
+import dis
 import os
 import sys
 import traceback
@@ -21,16 +23,18 @@ def is_user_error(error: BaseException) -> bool:
     """Whether the message alone tells the user what to do."""
     if isinstance(error, _FILE_ERRORS):
         return True
-    ours = type(error).__module__.partition(".")[0] in OWN_PACKAGES or _raised_in(error) in OWN_PACKAGES
+    ours = type(error).__module__.partition(".")[0] in OWN_PACKAGES or _has_raise_in_own_code(error)
     return isinstance(error, ValueError) and ours
 
 
-def _raised_in(error: BaseException) -> str:
-    """Package whose code raised it."""
+def _has_raise_in_own_code(error: BaseException) -> bool:
+    """Whether the exception began at a `raise` statement of ours, rather than in a built-in function that our code called."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+    if trace is None or str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0] not in OWN_PACKAGES:
+        return False
+    return dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
 
 
 def report(error: Exception) -> int:

@@ -70,6 +70,9 @@ def _read_text(path: FilePath, above: tuple[FilePath, ...]) -> str:
 
 def _parse(path: FilePath, text: str) -> dict[str, Any]:
     try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if not isinstance(root, yaml.MappingNode):
+            raise RecipeError(str(path), "is empty" if root is None else "must be a mapping of blocks (run:, model:, ...)")
         # OmegaConf's loader, because plain PyYAML reads 1e-3 as text and lets the second of two equal keys win in silence.
         loaded = OmegaConf.load(io.StringIO(text))
         values = OmegaConf.to_container(loaded, resolve=False)
@@ -77,12 +80,10 @@ def _parse(path: FilePath, text: str) -> dict[str, Any]:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise RecipeError(str(path), f"not valid YAML, {place}{error.problem or error.context}") from None
+    except RecipeError:
+        raise
     except (yaml.YAMLError, ValueError, OSError) as error:
         raise RecipeError(str(path), f"not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise RecipeError(str(path), f"must be a mapping of blocks (run:, model:, ...), found a {type(values).__name__}")
-    if not values:
-        raise RecipeError(str(path), "is empty")
     return cast(dict[str, Any], values)
 
 

@@ -71,7 +71,10 @@ def _problem(root: type[Block], kind: str, loc: Path, given: Any, context: Mappi
 
 
 def find_origin(origins: Mapping[Path, str], path: Path) -> str:
-    """Where a path was set, or else the nearest block around it that was."""
+    """Where a path was set: the override that touched it or something in it last, else its own line, else that of a block around it."""
+    inside = [origin for at, origin in origins.items() if path and at[: len(path)] == path]
+    if inside and inside[-1].startswith("override"):
+        return inside[-1]
     for length in range(len(path), 0, -1):
         if path[:length] in origins:
             return origins[path[:length]]
