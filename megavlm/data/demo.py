@@ -15,25 +15,22 @@ import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from megavlm.data.chat import TEMPLATES
-from megavlm.data.demo_pages import PageMaker
-from megavlm.data.demo_talk import CHANCE, Talk, Talker, TextTalker
+from megavlm.data.demo_samples import SOURCES, SPLITS, SampleName, make_sample, plan_samples
+from megavlm.data.demo_talk import CHANCE
 from megavlm.data.shards import ShardWriter
 from megavlm.data.tokenizer import train_sentencepiece
 
 FORMAT_VERSION = 1
 """Raise with every change of what is written: folders made by an older version are then made anew."""
-SOURCES = ("pages", "multi", "text", "patches")
-SPLITS = ("train", "heldout")
 TOKENIZER = "tokenizer.model"
 MANIFEST = "manifest.json"
 SHARD_SAMPLES = 2000
@@ -71,7 +68,7 @@ def make_demo(
     Args:
         folder: created when missing. Sources that an earlier call made with other settings are replaced.
         seed: of everything but the division of the scans into train and held-out ones, which is fixed.
-        num_train: training samples of `pages`; the other sources have about half as many each.
+        num_train: training samples of `pages`; `patches` has as many, the others half.
         num_held_out: held-out samples of `pages`; likewise.
         page_px: side of a page in pixels, a multiple of 8.
         num_workers: processes that draw pages.
@@ -96,8 +93,10 @@ def make_demo(
     making = folder / _MAKING
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
-    plan = _plan(num_train, num_held_out)
-    num_samples = {source: {split: sum(1 for s, p, _ in plan if (s, p) == (source, split)) for split in SPLITS} for source in SOURCES}
+    plan = plan_samples(num_train, num_held_out)
+    num_samples = {
+        source: {split: sum((name.source, name.split) == (source, split) for name in plan) for split in SPLITS} for source in SOURCES
+    }
     texts = _write_sources(making, plan, seed, page_px, num_workers)
     tokenizer = train_sentencepiece(texts, making / TOKENIZER, VOCAB_SIZE, TEMPLATES["megavlm"].special_tokens)
     manifest = DemoManifest(settings, settings_hash, num_samples, tokenizer.vocab_size, CHANCE)
@@ -131,75 +130,27 @@ def _check(settings: dict[str, int]) -> None:
         raise DemoError(f"page_px={page_px}: a multiple of 8, at least 40 (three digits must fit beside each other)")
 
 
-# --------------------------------------------------------------------------------------------------------- one sample
-
-
-def _plan(num_train: int, num_held_out: int) -> list[tuple[str, str, int]]:
-    """(source, split, number) of every sample."""
-    return [
-        (source, split, i)
-        for source in SOURCES
-        for split, base in zip(SPLITS, (num_train, num_held_out), strict=True)
-        for i in range(base if source == "pages" else base // 2)
-    ]
-
-
-@cache
-def _maker(split: str, page_px: int) -> PageMaker:
-    return PageMaker(split, page_px)
-
-
-def _talk(source: str, split: str, number: int, seed: int, page_px: int) -> Talk:
-    """The sample of that name, from a generator that nothing else draws from."""
-    rng = np.random.default_rng((seed, SOURCES.index(source), SPLITS.index(split), number))
-    talker = Talker(_maker(split, page_px), rng)
-    if source == "pages":
-        return (talker.caption, talker.reading, talker.counting, talker.grounding)[number % 4]()
-    if source == "multi":
-        return (talker.turns, talker.several)[number % 2]()
-    if source == "text":
-        return TextTalker(talker).any()
-    page = talker.crowd()
-    return Talk("patches", [], [page])
-
-
-def _make_sample(name: tuple[str, str, int], seed: int, page_px: int) -> tuple[dict[str, Any], list[bytes]]:
-    """JSON and pictures of one sample."""
-    source, split, number = name
-    talk = _talk(source, split, number, seed, page_px)
-    sample: dict[str, Any] = {"task": talk.task, "split": split, "messages": talk.messages()}
-    if talk.pages:
-        sample["objects"] = [
-            {"image": i, "label": placed.digit, "box_px": list(placed.box_px)}
-            for i, page in enumerate(talk.pages)
-            for placed in page.digits
-        ]
-    if talk.answer is not None:
-        sample["meta"] = {"answer": talk.answer}
-    return sample, [page.png() for page in talk.pages]
-
-
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-def _write_sources(making: Path, plan: list[tuple[str, str, int]], seed: int, page_px: int, num_workers: int) -> Iterable[str]:
+def _write_sources(making: Path, plan: list[SampleName], seed: int, page_px: int, num_workers: int) -> Iterable[str]:
     """Write every source; return texts of the training split to train the tokenizer on."""
     texts: dict[str, list[str]] = {source: [] for source in SOURCES}
-    make = partial(_make_sample, seed=seed, page_px=page_px)
+    make = partial(make_sample, seed=seed, page_px=page_px)
     with tqdm(total=len(plan), desc="demonstration data", unit=" samples") as bar:
         made = _in_order(make, plan, num_workers)
         for source in SOURCES:
-            names = [name for name in plan if name[0] == source]
+            names = [name for name in plan if name.source == source]
             with ShardWriter(making / source, SHARD_SAMPLES) as writer:
-                for (_, split, number), (sample, pictures) in zip(names, made, strict=False):
-                    writer.write(f"{split}-{number:06d}", sample, pictures, ["png"] * len(pictures))
-                    if split == "train" and len(texts[source]) < TOKENIZER_SAMPLES:
+                for name, (sample, pictures) in zip(names, made, strict=False):
+                    writer.write(f"{name.split}-{name.number:06d}", sample, pictures, ["png"] * len(pictures))
+                    if name.split == "train" and len(texts[source]) < TOKENIZER_SAMPLES:
                         texts[source].append("\n".join(m["content"] for m in sample["messages"]))
                     bar.update()
     return chain.from_iterable(texts.values())
 
 
-def _in_order(make: Any, plan: list[tuple[str, str, int]], num_workers: int) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
+def _in_order(make: Any, plan: list[SampleName], num_workers: int) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
     """Samples in the plan's order, made by several processes when there is enough to share out."""
     if num_workers < 2 or len(plan) < 2000:
         yield from map(make, plan)

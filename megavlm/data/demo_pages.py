@@ -17,6 +17,8 @@ SPLIT_SEED = 0
 """The division of the scans does not depend on the data set's seed: a scan held out once is held out always."""
 DIGIT_SHARE = (0.27, 1 / 3)
 """A digit's cell takes this share of the page's side: three fit beside each other."""
+TRAIN_VARIATION = 1.5
+"""Training scans are turned, sheared and stretched this much more than held-out ones: 1,497 scans are few to learn shapes from."""
 INK_LEVEL = 0.25
 """Darkness from which a pixel counts as ink when a digit's box is measured."""
 SCAN_PX = 8
@@ -82,6 +84,7 @@ class ScanLibrary:
         order_N = np.random.default_rng(SPLIT_SEED).permutation(len(labels_N))
         self.indices_N = np.sort(order_N[:NUM_HELD_OUT_SCANS] if split == "heldout" else order_N[NUM_HELD_OUT_SCANS:])
         """Rows of scikit-learn's table that belong to this split."""
+        self.variation = TRAIN_VARIATION if split == "train" else 1.0
         self._by_digit = [[self._framed(scans_NHW[i]) for i in self.indices_N if labels_N[i] == digit] for digit in range(10)]
 
     @staticmethod
@@ -93,8 +96,8 @@ class ScanLibrary:
         """A random scan of `digit` as darkness 0-1 on a square of `side_px`, slightly turned, sheared and stretched."""
         scans = self._by_digit[digit]
         scan = scans[int(rng.integers(len(scans)))]
-        angle_rad, shear = rng.uniform(-0.17, 0.17), rng.uniform(-0.12, 0.12)
-        stretch_x, stretch_y = rng.uniform(0.8, 1.0, size=2)
+        angle_rad, shear = rng.uniform(-0.2, 0.2) * self.variation, rng.uniform(-0.2, 0.2) * self.variation
+        stretch_x, stretch_y = 0.9 + rng.uniform(-0.12, 0.12, size=2) * self.variation
         # PIL wants the map from a pixel of the result to a pixel of the source: scale from the result's side to the framed scan's.
         scale = scan.width / side_px
         cos, sin = np.cos(angle_rad), np.sin(angle_rad)
@@ -103,7 +106,9 @@ class ScanLibrary:
         centre_source, centre = scan.width / 2, side_px / 2
         matrix = (a, b, centre_source - (a + b) * centre, d, e, centre_source - (d + e) * centre)
         turned = scan.transform((side_px, side_px), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
-        return np.asarray(turned, dtype=np.float32) / 255.0
+        # A gamma makes strokes thinner (above 1) or thicker (below 1).
+        gamma = float(np.exp(rng.uniform(-0.4, 0.4) * self.variation))
+        return (np.asarray(turned, dtype=np.float32) / 255.0) ** gamma
 
 
 class PageMaker:
