@@ -111,15 +111,17 @@ def compare_with_hf(loaded: LoadedModel, hf_folder: str | Path, questions: Seque
         AgreementError: the model is not fp32, or token ids or numbers of pixels differ (names the sample and the first place).
         EvaluationError: no question.
     """
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    import transformers
 
     if not questions:
         raise EvaluationError("no question to compare on")
     if loaded.recipe.precision.dtype != "fp32":
         raise AgreementError(f"the model is loaded in {loaded.recipe.precision.dtype}: load it with dtype='fp32' to compare")
     device = loaded.model.ctx.device
-    processor = AutoProcessor.from_pretrained(hf_folder)
-    hf_model = LlavaForConditionalGeneration.from_pretrained(hf_folder, dtype=torch.float32).to(device).eval()
+    processor_class: Any = transformers.AutoProcessor
+    processor = processor_class.from_pretrained(hf_folder)
+    model_class: Any = transformers.LlavaForConditionalGeneration
+    hf_model = model_class.from_pretrained(hf_folder, dtype=torch.float32).to(device).eval()
     samples = [_compare(loaded, hf_model, processor, q, max_new_tokens) for q in questions]
     chosen = next((i for i, q in enumerate(questions) if q.num_pictures), 0)
     return Agreement(tuple(samples), tuple(questions[chosen].pictures()), samples[chosen])
