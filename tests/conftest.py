@@ -2,6 +2,10 @@
 
 import os
 
+import pytest
+
+from megavlm_launchers.environment import num_visible_gpus
+
 for _name, _value in {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -25,3 +29,12 @@ for _name in list(os.environ):
         "MLFLOW_RUN_ID",
     }:
         del os.environ[_name]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped, by name and with the reason, where there is none."""
+    if num_visible_gpus(os.environ):
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
