@@ -1,0 +1,95 @@
+"""The planner's counts against the model that trains: parameters on every rank, FLOPs of a packed forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megavlm.config.schema import DataConfig, ModelConfig, ModuleTraining, ParallelConfig, PrecisionConfig, StageConfig
+from megavlm.models.freezing import apply_freezing
+from megavlm.models.init import initialise
+from megavlm.parallel.context import enter_grid
+from megavlm.planner.flops import pack_flops
+from megavlm.planner.memory import estimate_memory
+from megavlm.testing.pool import RankPool
+from megavlm.testing.tiny import tiny_batch, tiny_chunks, tiny_model_config
+from megavlm.topology.grid import RankGrid
+
+FULL, FROZEN = ModuleTraining(), ModuleTraining(train="frozen")
+STAGES = {
+    "everything": (FULL, FULL, FULL),
+    "projector": (FROZEN, FULL, FROZEN),
+    "recipe's second stage": (ModuleTraining(train="last_layers", last_layers=1), FULL, FULL),
+    "tops": (ModuleTraining(train="last_layers", last_layers=1), FROZEN, ModuleTraining(train="last_layers", last_layers=1)),
+}
+# A multiple of what the vocabulary is padded to at tensor=2: our counts are of the unpadded one.
+VOCABULARY = 112
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[RankPool]:
+    pool = RankPool(4)
+    yield pool
+    pool.close()
+
+
+def stage_of(name: str) -> StageConfig:
+    vision, projector, language = STAGES[name]
+    return StageConfig(name="s", steps=1, mixture={"a": 1}, packs_per_step=8, vision=vision, projector=projector, language=language)
+
+
+def count(model: ModelConfig, parallel: ParallelConfig, stage: StageConfig) -> tuple[int, int, int]:
+    """(pipeline rank, parameters, trainable ones) of this rank."""
+    ctx = enter_grid(parallel, torch.device("cpu"), seed=1)
+    chunks = tiny_chunks(model, ctx, parallel)
+    apply_freezing(chunks, stage)
+    parameters = [p for chunk in chunks for p in chunk.parameters()]
+    rank = ctx.grid.coordinates(torch.distributed.get_rank()).pipeline
+    return rank, sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "layout", [{}, {"tensor": 2}, {"pipeline": 2, "virtual_pipeline": 2}, {"tensor": 2, "pipeline": 2}], ids=lambda x: str(x) or "one"
+)
+def test_parameters_of_every_rank(ranks, layout, tied, name):
+    model = tiny_model_config(tie_embeddings=tied, siglip=tied, vocab_size=VOCABULARY, qk_norm=tied, qkv_bias=tied)
+    parallel, stage = ParallelConfig(**layout), stage_of(name)
+    world = parallel.tensor * parallel.pipeline
+    grid = RankGrid.from_config(parallel, world)
+    expected = estimate_memory(model, stage, DataConfig(), grid, parallel, PrecisionConfig())
+    for rank, total, trainable in ranks.run(count, model, parallel, stage, world_size=world):
+        assert (expected[rank].num_parameters, expected[rank].num_trainable) == (total, trainable)
+
+
+def count_flops(model: ModelConfig, stage: StageConfig, images: tuple[int, ...]) -> tuple[int, list[int], int, int]:
+    """(forward + backward FLOPs as torch counts them, segment lengths, tiles, targets) of one pack."""
+    ctx = enter_grid(ParallelConfig(), torch.device("cpu"), seed=1)
+    chunks = tiny_chunks(model, ctx)
+    initialise(chunks, model, 0, ctx)
+    apply_freezing(chunks, stage)
+    batch = tiny_batch(model, images_per_sample=images)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        chunks[0](batch).total.backward()
+    return counter.get_total_flops(), batch.segment_lengths, batch.num_tiles, batch.target_ids_Q.numel()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_flops_of_a_packed_step(ranks, name):
+    model, stage = tiny_model_config(vocab_size=VOCABULARY), stage_of(name)
+    ((counted, lengths, tiles, targets),) = ranks.run(count_flops, model, stage, (1, 0, 2))
+    ours = pack_flops(model, lengths, tiles, targets, stage)
+    # The general CPU kernel computes the masked half of causal attention as well.
+    expected = ours.total + ours.by_part["language.attention"].total
+    if stage.language.train != "frozen":
+        # torch does not count addmm_, with which the head adds up its weight's gradient.
+        expected -= ours.by_part["language.head"].forward
+    if stage.vision.train == "frozen":
+        # megatron-core's linear layers compute the gradient of their input even where nobody asks for it; ours are the FLOPs needed.
+        expected += 2 * tiles * model.visual_tokens_per_tile * model.vision.hidden_size * model.language.hidden_size
+    assert expected == counted
