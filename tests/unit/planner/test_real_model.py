@@ -42,29 +42,29 @@ def stage_of(name: str) -> StageConfig:
     return StageConfig(name="s", steps=1, mixture={"a": 1}, packs_per_step=8, vision=vision, projector=projector, language=language)
 
 
-def count(model: ModelConfig, parallel: ParallelConfig, stage: StageConfig) -> tuple[int, int, int]:
-    """(pipeline rank, parameters, trainable ones) of this rank."""
+def count(model: ModelConfig, parallel: ParallelConfig, stages: list[StageConfig]) -> tuple[int, list[tuple[int, int]]]:
+    """(pipeline rank, [(parameters, trainable ones)] in each stage) of this rank."""
     ctx = enter_grid(parallel, torch.device("cpu"), seed=1)
     chunks = tiny_chunks(model, ctx, parallel)
-    apply_freezing(chunks, stage)
-    parameters = [p for chunk in chunks for p in chunk.parameters()]
-    rank = ctx.grid.coordinates(torch.distributed.get_rank()).pipeline
-    return rank, sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    counts = []
+    for stage in stages:
+        apply_freezing(chunks, stage)
+        parameters = [p for chunk in chunks for p in chunk.parameters()]
+        counts.append((sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)))
+    return ctx.grid.coordinates(torch.distributed.get_rank()).pipeline, counts
 
 
-@pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     "layout", [{}, {"tensor": 2}, {"pipeline": 2, "virtual_pipeline": 2}, {"tensor": 2, "pipeline": 2}], ids=lambda x: str(x) or "one"
 )
-def test_parameters_of_every_rank(ranks, layout, tied, name):
+def test_parameters_of_every_rank(ranks, layout, tied):
     model = tiny_model_config(tie_embeddings=tied, siglip=tied, vocab_size=VOCABULARY, qk_norm=tied, qkv_bias=tied)
-    parallel, stage = ParallelConfig(**layout), stage_of(name)
-    world = parallel.tensor * parallel.pipeline
-    grid = RankGrid.from_config(parallel, world)
-    expected = estimate_memory(model, stage, DataConfig(), grid, parallel, PrecisionConfig())
-    for rank, total, trainable in ranks.run(count, model, parallel, stage, world_size=world):
-        assert (expected[rank].num_parameters, expected[rank].num_trainable) == (total, trainable)
+    parallel, stages = ParallelConfig(**layout), [stage_of(name) for name in STAGES]
+    grid = RankGrid.from_config(parallel, parallel.tensor * parallel.pipeline)
+    expected = [estimate_memory(model, stage, DataConfig(), grid, parallel, PrecisionConfig()) for stage in stages]
+    for rank, counts in ranks.run(count, model, parallel, stages, world_size=grid.world_size):
+        assert counts == [(estimates[rank].num_parameters, estimates[rank].num_trainable) for estimates in expected]
 
 
 def count_flops(model: ModelConfig, stage: StageConfig, images: tuple[int, ...]) -> tuple[int, list[int], int, int]:
