@@ -6,7 +6,8 @@ import re
 
 Box = tuple[int, int, int, int]
 """x0, y0, x1, y1 in thousandths of the picture's width and height; x0 < x1 and y0 < y1."""
-GRID = 1000
+GRID = 999
+"""The number that stands for the right or lower edge."""
 _BOX = re.compile(r"[\[(]?\s*(\d{1,3})\s*[\s,]\s*(\d{1,3})\s*[\s,]\s*(\d{1,3})\s*[\s,]\s*(\d{1,3})\s*[\])]?")
 _THREE_FIGURES = re.compile(r"\d{3}( \d{3}){3}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from megavlm.evaluation.results import RIGHT, Answer
 GREEN, RED, INK, PAPER = (22, 128, 60), (200, 30, 30), (40, 40, 40), (255, 255, 255)
 PICTURE_PX, MARGIN_PX, LINE_PX, FONT_PX = 180, 12, 16, 12
 COLUMNS = 6
-_TEXT_LINES = 7
+_TEXT_LINES = 6
 _CHARACTERS = PICTURE_PX // 7
 
 
@@ -76,10 +77,11 @@ def _frame(
 ) -> Image.Image:
     tile = Image.new("RGB", (PICTURE_PX + 2 * MARGIN_PX, PICTURE_PX + 2 * MARGIN_PX + _TEXT_LINES * LINE_PX), PAPER)
     draw = ImageDraw.Draw(tile)
-    side = PICTURE_PX // max(1, len(pictures))
+    per_row = math.ceil(math.sqrt(len(pictures)))
+    side = PICTURE_PX // max(1, per_row)
     for i, data in enumerate(pictures):
         picture = _scaled(data, side)
-        left, top = MARGIN_PX + i * side, MARGIN_PX
+        left, top = MARGIN_PX + i % per_row * side, MARGIN_PX + i // per_row * side
         tile.paste(picture, (left, top))
         for (x0, y0, x1, y1), box_colour in boxes if i == 0 else ():
             across, down = picture.width / GRID, picture.height / GRID

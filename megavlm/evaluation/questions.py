@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -130,53 +131,56 @@ def _reference_box(sample: Sample, reference: str, where: str) -> Box | None:
     return parse_box(reference) if is_box_text(reference) else None
 
 
-def _groups(questions: Sequence[Question]) -> Iterator[list[int]]:
-    """Numbers of questions that can lend each other their pictures: same task, as many pictures (at least one), same kind of answer."""
-    groups: dict[tuple[str, int, bool], list[int]] = defaultdict(list)
-    for i, q in enumerate(questions):
-        if q.num_pictures:
-            groups[q.task, q.num_pictures, q.box is None].append(i)
-    yield from groups.values()
-
-
 def swap_partners(questions: Sequence[Question], seed: int) -> list[int | None]:
     """For each question another one whose pictures make its own reference wrong; one that asks the same where there is one.
 
     None for questions without pictures and where every other sample has the same answer.
     """
-    partners: list[int | None] = [None] * len(questions)
-    for group in _groups(questions):
-        for i in group:
-            mine = questions[i]
-            differing = [j for j in group if j != i and not mine.accepts(questions[j].reference)]
-            same_question = [j for j in differing if questions[j].text == mine.text]
-            candidates = same_question or differing
-            if candidates:
-                draw = zlib.crc32(f"{seed}/{mine.source}/{mine.key}".encode())
-                partners[i] = candidates[draw % len(candidates)]
+    partners: list[int | None] = []
+    for mine, pools in zip(questions, _lenders(questions), strict=True):
+        differing = ([j for j in pool if not mine.accepts(questions[j].reference)] for pool in pools)
+        candidates = next((pool for pool in differing if pool), [])
+        draw = zlib.crc32(f"{seed}/{mine.source}/{mine.key}".encode())
+        partners.append(candidates[draw % len(candidates)] if candidates else None)
     return partners
 
 
 def chance(questions: Sequence[Question]) -> float | None:
-    """How often the answer to one question is right for another one of its group: what looking at an unrelated picture gives.
+    """How often another sample's answer is right: what looking at an unrelated picture gives.
 
-    Mean over all ordered pairs; None when there is no pair.
+    Mean over the questions of the share of other samples, those that ask the same where there are any, whose reference would be
+    accepted. None without such samples.
     """
-    right = pairs = 0
-    for group in _groups(questions):
-        members = [questions[i] for i in group]
-        pairs += len(members) * (len(members) - 1)
-        if members[0].box is None:
-            counts = Counter(q.reference.strip() for q in members)
-            right += sum(n * (n - 1) for n in counts.values())
-        else:
-            right += int((_pairwise_iou(np.array([q.box for q in members])) >= RIGHT_IOU).sum()) - len(members)
-    return right / pairs if pairs else None
+    shares = []
+    for mine, pools in zip(questions, _lenders(questions), strict=True):
+        nearest = next((pool for pool in pools if pool), [])
+        if nearest:
+            shares.append(sum(_agree(mine, questions[j]) for j in nearest) / len(nearest))
+    return sum(shares) / len(shares) if shares else None
 
 
-def _pairwise_iou(boxes: np.ndarray) -> np.ndarray:
-    """(N, 4) -> (N, N)."""
-    low, high = boxes[:, None, :2], boxes[:, None, 2:]
-    shared = np.clip(np.minimum(high, boxes[None, :, 2:]) - np.maximum(low, boxes[None, :, :2]), 0, None).prod(-1)
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(-1)
-    return np.asarray(shared / (area[:, None] + area[None, :] - shared))
+def _agree(mine: Question, other: Question) -> bool:
+    """`mine.accepts(other.reference)`, without reading the text of a box again."""
+    if mine.box is not None and other.box is not None:
+        return box_iou(mine.box, other.box) >= RIGHT_IOU
+    return mine.accepts(other.reference)
+
+
+def _lenders(questions: Sequence[Question]) -> Iterator[list[list[int]]]:
+    """For each question the numbers of those that can lend it their pictures, in pools, nearest first.
+
+    All have the same task and as many pictures (at least one). First those with the same question; then those whose question differs
+    in its numbers only ("Where is the 3?"); then all.
+    """
+    pools: dict[tuple[str, int, str], list[int]] = defaultdict(list)
+    for i, question in enumerate(questions):
+        for key in _pool_keys(question):
+            pools[key].append(i)
+    for i, question in enumerate(questions):
+        yield [[j for j in pools[key] if j != i] for key in _pool_keys(question)]
+
+
+def _pool_keys(question: Question) -> list[tuple[str, int, str]]:
+    if not question.num_pictures:
+        return []
+    return [(question.task, question.num_pictures, text) for text in (question.text, re.sub(r"\d+", "0", question.text) + " ~", "*")]

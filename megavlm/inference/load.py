@@ -146,18 +146,16 @@ def _run_recipe(folder: Path) -> Recipe:
 
 def _load_modules(model: VisionLanguageModel, checkpoint: Path, recipe: Recipe, ctx: ParallelContext) -> None:
     """Each module from the newest checkpoint that holds it, as the next stage of training would take it."""
-    folders: dict[str, str] = store.read_state(checkpoint)["modules"]
+    folders = {name: folder for name, folder in store.module_folders(checkpoint) if name in MODULES}
     unheld = [name for name in MODULES if name not in folders]
     if unheld:
-        log.warning(
-            "no stage of this run has trained %s yet: as the run started from (%s)", ", ".join(unheld), recipe.model.init_from or "random"
-        )
+        start = recipe.model.init_from or "random weights"
+        log.warning("no stage of this run has trained %s yet: taken as the run started (%s)", ", ".join(unheld), start)
         initialise([model], recipe.model, recipe.run.seed, ctx)
         if recipe.model.init_from is not None:
             load_hf([model], recipe.model.init_from, recipe.model, ctx)
-    for name in sorted({folders[m] for m in MODULES if m in folders}):
-        wanted = {m for m in MODULES if folders.get(m) == name}
-        store.load(checkpoint.parent / name, [model], None, ctx, modules=wanted)
+    for folder in sorted(set(folders.values())):
+        store.load(folder, [model], None, ctx, modules={name for name, held_by in folders.items() if held_by == folder})
 
 
 def _hf_recipe(folder: Path, chat_template: str | None) -> Recipe:
