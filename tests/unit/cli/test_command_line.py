@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -118,7 +119,7 @@ def test_which_exceptions_are_the_users():
 
     assert is_user_error(RecipeError("r", "wrong"))
     assert is_user_error(LaunchError("wrong"))
-    assert is_user_error(raised(lambda: open("/no/such/file")))
+    assert is_user_error(raised(lambda: Path("/no/such/file").read_text()))
     assert is_user_error(raised(lambda: load_recipe("/no/such/file")))
     assert not is_user_error(raised(lambda: int("x")))
     assert not is_user_error(raised(lambda: json.loads("{")))
