@@ -129,8 +129,9 @@ def build_index(
         progress: show a progress bar while scanning.
 
     Raises:
-        SampleIndexError: no shards; no sample left by split and tasks; samples that the objective cannot take (up to ten are
-            named); a sample longer than data.seq_len_tokens or with more tiles than data.max_tiles_per_pack.
+        SampleIndexError: no shards; no sample left by split and tasks, or none of a named task; samples that the objective cannot
+            take (up to ten are named); a sample longer than data.seq_len_tokens or with more tiles than data.max_tiles_per_pack; a
+            tokenizer larger than the model's vocabulary.
         ShardError: a shard or sample that breaks the format.
     """
     folder = Path(source.path)
@@ -265,6 +266,11 @@ def _scan(
         there = ", ".join(f"{s}/{t}" for s, t in sorted(seen_tasks))
         raise SampleIndexError(
             f"{folder}: none of {num_seen} samples has split={source.split!r} and tasks={source.tasks}; it holds {there}"
+        )
+    if missing := sorted(set(source.tasks or ()) - {r.task for r in rows}):
+        there = ", ".join(sorted(t for s, t in seen_tasks if s == source.split))
+        raise SampleIndexError(
+            f"{folder}: no sample of split {source.split!r} has task {', '.join(map(repr, missing))}; its tasks are {there}"
         )
     return _columns(folder, paths, rows, objective)
 

@@ -175,6 +175,8 @@ def test_nothing_left_says_what_is_there(build, tmp_path):
         build(source={"split": "test"})
     with pytest.raises(SampleIndexError, match="tasks=\\['reading'\\]"):
         build(source={"tasks": ["reading"]})
+    with pytest.raises(SampleIndexError, match="has task 'reading'; its tasks are compare, read, text"):
+        build(source={"tasks": ["read", "reading"]})
     with pytest.raises(SampleIndexError, match="there is no such folder"):
         build(source={"path": str(tmp_path / "nowhere")})
 
