@@ -120,18 +120,22 @@ class MlflowSink:
         """A file or folder, to be stored under `folder`. It is read later: it must stay until the run ends."""
         self._put({"kind": "artifact", "path": str(Path(path).resolve()), "folder": folder})
 
-    def finish(self, status: str = "FINISHED", timeout_s: float | None = None) -> None:
-        """Deliver what is queued and close the run with `status`; after `timeout_s` the rest stays in the spool.
+    def finish(self, status: str | None = "FINISHED", timeout_s: float | None = None) -> int:
+        """Deliver what is queued and close the run; after `timeout_s` the rest stays in the spool.
 
-        timeout_s: None: FINISH_TIMEOUT_S, or FINISH_TIMEOUT_SQLITE_S for an sqlite store.
+        Args:
+            status: of the run from now on; None leaves it to the one that waits in the spool.
+            timeout_s: None: FINISH_TIMEOUT_S, or FINISH_TIMEOUT_SQLITE_S for an sqlite store.
 
-        Raises TrackingError for a status that MLflow does not have. A second call does nothing.
+        Returns the number of records in the spool. Raises TrackingError for a status that MLflow does not have.
+        A second call does nothing.
         """
-        if status not in STATUSES:
+        if status is not None and status not in STATUSES:
             raise TrackingError(f"status={status!r} is none of {', '.join(STATUSES)}")
         if self._finished:
-            return
-        self._put({"kind": "status", "status": status, "time_ms": _now_ms()})
+            return len(self._spool)
+        if status is not None:
+            self._put({"kind": "status", "status": status, "time_ms": _now_ms()})
         self._finished = True
         self._stop.set()
         if timeout_s is None:
@@ -139,12 +143,13 @@ class MlflowSink:
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             with self._handover:
-                self._abandoned = True
+                self._abandoned = self._store.cancelled = True
                 self._spool.append(self._in_flight)
                 self._spool.append(self._drain(len(self._queue)))
         atexit.unregister(self.finish)
         if waiting := len(self._spool):
             _log.warning("%d records wait for MLflow in %s: they are sent when this run starts again", waiting, self._spool.path)
+        return waiting
 
     def how_to_open(self) -> str:
         """The command, or the address for a server, that shows this run."""
@@ -254,6 +259,14 @@ def sink_for(recipe: Recipe, resume_step: int | None = None) -> MlflowSink | Non
         return None
     dumped = recipe.model_dump(mode="json")
     return MlflowSink(recipe.tracking, recipe.run.name, recipe.run.dir, recipe=dumped, resume_step=resume_step)
+
+
+def deliver_spool(recipe: Recipe, timeout_s: float = 120.0) -> int:
+    """Send what an ended run could not deliver, once its server answers. Returns the number of records that still wait."""
+    sink = sink_for(recipe)
+    if sink is None:
+        raise TrackingError(f"tracking.mlflow=false: the run in {recipe.run.dir} is not in MLflow, so there is nothing to send")
+    return sink.finish(None, timeout_s)
 
 
 def _is_outdated(item: Item, resume_step: int) -> bool:

@@ -1,6 +1,6 @@
 """The part of MLflow tracking that talks to a store or server. It may block: only the sink's thread calls it.
 
-Measured with mlflow 3.17 (docs/log.md): importing it takes 2 s, a fresh sqlite store 2-7 s (schema migrations),
+Measured with mlflow 3.17 (docs/tracking.md): importing it takes 2 s, a fresh sqlite store 2-7 s (schema migrations),
 log_metric 64 a second, log_batch of 1,000 metrics 9,700 a second; a dead server blocks the default client for 246 s.
 """
 
@@ -40,6 +40,10 @@ _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 class TrackingError(ValueError):
     """A tracking setting that cannot work."""
+
+
+class Cancelled(Exception):
+    """Nobody waits for this any more."""
 
 
 class Rejected(Exception):
@@ -135,6 +139,8 @@ class MlflowStore:
         self.run_id = run_id
         self.experiment_id: str | None = None
         self._client: Any = None
+        self.cancelled = False
+        """Set from another thread: no further request is begun (one under way may still arrive)."""
 
     @property
     def is_open(self) -> bool:
@@ -153,6 +159,7 @@ class MlflowStore:
             self.experiment_id = experiment.experiment_id if experiment is not None else self._create_experiment(client)
         params = self._continue_run(client) if self.run_id else None
         if params is None:
+            self._check_cancelled()
             run = client.create_run(self.experiment_id, run_name=self._run_name)
             self.run_id, params = run.info.run_id, {}
             save_run_id(self._run_dir, run.info.run_id)
@@ -246,12 +253,17 @@ class MlflowStore:
         """Tell "never" from "not now": only an answer that the request itself is wrong is final."""
         from mlflow.exceptions import MlflowException
 
+        self._check_cancelled()
         try:
             call(*arguments, **options)
         except MlflowException as error:
             if error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
                 raise Rejected(str(error)) from error
             raise
+
+    def _check_cancelled(self) -> None:
+        if self.cancelled:
+            raise Cancelled
 
 
 def artifact_location(uri: str, run_dir: Path) -> str | None:

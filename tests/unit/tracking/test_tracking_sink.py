@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from megavlm.config.schema import TrackingConfig
+from megavlm.config.schema import Recipe, TrackingConfig
 from megavlm.tracking import mlflow_sink
-from megavlm.tracking.mlflow_sink import MAX_QUEUED, MlflowSink
+from megavlm.tracking.mlflow_sink import MAX_QUEUED, MlflowSink, deliver_spool
 from megavlm.tracking.mlflow_store import Rejected, TrackingError, artifact_location, how_to_open, param_values, store_key, tracking_uri
 from megavlm.tracking.mlflow_store import without_password as redact
 from megavlm.tracking.spool import Spool
@@ -19,7 +19,7 @@ class FakeStore:
 
     def __init__(self):
         self.run_id, self.experiment_id = None, None
-        self.is_open, self.down, self.refuse = False, False, ()
+        self.is_open, self.down, self.refuse, self.cancelled = False, False, (), False
         self.gate, self.entered = threading.Event(), threading.Event()
         self.gate.set()
         self.taken, self.tries, self.on_try = [], 0, lambda: None
@@ -113,7 +113,7 @@ def test_finish_leaves_a_stuck_server_alone_and_the_next_start_delivers(tmp_path
     store.down = True  # the stuck thread of the first sink gets its answer: a failure, after everything was put away
     store.gate.set()
     sink._thread.join(10)
-    assert len(Spool(tmp_path / "run" / "mlflow-spool.jsonl")) == 3, "the late thread must not add a second copy"
+    assert store.cancelled and len(Spool(tmp_path / "run" / "mlflow-spool.jsonl")) == 3, "the late thread must not add a second copy"
     store.down = False
     second = make(tmp_path)
     second.finish()
@@ -192,6 +192,22 @@ def test_a_torn_spool_line_is_kept_apart(tmp_path, store):
     make(tmp_path).finish()
     assert store.steps() == [1, 2]
     assert "torn" in (tmp_path / "run" / "mlflow-rejected.jsonl").read_text()
+
+
+def test_the_spool_of_an_ended_run_is_delivered_with_the_end_it_had(tmp_path, store):
+    blocks = {"run": {"dir": str(tmp_path / "run")}, "data": {"sources": {"a": {"path": "x"}}}}
+    recipe = Recipe.model_validate({**blocks, "stages": [{"name": "s", "steps": 1, "mixture": {"a": 1}}]})
+    store.down = True
+    first = make(tmp_path)
+    first.metrics(7, {"loss": 1.0})
+    assert first.finish("KILLED") == 2
+    assert deliver_spool(recipe) == 2
+    store.down = False
+    assert deliver_spool(recipe) == 0
+    assert store.steps() == [7] and store.statuses() == ["KILLED"]
+    recipe.tracking.mlflow = False
+    with pytest.raises(TrackingError, match="mlflow=false"):
+        deliver_spool(recipe)
 
 
 def test_after_the_end(tmp_path, store):

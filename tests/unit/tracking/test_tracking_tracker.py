@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from megavlm.config.schema import Recipe
+from megavlm.tracking import tracker as tracker_module
 from megavlm.tracking.curves import MAX_POINTS, plot_curves, smooth
 from megavlm.tracking.metrics import MetricsError, MetricsWriter, read_metrics
 from megavlm.tracking.tracker import Tracker
@@ -63,6 +64,38 @@ def test_other_ranks_write_nothing(recipe, capsys):
         assert tracker.picture("x", "missing.png") is None and tracker.how_to_open() is None
         tracker.artifact("missing")
     assert not tracker.run_dir.exists() and capsys.readouterr().out == ""
+
+
+class FakeSink:
+    def __init__(self):
+        self.seen = {}
+
+    def metrics(self, step, values):
+        self.seen[step] = values
+
+    def tags(self, values):
+        pass
+
+    def artifact(self, path, folder=""):
+        assert path.exists()
+
+
+def test_mlflow_gets_the_loss_of_every_step_and_all_of_it_now_and_then(recipe, monkeypatch):
+    sink = FakeSink()
+    monkeypatch.setattr(tracker_module, "sink_for", lambda recipe, resume_step: sink)
+    recipe.tracking.log_every_steps = 4
+    tracker = Tracker(recipe)
+    tracker.start(10)
+    for step in range(11, 20):
+        tracker.step(record(step, grad_norm=1.0, mfu=None, source_samples={"pages": 3}))
+    tracker.evaluation({"step": 19, "stage": "align", "loss": {"held": 0.5}})
+    whole = {"loss", "stage_loss/align", "grad_norm", "lr/projector", "source_samples/pages", "stage_step"}
+    few = {"loss", "stage_loss/align", "grad_norm"}
+    assert {step: set(values) for step, values in sink.seen.items() if step < 19} == {
+        s: whole if s in (11, 15, 19) else few for s in range(11, 19)
+    }
+    assert sink.seen[19] == {"evaluation/loss/held": 0.5}
+    assert sink.seen[12]["loss"] == 3.0 / 12
 
 
 def test_pictures_from_a_file_an_image_and_a_figure(recipe, tmp_path):
