@@ -1,4 +1,7 @@
-"""A resumed run goes on as if it had never stopped: bit for bit on the same layout, within 1e-5 on another, at any step and between stages."""
+"""A resumed run goes on as if it had never stopped, at any step and between stages.
+
+Bit for bit on the same layout, within 1e-5 on another.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,24 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stages() -> list[dict[str, Any]]:
     """Encoder, words, everything: each stage trains other modules, and two of them do not build the whole model."""
     encoder = {
-        **{"name": "encoder", "objective": "vision_classification", "steps": 2, "packs_per_step": 8, "images_per_pack": 4},
-        **{"num_classes": 11, "mixture": {"patches": 1.0}, "vision": {"train": "full"}, "optimizer": PARITY_OPTIMIZER},
+        "name": "encoder",
+        "objective": "vision_classification",
+        "steps": 2,
+        "packs_per_step": 8,
+        "images_per_pack": 4,
+        "num_classes": 11,
+        "mixture": {"patches": 1.0},
+        "vision": {"train": "full"},
+        "optimizer": PARITY_OPTIMIZER,
     }
     words = {
-        **{"name": "words", "objective": "text", "steps": 2, "packs_per_step": 8, "mixture": {"text": 1.0}},
-        **{"optimizer": PARITY_OPTIMIZER, "schedule": {"kind": "wsd", "warmup_steps": 1, "decay_steps": 1}},
+        "name": "words",
+        "objective": "text",
+        "steps": 2,
+        "packs_per_step": 8,
+        "mixture": {"text": 1.0},
+        "optimizer": PARITY_OPTIMIZER,
+        "schedule": {"kind": "wsd", "warmup_steps": 1, "decay_steps": 1},
     }
     return [encoder, words, tiny_stage("frozen", steps=2, **ENCODER_FROZEN), tiny_stage("all", steps=2)]
 
@@ -78,7 +93,7 @@ def test_resume_is_bit_exact_in_other_layouts(
 
 
 def test_resume_through_changing_layouts(pool: RankPool, data_dir: Path, tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
-    """TP2 -> PP2 -> DP2 -> virtual pipeline, each stopped in the middle of a stage; another data-parallel size gets the same global batches."""
+    """TP2 -> PP2 -> DP2 -> virtual pipeline, each stopped in the middle of a stage; global batches stay the same."""
     run(pool, tmp_path, data_dir, 2, {"tensor": 2}, 1)
     run(pool, tmp_path, data_dir, 2, {"pipeline": 2}, 3)
     run(pool, tmp_path, data_dir, 2, {}, 5)
