@@ -24,12 +24,15 @@ def train(
 
     from megavlm.config import load_recipe
     from megavlm_launchers.environment import found_ranks
+    from megavlm_launchers.slurm import inside_batch_script
 
     loaded = load_recipe(recipe, overrides or [])
-    environment = None if dry_run or (nproc and "RANK" not in os.environ) else found_ranks(os.environ)
     if dry_run:
         _dry_run(loaded, nproc)
-    elif environment is not None:
+        return
+    # In the shell of an sbatch script --nproc is an answer to what found_ranks would ask; inside an srun step it may contradict.
+    environment = None if nproc and inside_batch_script(os.environ) else found_ranks(os.environ)
+    if environment is not None:
         _check_nproc(nproc, environment["WORLD_SIZE"])
         raise typer.Exit(_train_here(loaded, environment))
     else:

@@ -206,8 +206,17 @@ def test_under_srun_it_is_that_rank(recipe_file, fake_engine, tmp_path):
     assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"], found["MASTER_ADDR"]) == ("1", "4", "0", "n1")
 
 
-def test_nproc_that_contradicts_the_environment_is_refused(recipe_file, fake_engine):
-    done = megavlm("train", recipe_file, "--nproc", "2", **TORCHRUN, **fake_engine)
+def test_in_an_sbatch_script_it_asks_for_srun_or_nproc(recipe_file, fake_engine, tmp_path):
+    batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}
+    done = megavlm("train", recipe_file, **batch, **fake_engine)
+    assert done.returncode == 2 and "srun megavlm train" in done.stderr
+    assert megavlm("train", recipe_file, "--nproc", "2", **batch, **fake_engine).returncode == 0
+    assert told(tmp_path, 1)["WORLD_SIZE"] == "2"
+
+
+@pytest.mark.parametrize("environ", [TORCHRUN, SRUN])
+def test_nproc_that_contradicts_the_environment_is_refused(recipe_file, fake_engine, environ):
+    done = megavlm("train", recipe_file, "--nproc", "2", **environ, **fake_engine)
     assert done.returncode == 2
     assert "--nproc 2" in done.stderr and "4 ranks" in done.stderr
 
