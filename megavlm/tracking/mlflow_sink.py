@@ -140,7 +140,10 @@ class MlflowSink:
         self._stop.set()
         if timeout_s is None:
             timeout_s = FINISH_TIMEOUT_SQLITE_S if self.uri.startswith("sqlite") else FINISH_TIMEOUT_S
-        self._thread.join(timeout_s)
+        self._thread.join(min(2.0, timeout_s))
+        if self._thread.is_alive() and timeout_s > 2.0:
+            _log.info("waiting up to %.0f s for MLflow to take the last records", timeout_s - 2.0)
+            self._thread.join(timeout_s - 2.0)
         if self._thread.is_alive():
             with self._handover:
                 self._abandoned = self._store.cancelled = True
