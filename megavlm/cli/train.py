@@ -35,8 +35,7 @@ def train(
     if environment is not None:
         _check_nproc(nproc, environment["WORLD_SIZE"])
         raise typer.Exit(_train_here(loaded, environment))
-    else:
-        raise typer.Exit(_launch(loaded, recipe, overrides or [], nproc))
+    raise typer.Exit(_launch(loaded, recipe, overrides or [], nproc))
 
 
 def _dry_run(recipe: Recipe, nproc: int | None) -> None:

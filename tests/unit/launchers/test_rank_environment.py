@@ -82,7 +82,9 @@ def test_first_host(nodes, host):
 
 @pytest.mark.skipif(shutil.which("scontrol") is None, reason="needs SLURM's scontrol")
 @pytest.mark.parametrize("nodes", NODE_LISTS)
-def test_first_host_agrees_with_scontrol(nodes):
+def test_first_host_agrees_with_scontrol(nodes, tmp_path, monkeypatch):
+    (tmp_path / "slurm.conf").write_text("ClusterName=test\nSlurmctldHost=localhost\nPartitionName=p Nodes=n1\nNodeName=n1\n")
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
     listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True).stdout
     assert first_host(nodes) == listed.split()[0]
 
