@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from io import BytesIO
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from megavlm.data.chat import TEMPLATES
 from megavlm.data.demo_samples import SOURCES, SPLITS, SampleName, make_sample, plan_samples
 from megavlm.data.demo_talk import CHANCE
-from megavlm.data.shards import ShardWriter
+from megavlm.data.shards import Sample, ShardReader, ShardWriter, parse_sample, scan_shard, shard_paths
 from megavlm.data.tokenizer import train_sentencepiece
 
 FORMAT_VERSION = 1
@@ -37,6 +38,8 @@ SHARD_SAMPLES = 2000
 TOKENIZER_SAMPLES = 3000
 VOCAB_SIZE = 512
 _MAKING = ".making"
+_PARALLEL_FROM = 2000
+"""Samples from which starting processes pays."""
 
 
 class DemoError(ValueError):
@@ -59,7 +62,7 @@ class DemoManifest:
 
 
 def make_demo(
-    folder: str | Path, *, seed: int = 0, num_train: int = 12_000, num_held_out: int = 600, page_px: int = 48, num_workers: int = 2
+    folder: str | Path, *, seed: int = 0, num_train: int = 10_000, num_held_out: int = 600, page_px: int = 48, num_workers: int = 2
 ) -> DemoManifest:
     """Make the demonstration data in `folder`, or leave it as it is when it was made with the same settings.
 
@@ -152,7 +155,7 @@ def _write_sources(making: Path, plan: list[SampleName], seed: int, page_px: int
 
 def _in_order(make: Any, plan: list[SampleName], num_workers: int) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
     """Samples in the plan's order, made by several processes when there is enough to share out."""
-    if num_workers < 2 or len(plan) < 2000:
+    if num_workers < 2 or len(plan) < _PARALLEL_FROM:
         yield from map(make, plan)
         return
     # spawn: a fork of a process in which threads run (torch, MLflow) may deadlock.
@@ -169,3 +172,59 @@ def _publish(making: Path, folder: Path, manifest: DemoManifest) -> None:
     (making / TOKENIZER).replace(folder / TOKENIZER)
     making.rmdir()
     (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------ contact sheet
+
+
+def demo_contact_sheet(folder: str | Path, png: str | Path, *, split: str = "heldout", per_source: int = 8, zoom: int = 4) -> None:
+    """Draw the first samples of each source with pictures: page, labelled boxes, and what is said below it.
+
+    Raises:
+        DemoError: the folder has no demonstration data, or none of that split.
+    """
+    from PIL import Image, ImageDraw
+
+    if read_manifest(folder) is None:
+        raise DemoError(f"{folder} holds no demonstration data ({MANIFEST} is missing): make it with make_demo")
+    rows = [_first_samples(Path(folder) / source, split, per_source) for source in ("pages", "multi", "patches")]
+    side = max(picture.width for row in rows for _, pictures in row for picture in pictures) * zoom
+    cell_x, cell_y = side * 3 // 2, side + 84
+    sheet = Image.new("RGB", (cell_x * per_source, cell_y * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for y, row in enumerate(rows):
+        for x, (sample, pictures) in enumerate(row):
+            # Several pages of one sample share the cell's width.
+            shown = min(side, (cell_x - 8) // len(pictures))
+            for i, picture in enumerate(pictures):
+                left, top, scale = x * cell_x + i * shown, y * cell_y, shown / picture.width
+                sheet.paste(picture.resize((shown, shown), Image.Resampling.NEAREST), (left, top))
+                for thing in sample.objects or []:
+                    if thing.image == i:
+                        x0, y0, x1, y1 = (v * scale for v in thing.box_px)
+                        draw.rectangle((left + x0, top + y0, left + x1 - 1, top + y1 - 1), outline=(220, 30, 30))
+            lines = [m.content.replace("<image>", "").strip() for m in sample.messages]
+            draw.multiline_text((x * cell_x + 2, y * cell_y + side + 2), "\n".join([sample.task, *lines]), fill="black", spacing=1)
+    Path(png).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(png)
+
+
+def _first_samples(folder: Path, split: str, count: int) -> list[tuple[Sample, list[Any]]]:
+    """The first `count` samples of a split with their pictures, tasks in turn as they were written."""
+    from PIL import Image
+
+    found: list[tuple[Sample, list[Any]]] = []
+    paths = shard_paths(folder)
+    reader = ShardReader(folder, [path.name for path in paths])
+    for shard, path in enumerate(paths):
+        for raw in scan_shard(path):
+            sample = parse_sample(reader.read(shard, raw.json.offset, raw.json.size_bytes), f"{path}: {raw.key}")
+            if sample.split != split:
+                continue
+            files = [raw.files[image.file] for image in sample.images]
+            pictures = [Image.open(BytesIO(reader.read(shard, file.offset, file.size_bytes))).convert("RGB") for file in files]
+            found.append((sample, pictures))
+            if len(found) == count:
+                reader.close()
+                return found
+    raise DemoError(f"{folder} has {len(found)} samples of split {split!r}, and the sheet shows {count}")

@@ -58,7 +58,8 @@ class Page:
         axis = np.linspace(-1, 1, len(self.ink_HW), dtype=np.float32)
         light_HW = slope_x * axis[None, :] + slope_y * axis[:, None] + rng.normal(0, rng.uniform(0, 5), size=self.ink_HW.shape)
         page_HWC = paper_C + self.ink_HW[..., None] * (pen_C - paper_C) + light_HW[..., None]
-        return np.clip(page_HWC, 0, 255).astype(np.uint8)
+        page: np.ndarray = np.clip(page_HWC, 0, 255).astype(np.uint8)
+        return page
 
     def png(self) -> bytes:
         """The picture as a PNG file."""
