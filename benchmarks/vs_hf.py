@@ -26,16 +26,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+
+def _shape(width: int, inner: int, layers: int, heads: int, **more: int) -> dict[str, int]:
+    return {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads, **more}
+
+
 SIZES: dict[str, dict[str, dict[str, int]]] = {
     "tiny": {
-        "vision": {"image_size": 64, "patch_size": 8, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4},
-        "text": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6, "vocab_size": 4096},
+        "vision": _shape(128, 512, 3, 4, image_size=64, patch_size=8),
+        "text": _shape(192, 512, 4, 6, vocab_size=4096),
     },
     "100m": {
-        "vision": {"image_size": 224, "patch_size": 16, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6},
-        "text": {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 10, "num_attention_heads": 10, "vocab_size": 32000},
+        "vision": _shape(384, 1536, 6, 6, image_size=224, patch_size=16),
+        "text": _shape(640, 1728, 10, 10, vocab_size=32000),
     },
-}  # fmt: skip
+}
 IMAGE_TOKEN = 3
 TARGET_SHARE = 0.25
 
