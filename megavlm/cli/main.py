@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megavlm.cli import config, data, doctor, train
+from megavlm.cli import config, convert, data, doctor, evaluate, generate, quickstart, train
 from megavlm.cli.errors import DEBUG_VARIABLE, report
 
 app = typer.Typer(
@@ -41,7 +41,11 @@ def _root(
 app.command("train")(train.train)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
+app.add_typer(convert.app, name="convert")
+app.command("generate")(generate.generate)
+app.command("evaluate")(evaluate.evaluate)
 app.command("doctor")(doctor.doctor)
+app.command("quickstart")(quickstart.quickstart)
 
 
 def main(arguments: list[str] | None = None) -> None:

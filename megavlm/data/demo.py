@@ -140,7 +140,7 @@ def _write_sources(making: Path, plan: list[SampleName], seed: int, page_px: int
     """Write every source; return texts of the training split to train the tokenizer on."""
     texts: dict[str, list[str]] = {source: [] for source in SOURCES}
     make = partial(make_sample, seed=seed, page_px=page_px)
-    with tqdm(total=len(plan), desc="demonstration data", unit=" samples") as bar:
+    with tqdm(total=len(plan), desc="demonstration data", unit=" samples", disable=None) as bar:
         made = _in_order(make, plan, num_workers)
         for source in SOURCES:
             names = [name for name in plan if name.source == source]
