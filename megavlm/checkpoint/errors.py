@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, incomplete, damaged or of another model."""
@@ -9,3 +11,8 @@ class CheckpointError(ValueError):
 
 class HuggingFaceError(ValueError):
     """A Hugging Face folder that cannot be read as this model, or a model that no Hugging Face class can hold."""
+
+
+def some(names: Sequence[str], limit: int = 8) -> str:
+    """Names for a message: the first few, and how many more."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -8,7 +8,7 @@ any other. Everything else is JSON. See `folders` for what lies on the disk.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from megatron.core.utils import unwrap_model
 
 import megavlm
 from megavlm.checkpoint import folders, optimizer_state
-from megavlm.checkpoint.errors import CheckpointError
+from megavlm.checkpoint.errors import CheckpointError, some
 from megavlm.checkpoint.folders import newest, prune, read_state
 from megavlm.checkpoint.reader import read_metadata
 from megavlm.checkpoint.watchdog import watchdog
@@ -32,7 +32,7 @@ from megavlm.models.weights import sharding_metadata
 from megavlm.parallel.context import ParallelContext
 from megavlm.parallel.mcore_fixes import in_process_save_strategy, install
 
-__all__ = ["CheckpointError", "load", "newest", "prune", "read_state", "save"]
+__all__ = ["CheckpointError", "load", "module_folders", "newest", "prune", "read_state", "save"]
 FORMAT = 1
 _OPTIMIZER = "optimizer."
 
@@ -177,9 +177,9 @@ def _check_present(path: Path, tensors: Sequence[ShardedTensor], state: dict[str
             raise CheckpointError(f"{path} was saved without an optimizer: load its weights only")
         masters = [k for k in missing if k.startswith(f"{_OPTIMIZER}{optimizer_state.MASTER}.")]
         reason = "another precision.dtype" if len(masters) == len(missing) else "another set of trainable modules"
-        raise CheckpointError(f"{path} has no optimizer state for {_some(missing)}: it was saved with {reason}; load its weights only")
+        raise CheckpointError(f"{path} has no optimizer state for {some(missing)}: it was saved with {reason}; load its weights only")
     if missing:
-        raise CheckpointError(f"{path} lacks {_some(missing)}: it holds another model than the recipe's model block describes")
+        raise CheckpointError(f"{path} lacks {some(missing)}: it holds another model than the recipe's model block describes")
     for tensor in tensors:
         size = tuple(entries[tensor.key].size)  # type: ignore[union-attr]
         if size != tuple(tensor.global_shape) and not tensor.allow_shape_mismatch:
@@ -235,12 +235,9 @@ def _everywhere(action: Any, what: str) -> Any:
     return result
 
 
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def module_folders(path: str | Path) -> Iterator[tuple[str, Path]]:
-    """(module, checkpoint folder that holds it newest) as of this checkpoint, for every module of its run so far."""
+def module_folders(path: str | Path) -> dict[str, Path]:
+    """Module -> folder of the checkpoint that holds it newest, as of this checkpoint, for every module of its run so far."""
     path = Path(path)
-    for module, name in read_state(path)["modules"].items():
-        yield module, path if name == path.name else path.parent / name
+    state = read_state(path)
+    # A checkpoint that was moved or renamed still finds itself.
+    return {module: path if module in state["held"] else path.parent / name for module, name in state["modules"].items()}

@@ -12,6 +12,7 @@ from typing import Any
 
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.config.schema import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from megavlm.parallel.mcore_fixes import let_device_contexts_see_factories
 
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 _VISION_TYPES = ("clip_vision_model", "siglip_vision_model")
@@ -113,8 +114,8 @@ def config_to_hf(
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
-        "text_config": text | {"dtype": dtype},
-        "vision_config": _vision_to_hf(model.vision) | {"dtype": dtype},
+        "text_config": text,
+        "vision_config": _vision_to_hf(model.vision),
     }
 
 
@@ -181,6 +182,7 @@ def _read(folder: Path) -> Any:
 
 def quiet_transformers() -> Any:
     """transformers, without the notices of its import (one per image processor when torchvision is absent)."""
+    let_device_contexts_see_factories()
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -195,25 +197,23 @@ def _check_supported(config: Any, folder: str | Path) -> None:
     """Every setting that changes the computation must be one the model here computes."""
     vision, text = config.vision_config, config.text_config
     rope = getattr(text, "rope_parameters", None) or {}
+    vision_act, text_act = getattr(vision, "hidden_act", None), getattr(text, "hidden_act", None)
+    partial = rope.get("partial_rotary_factor", 1.0)
+    drops_patch = vision.model_type == "siglip_vision_model" and config.vision_feature_select_strategy == "default"
     wrong = [
         (vision.model_type not in _VISION_TYPES, "vision_config.model_type", vision.model_type, " or ".join(_VISION_TYPES)),
         (text.model_type not in _TEXT_TYPES, "text_config.model_type", text.model_type, ", ".join(_TEXT_TYPES)),
         (not isinstance(config.vision_feature_layer, int), "vision_feature_layer", config.vision_feature_layer, "one layer"),
         (config.projector_hidden_act != "gelu", "projector_hidden_act", config.projector_hidden_act, "gelu"),
-        (getattr(vision, "hidden_act", None) not in _ACTIVATIONS, "vision_config.hidden_act", getattr(vision, "hidden_act", None), ", ".join(_ACTIVATIONS)),
-        (getattr(text, "hidden_act", None) != "silu", "text_config.hidden_act", getattr(text, "hidden_act", None), "silu"),
+        (vision_act not in _ACTIVATIONS, "vision_config.hidden_act", vision_act, ", ".join(_ACTIVATIONS)),
+        (text_act != "silu", "text_config.hidden_act", text_act, "silu"),
         (rope.get("rope_type", "default") != "default", "text_config.rope_parameters.rope_type", rope.get("rope_type"), "default"),
-        (rope.get("partial_rotary_factor", 1.0) != 1.0, "text_config.rope_parameters.partial_rotary_factor", rope.get("partial_rotary_factor"), "1.0"),
+        (partial != 1.0, "text_config.rope_parameters.partial_rotary_factor", partial, "1.0"),
         (bool(getattr(text, "attention_bias", False)), "text_config.attention_bias", True, "false"),
         (bool(getattr(text, "mlp_bias", False)), "text_config.mlp_bias", True, "false"),
         (bool(getattr(text, "use_sliding_window", False)), "text_config.use_sliding_window", True, "false"),
-        (
-            vision.model_type == "siglip_vision_model" and config.vision_feature_select_strategy == "default",
-            "vision_feature_select_strategy",
-            "default with a SigLIP encoder, which would drop the first patch",
-            "full",
-        ),
-    ]  # fmt: skip
+        (drops_patch, "vision_feature_select_strategy", "default with a SigLIP encoder, which drops its first patch", "full"),
+    ]
     problems = [f"{field} is {value!r}, supported: {allowed}" for is_wrong, field, value, allowed in wrong if is_wrong]
     if problems:
         raise HuggingFaceError(f"{folder}/config.json cannot be imported: " + "; ".join(problems))
@@ -221,26 +221,23 @@ def _check_supported(config: Any, folder: str | Path) -> None:
 
 def _check_expressible(model: ModelConfig) -> None:
     vision, projector, language = model.vision, model.projector, model.language
-    clip_like = (vision.class_token, vision.pre_norm, vision.patch_bias, vision.pooling_head)
+    style = (vision.class_token, vision.pre_norm, vision.patch_bias, vision.pooling_head)
+    styles = ((True, True, False, False), (False, False, True, True), (False, False, True, False))
+    width = language.hidden_size
     wrong = [
         (projector.num_layers != 2, f"model.projector.num_layers={projector.num_layers}", "2"),
         (projector.pixel_shuffle != 1, f"model.projector.pixel_shuffle={projector.pixel_shuffle}", "1"),
         (projector.input_norm, "model.projector.input_norm=true", "false"),
-        (
-            projector.hidden_size not in (None, language.hidden_size),
-            f"model.projector.hidden_size={projector.hidden_size}",
-            "the LLM's hidden_size",
-        ),
+        (projector.hidden_size not in (None, width), f"model.projector.hidden_size={projector.hidden_size}", f"{width}, as the LLM"),
         (vision.final_norm, "model.vision.final_norm=true", "false"),
         (
-            clip_like not in ((True, True, False, False), (False, False, True, True), (False, False, True, False)),
-            f"model.vision with class_token={vision.class_token}, pre_norm={vision.pre_norm}, patch_bias={vision.patch_bias}, "
-            f"pooling_head={vision.pooling_head}",
-            "CLIP (true, true, false, false) or SigLIP (false, false, true, true or false)",
+            style not in styles,
+            "model.vision with (class_token, pre_norm, patch_bias, pooling_head) = " + str(style).lower(),
+            "CLIP: true, true, false, false; SigLIP: false, false, true and either",
         ),
         (language.qkv_bias and language.qk_norm, "model.language with qkv_bias and qk_norm", "one of the two"),
         (
-            language.qkv_bias and language.head_width * language.num_attention_heads != language.hidden_size,
+            language.qkv_bias and language.head_width * language.num_attention_heads != width,
             f"model.language.head_dim={language.head_dim} with qkv_bias",
             "hidden_size / num_attention_heads",
         ),

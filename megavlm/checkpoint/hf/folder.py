@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megavlm.checkpoint.errors import HuggingFaceError
+from megavlm.checkpoint.errors import HuggingFaceError, some
 from megavlm.checkpoint.hf.links import disk_name
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -48,6 +48,13 @@ class WeightFolder:
         """Shape of a tensor, without reading it."""
         file, stored = self._places[name]
         return tuple(self._open(file).get_slice(stored).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Number format of a tensor, without reading it."""
+        file, stored = self._places[name]
+        piece = self._open(file).get_slice(stored)
+        # An empty piece: a slice knows its format only by safetensors' own names.
+        return piece[:0].dtype if piece.get_shape() else self.tensor(name).dtype  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """Let go of the files."""
@@ -90,8 +97,3 @@ class WeightFolder:
             except (SafetensorError, OSError) as error:
                 raise HuggingFaceError(f"{path} is damaged ({error}): download or write it again") from error
         return self._files[file]
-
-
-def some(names: list[str], limit: int = 8) -> str:
-    """Names for a message: the first few, and how many more."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

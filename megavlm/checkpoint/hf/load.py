@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from megavlm.checkpoint.errors import HuggingFaceError
-from megavlm.checkpoint.hf.folder import WeightFolder, some
+from megavlm.checkpoint.errors import HuggingFaceError, some
+from megavlm.checkpoint.hf.folder import WeightFolder
 from megavlm.checkpoint.hf.links import HEAD, LANGUAGE, Link, links, part_sizes
 from megavlm.config.schema import ModelConfig
 from megavlm.models.weights import Provider, assign

@@ -1,0 +1,205 @@
+"""Export: what was imported comes out bit for bit, what was trained gives Hugging Face's model our logits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from megavlm.checkpoint import store
+from megavlm.checkpoint.hf import HuggingFaceError, config_from_hf, export_hf, load_hf
+from megavlm.checkpoint.hf.config import quiet_transformers
+from megavlm.checkpoint.hf.importing import import_hf
+from megavlm.checkpoint.hf.verify import verify
+from megavlm.config.schema import ImageConfig, ModelConfig, ParallelConfig
+from megavlm.data.chat import Chat
+from megavlm.data.images import cut_tiles, tile_grid
+from megavlm.data.tokenizer import train_sentencepiece
+from megavlm.models.init import initialise
+from megavlm.parallel.context import enter_grid
+from megavlm.testing.hf_models import Kind, hf_logits, make_hf
+from megavlm.testing.pool import RankPool
+from megavlm.testing.tiny import tiny_batch, tiny_chunks, tiny_model_config
+
+KINDS = [
+    Kind(),
+    Kind(layer=-1, tie=True, dtype="bfloat16"),
+    Kind(select="full", text="qwen2", tie=True),
+    Kind("siglip", "qwen2", select="full", dtype="bfloat16"),
+    Kind("siglip", "llama", select="full", layer=2, use_head=False),
+    Kind(text="qwen3"),
+]
+
+
+def through_layout(folder: Path, checkpoint: Path, layout: dict[str, Any], dtype: str) -> None:
+    """Import into a parallel layout and save that as a checkpoint."""
+    model, parallel = config_from_hf(folder), ParallelConfig(**layout)
+    ctx = enter_grid(parallel, torch.device("cpu"), seed=1)
+    chunks = tiny_chunks(model, ctx, parallel, dtype=dtype)
+    load_hf(chunks, folder, model, ctx)
+    store.save(checkpoint, chunks, None, {"model": model.model_dump(mode="json")}, ctx)
+
+
+def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    texts = ["a cat sat on 12 mats", "what number is in the picture? 7 and 34", "the box is at 120 30 440 900"] * 20
+    specials = ["<image>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    return Chat("megavlm", train_sentencepiece(texts, folder / "t.model", 300, specials))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
+def test_export_of_import_is_the_original(pool: RankPool, tmp_path: Path, kind: Kind, chat: Chat) -> None:
+    make_hf(kind, tmp_path / "hf")
+    layout = {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}
+    dtype = {"float32": "fp32", "bfloat16": "bf16"}[kind.dtype]
+    pool.run(through_layout, tmp_path / "hf", tmp_path / "checkpoint", layout, dtype, world_size=4)
+    small = replace_vocabulary(chat, 101)
+    export_hf(tmp_path / "checkpoint", tmp_path / "out", chat=small, max_shard_bytes=60_000)
+    before, after = all_tensors(tmp_path / "hf"), all_tensors(tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("model-0000*.safetensors"))) > 1
+    assert set(before) == set(after)
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype, name
+        assert torch.equal(tensor, after[name]), name
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in before.values())
+    check_same_config(tmp_path / "hf", tmp_path / "out")
+
+
+def replace_vocabulary(chat: Chat, size: int) -> Any:
+    """The tiny models have fewer rows than any byte-complete tokenizer has tokens: pretend, as no text is encoded."""
+
+    class Small:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(chat.tokenizer, name)
+
+    small: Any = Small()
+    small.vocab_size, small.image_token_id, small.bos_id, small.eos_id, small.pad_id = size, 3, 1, 2, 0
+    other = Chat("megavlm", chat.tokenizer)
+    other.tokenizer = small
+    return other
+
+
+def check_same_config(before: Path, after: Path) -> None:
+    config = quiet_transformers().LlavaConfig
+    a, b = (config.from_pretrained(str(p)).to_dict() for p in (before, after))
+    ignored = {"bos_token_id", "eos_token_id", "pad_token_id", "image_seq_length", "projection_dim", "initializer_range", "layer_types"}
+    for block in ("vision_config", "text_config", None):
+        x, y = (c[block] if block else {k: v for k, v in c.items() if not k.endswith("_config")} for c in (a, b))
+        assert {k: v for k, v in x.items() if k not in ignored} == {k: v for k, v in y.items() if k not in ignored}
+
+
+def test_transformers_writes_the_same_names(tmp_path: Path, chat: Chat, pool: RankPool) -> None:
+    """The export, loaded by the Auto class and saved again, has the same names: these are the names on the disk."""
+    make_hf(Kind("siglip", select="full"), tmp_path / "hf")
+    pool.run(through_layout, tmp_path / "hf", tmp_path / "checkpoint", {}, "fp32")
+    export_hf(tmp_path / "checkpoint", tmp_path / "out", chat=replace_vocabulary(chat, 101))
+    auto = quiet_transformers().AutoModelForImageTextToText
+    model, info = auto.from_pretrained(str(tmp_path / "out"), output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    model.save_pretrained(str(tmp_path / "again"))
+    assert set(all_tensors(tmp_path / "again")) == set(all_tensors(tmp_path / "out"))
+
+
+def train_and_save(path: Path, layout: dict[str, Any], model: ModelConfig) -> torch.Tensor | None:
+    """Three plain gradient steps, then (where one rank holds the model) the logits."""
+    parallel = ParallelConfig(**layout)
+    ctx = enter_grid(parallel, torch.device("cpu"), seed=1)
+    chunks: Any = tiny_chunks(model, ctx, parallel)
+    initialise(chunks, model, 5, ctx)
+    for step in range(3):
+        chunks[0](tiny_batch(model, seed=step)).total.backward()
+        with torch.no_grad():
+            for parameter in chunks[0].parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.01 * parameter.grad
+                    parameter.grad = None
+    store.save(path, chunks, None, {"model": model.model_dump(mode="json"), "step": 3}, ctx)
+    with torch.no_grad():
+        batch = tiny_batch(model, seed=7)
+        return chunks[0].language.logits(chunks[0].transform(batch, chunks[0].packing(batch)))
+
+
+@pytest.mark.parametrize("siglip", [False, True])
+def test_trained_model_gives_our_logits_in_hugging_face(pool: RankPool, tmp_path: Path, chat: Chat, siglip: bool) -> None:
+    model = tiny_model_config(siglip=siglip)
+    ours = pool.run(train_and_save, tmp_path / "c", {"tensor": 2}, model, world_size=2)[0]
+    export_hf(tmp_path / "c", tmp_path / "out", chat=replace_vocabulary(chat, 101))
+    hf = quiet_transformers().LlavaForConditionalGeneration.from_pretrained(str(tmp_path / "out")).eval()
+    theirs = hf_logits(hf, tiny_batch(model, seed=7), model.vision)
+    assert (ours - theirs).abs().max() <= 1e-4 * max(1.0, theirs.abs().max().item())
+
+
+def import_export_verify(hf: Path, root: Path) -> dict[str, Any]:
+    ctx = enter_grid(ParallelConfig(), torch.device("cpu"), seed=0)
+    import_hf(hf, root / "checkpoint", ctx)
+    export_hf(root / "checkpoint", root / "out")
+    good = verify(root / "checkpoint", root / "out", ctx).to_json()
+    file = root / "out" / "model.safetensors"
+    tensors = load_file(file)
+    name = "language_model.model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].clone()
+    tensors[name][0, 0] += 1.0
+    save_file(tensors, file, metadata={"format": "pt"})
+    return {"good": good, "bad": verify(root / "checkpoint", root / "out", ctx).to_json(), "name": name}
+
+
+def test_verify_sees_equality_and_one_changed_number(pool: RankPool, tmp_path: Path) -> None:
+    make_hf(Kind(), tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    found = pool.run(import_export_verify, tmp_path / "hf", tmp_path)[0]
+    assert found["good"]["ok"] and found["good"]["num_tensors"] > 80 and not found["good"]["unequal"]
+    assert found["good"]["max_abs_logit_difference"] < 1e-4
+    assert not found["bad"]["ok"] and found["bad"]["unequal"] == [found["name"]]
+    assert found["bad"]["max_abs_logit_difference"] > 1e-3
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}", "an imported folder's texts come out again"
+
+
+@pytest.mark.parametrize("siglip, keep_class_token", [(False, False), (False, True), (True, False)])
+def test_processor_makes_our_tokens_and_pixels(pool: RankPool, tmp_path: Path, chat: Chat, siglip: bool, keep_class_token: bool) -> None:
+    model = tiny_model_config(siglip=siglip, vocab_size=chat.tokenizer.vocab_size)
+    model.vision.keep_class_token = keep_class_token
+    pool.run(train_and_save, tmp_path / "c", {}, model)
+    export_hf(tmp_path / "c", tmp_path / "out", chat=chat)
+    tf = quiet_transformers()
+    processor = tf.AutoProcessor.from_pretrained(str(tmp_path / "out"))
+    assert type(processor).__name__ == "LlavaProcessor"
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    messages = [{"role": "user", "content": "<image>\nwhat number is in the picture?"}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(text=text, images=[Image.fromarray(pixels)], return_tensors="pt")
+    ours = chat.encode_prompt(messages, [model.visual_tokens_per_tile])
+    assert inputs["input_ids"][0].tolist() == ours.tolist()
+    tiles = cut_tiles(pixels, tile_grid(16, 16, ImageConfig(), 16), 16)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (model.vision.image_mean, model.vision.image_std))
+    torch.testing.assert_close(inputs["pixel_values"], (tiles.float() / 255 - mean) / std, atol=1e-5, rtol=1e-5)
+    hf = tf.LlavaForConditionalGeneration.from_pretrained(str(tmp_path / "out"))
+    answer = hf.generate(**inputs, max_new_tokens=3)
+    assert answer.shape[1] > inputs["input_ids"].shape[1]
+    assert hf.generation_config.eos_token_id == chat.stop_ids
+    assert processor(text=text, images=[Image.new("RGB", (50, 20))], return_tensors="pt")["pixel_values"].shape == (1, 3, 16, 16)
+
+
+def test_export_refuses_before_writing(pool: RankPool, tmp_path: Path, chat: Chat) -> None:
+    model = tiny_model_config()
+    pool.run(train_and_save, tmp_path / "c", {}, model)
+    with pytest.raises(HuggingFaceError, match=r"tokenizer has \d+ tokens, but model.language.vocab_size is 101"):
+        export_hf(tmp_path / "c", tmp_path / "out", chat=chat)
+    with pytest.raises(HuggingFaceError, match="no tokenizer is known"):
+        export_hf(tmp_path / "c", tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(HuggingFaceError, match="is not empty"):
+        export_hf(tmp_path / "c", tmp_path / "full", chat=replace_vocabulary(chat, 101))
+    assert not (tmp_path / "out").exists()
