@@ -13,6 +13,7 @@ from megavlm.data.plan import StepPlanner
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer
 from megavlm.data.types import StepData, StepPlan
 from megavlm.parallel.context import ParallelContext
+from megavlm.training.layout import held_out_stage
 from megavlm.training.state import RunState
 
 
@@ -64,7 +65,6 @@ class RunData:
                 f"{recipe.data.tokenizer} has {self.tokenizer.vocab_size} tokens, but model.language.vocab_size is "
                 f"{recipe.model.language.vocab_size}: raise it"
             )
-        self._held_out: dict[tuple[str, int, int], list[StepData]] = {}
 
     def open_stage(self, stage: StageConfig, ctx: ParallelContext, state: RunState) -> StageStream:
         """The stage's stream, from the state's cursor on."""
@@ -77,13 +77,10 @@ class RunData:
 
     def held_out(self, stage: StageConfig, ctx: ParallelContext) -> list[StepData]:
         """The same held-out packs every time; empty when nothing is to be measured or the stage does not train the whole model."""
-        config = self.recipe.evaluation
-        if not config.sources or config.every_steps is None or stage.objective != "multimodal":
+        measured = held_out_stage(self.recipe, stage)
+        if measured is None:
             return []
-        measured = stage.model_copy(
-            update={"mixture": dict.fromkeys(config.sources, 1.0), "packs_per_step": config.packs, "micro_batch_packs": 1}
-        )
-        indexes = build_on_rank_zero_first(self.recipe, measured, config.sources, self.tokenizer)
+        indexes = build_on_rank_zero_first(self.recipe, measured, self.recipe.evaluation.sources, self.tokenizer)
         stream = open_stream(self.recipe, measured, indexes, self.tokenizer, ctx, seed=self.recipe.run.seed, cursor=None)
         try:
             return [stream.next()]

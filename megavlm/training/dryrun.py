@@ -12,7 +12,7 @@ from megavlm.planner.memory import estimate_memory, memory_table
 from megavlm.planner.parameters import params
 from megavlm.topology.grid import RankGrid
 from megavlm.topology.table import human_count, text_table
-from megavlm.training.layout import check_sequence_split, stage_layout
+from megavlm.training.layout import check_layouts, stage_layout
 
 
 def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object]) -> None:
@@ -22,11 +22,11 @@ def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object]) -> N
         ValueError: whatever the run itself would refuse: a grid that does not divide, layers that do not split, missing data,
             samples over the budget.
     """
+    check_layouts(recipe, world_size)
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     for number, stage in enumerate(recipe.stages):
         layout = stage_layout(recipe.parallel, stage)
         grid = RankGrid.from_config(layout, world_size)
-        check_sequence_split(recipe, stage, layout)
         if number == 0 or layout != stage_layout(recipe.parallel, recipe.stages[number - 1]):
             echo(grid.table() + "\n")
         echo(f"stage {stage.name}: {stage.objective}, {stage.steps} steps of {stage.packs_per_step} packs")

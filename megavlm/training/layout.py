@@ -1,8 +1,10 @@
-"""The grid that a stage runs in, and whether its sequences fit the grid."""
+"""The grid that a stage runs in, and whether everything fits it."""
 
 from __future__ import annotations
 
 from megavlm.config.schema import ParallelConfig, Recipe, StageConfig
+from megavlm.topology.grid import RankGrid
+from megavlm.topology.pipeline import PipelineSplit
 
 
 def stage_layout(parallel: ParallelConfig, stage: StageConfig) -> ParallelConfig:
@@ -16,10 +18,39 @@ def stage_layout(parallel: ParallelConfig, stage: StageConfig) -> ParallelConfig
     return parallel.model_copy(update={"pipeline": 1, "virtual_pipeline": 1, "context": 1, "sequence": False})
 
 
-def check_sequence_split(recipe: Recipe, stage: StageConfig, layout: ParallelConfig) -> None:
+def check_layouts(recipe: Recipe, world_size: int) -> None:
+    """Check every stage against the grid before the first one starts: a mistake in the last must not cost the others.
+
+    Raises:
+        ValueError: ranks that do not form the grid, packs that do not spread over ranks and microbatches, layers that do not spread
+            over pipeline stages, sequences that do not split; each with its numbers.
+    """
+    for stage in recipe.stages:
+        layout = stage_layout(recipe.parallel, stage)
+        grid = RankGrid.from_config(layout, world_size)
+        grid.num_microbatches(stage)
+        if stage.objective == "vision_classification":
+            continue
+        PipelineSplit(recipe.model.language.num_layers, grid.pipeline, grid.virtual_pipeline)
+        _check_sequence_split(recipe, stage, layout)
+        if held_out := held_out_stage(recipe, stage):
+            grid.num_microbatches(held_out)
+
+
+def held_out_stage(recipe: Recipe, stage: StageConfig) -> StageConfig | None:
+    """The stage as it measures held-out loss; None when nothing is measured or the stage does not train the whole model.
+
+    Packs go through one by one on as many microbatches as there are: `evaluation.packs` is a global number, equal in every layout.
+    """
+    config = recipe.evaluation
+    if not config.sources or config.every_steps is None or stage.objective != "multimodal":
+        return None
+    update = {"name": "evaluation", "mixture": dict.fromkeys(config.sources, 1.0), "packs_per_step": config.packs, "micro_batch_packs": 1}
+    return stage.model_copy(update=update)
+
+
+def _check_sequence_split(recipe: Recipe, stage: StageConfig, layout: ParallelConfig) -> None:
     """Raises ValueError when a microbatch's sequence does not split over context and sequence-parallel ranks."""
-    if stage.objective == "vision_classification":
-        return
     tokens = recipe.data.seq_len_tokens * stage.micro_batch_packs
     unit = (2 * layout.context if layout.context > 1 else 1) * (layout.tensor if layout.sequence else 1)
     if tokens % unit:

@@ -24,7 +24,7 @@ from megavlm.training.accounting import Accountant
 from megavlm.training.build import StageModel
 from megavlm.training.checkpointing import Checkpointer, prepare_model
 from megavlm.training.data import RunData, StageStream
-from megavlm.training.layout import check_sequence_split, stage_layout
+from megavlm.training.layout import stage_layout
 from megavlm.training.optimizer import set_learning_rate
 from megavlm.training.pictures import log_sample_pictures
 from megavlm.training.signals import StopRequest
@@ -57,7 +57,6 @@ def _run_stage(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker,
     if state.stage_step >= stage.steps:
         return 0
     layout = stage_layout(recipe.parallel, stage)
-    check_sequence_split(recipe, stage, layout)
     ctx = enter_grid(layout, device, recipe.run.seed)
     streams: list[StageStream] = []
     try:

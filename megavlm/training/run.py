@@ -13,6 +13,7 @@ from megavlm.parallel.context import choose_device, start_process_group, stop_pr
 from megavlm.tracking.tracker import Tracker
 from megavlm.training.checkpointing import resume_point
 from megavlm.training.data import RunData
+from megavlm.training.layout import check_layouts
 from megavlm.training.loop import run_stages
 from megavlm.training.signals import StopRequest
 
@@ -23,6 +24,7 @@ def train(recipe: Recipe) -> int:
     start_process_group(device, recipe.run.distributed_timeout_s)
     try:
         _set_determinism(recipe.run.deterministic)
+        check_layouts(recipe, dist.get_world_size())
         _prepare_run_dir(recipe)
         state = resume_point(recipe)
         with StopRequest() as stop, Tracker(recipe, dist.get_rank(), dist.get_world_size()) as tracker:

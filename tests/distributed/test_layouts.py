@@ -137,3 +137,29 @@ def test_bf16_layouts_agree(layout: str, pool: RankPool, data_dir: Path, tmp_pat
     reference = run(pool, tmp_path / "one", data_dir, 1, tiny_stage(steps=3), precision=bf16)
     records = run(pool, tmp_path / "two", data_dir, world_size, tiny_stage(steps=3), precision=bf16, parallel=parallel)
     assert_same(records, reference, loss=2e-2, gradient=1e-1)
+
+
+def test_tiles_thumbnail_and_pixel_shuffle(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    """Pages cut into 2 x 2 tiles and a thumbnail, four patches merged into one token, in two layouts."""
+    model = {"vision": {"image_size_px": 24, "patch_size_px": 4}, "projector": {"pixel_shuffle": 2, "input_norm": True}}
+    data = {"image": {"max_tiles": 4, "thumbnail": True}, "seq_len_tokens": 320}
+    reference = run(pool, tmp_path / "one", data_dir, 1, tiny_stage(steps=3), model=model, data=data)
+    assert reference[0]["tiles"] == 5 * reference[0]["images"] > 0
+    for name, (world_size, parallel) in {"TP2": LAYOUTS["TP2"], "PP2": LAYOUTS["PP2"]}.items():
+        records = run(pool, tmp_path / name, data_dir, world_size, tiny_stage(steps=3), model=model, data=data, parallel=parallel)
+        assert_same(records, reference)
+
+
+def test_one_linear_layer_projector_and_siglip_style_encoder(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    vision = {
+        "class_token": False,
+        "pre_norm": False,
+        "patch_bias": True,
+        "activation": "gelu_tanh",
+        "feature_layer": -1,
+        "final_norm": True,
+    }
+    model = {"vision": vision, "projector": {"num_layers": 1}, "language": {"qkv_bias": True, "qk_norm": True}}
+    reference = run(pool, tmp_path / "one", data_dir, 1, tiny_stage(steps=3), model=model)
+    records = run(pool, tmp_path / "two", data_dir, 4, tiny_stage(steps=3), model=model, parallel={"tensor": 2, "pipeline": 2})
+    assert_same(records, reference)
