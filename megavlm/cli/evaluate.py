@@ -26,21 +26,25 @@ def evaluate(
     from megavlm.evaluation.held_out import evaluate as measure
     from megavlm.evaluation.held_out import folder_sources, held_out_sources
     from megavlm.inference.load import load_for_inference
+    from megavlm.parallel.context import stop_process_group
 
-    loaded = load_for_inference(path, device=device, chat_template=chat_template)
-    sources = folder_sources(data, split) if data else held_out_sources(loaded.recipe, source, split)
-    folder = out or path / "evaluation"
-    result = measure(
-        loaded,
-        sources=sources,
-        split=split,
-        tasks=task,
-        samples_per_task=samples,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        out=folder,
-    )
-    if loaded.model.ctx.rank == 0:
-        typer.echo(result.table())
-        typer.echo(f"every answer: {folder / 'predictions.jsonl'}; pictures: {folder / 'pictures.png'}")
+    try:
+        loaded = load_for_inference(path, device=device, chat_template=chat_template)
+        sources = folder_sources(data, split) if data else held_out_sources(loaded.recipe, source, split)
+        folder = out or path / "evaluation"
+        result = measure(
+            loaded,
+            sources=sources,
+            split=split,
+            tasks=task,
+            samples_per_task=samples,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            out=folder,
+        )
+        if loaded.model.ctx.rank == 0:
+            typer.echo(result.table())
+            typer.echo(f"every answer: {folder / 'predictions.jsonl'}; pictures: {folder / 'pictures.png'}")
+    finally:
+        stop_process_group()

@@ -23,20 +23,24 @@ def generate(
     """Answer a question about pictures; the answer appears token by token."""
     from megavlm.inference.load import load_for_inference
     from megavlm.inference.stream import TextStream
+    from megavlm.parallel.context import stop_process_group
 
-    loaded = load_for_inference(path, device=device, chat_template=chat_template)
-    asked = loaded.prompt(prompt, image or [])
-    stream = TextStream(loaded.text, lambda text: typer.echo(text, nl=False))
-    answers = loaded.generate(
-        [asked],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        on_token=lambda _, token: stream.add(token),
-    )
-    stream.close()
-    typer.echo("")
-    if answers[0][-1] not in loaded.chat.stop_ids:
-        typer.echo(f"(cut after --max-new-tokens {max_new_tokens})", err=True)
+    try:
+        loaded = load_for_inference(path, device=device, chat_template=chat_template)
+        asked = loaded.prompt(prompt, image or [])
+        stream = TextStream(loaded.text, lambda text: typer.echo(text, nl=False))
+        answers = loaded.generate(
+            [asked],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            on_token=lambda _, token: stream.add(token),
+        )
+        stream.close()
+        typer.echo("")
+        if answers[0][-1] not in loaded.chat.stop_ids:
+            typer.echo(f"(cut after --max-new-tokens {max_new_tokens})", err=True)
+    finally:
+        stop_process_group()

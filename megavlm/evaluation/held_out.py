@@ -17,11 +17,15 @@ from typing import Any
 import torch.distributed as dist
 
 from megavlm.config.schema import Recipe, SourceConfig
+from megavlm.data.images import ImageError
 from megavlm.evaluation.pictures import write_picture_page
 from megavlm.evaluation.questions import EvaluationError, Question, chance, load_questions, swap_partners, without_pictures
 from megavlm.evaluation.results import NONE, RIGHT, SWAPPED, Answer, EvaluationResult, Share, TaskResult
+from megavlm.inference.generate import Prompt
 from megavlm.inference.load import LoadedModel
 from megavlm.inference.prompts import make_prompt
+from megavlm.parallel.context import ParallelContext
+from megavlm.parallel.reductions import from_rank_zero
 
 EXTRA_TOKENS = 8
 """Room beyond the longest reference: an answer that needs more is wrong already."""
@@ -86,7 +90,8 @@ def evaluate(
         out: folder for evaluation.json, predictions.jsonl and pictures.png; None: nothing is written.
 
     Raises:
-        EvaluationError: nothing to measure, or a number below 1; also as `load_questions`.
+        EvaluationError: nothing to measure, a number below 1, a picture that cannot be read; also as `load_questions`.
+        PromptError: a question with its answer is longer than the model has positions for.
     """
     for name, value in (("samples_per_task", samples_per_task), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value is not None and value < 1:
@@ -98,14 +103,10 @@ def evaluate(
         max_new_tokens = max(len(loaded.tokenizer.encode(q.reference).ids) for q in questions) + EXTRA_TOKENS
     ctx = loaded.model.ctx
     mine = asks[ctx.data_rank :: ctx.grid.data]
-    answers: list[Answer] = []
-    for batch in _batches(mine, batch_size, show=progress and dist.get_rank() == 0):
-        answers += _answer(loaded, questions, batch, max_new_tokens)
-    everyones: list[list[Answer]] = [[] for _ in range(ctx.grid.data)]
-    dist.all_gather_object(everyones, answers, group=ctx.data_group)
-    ordered = sorted((a for part in everyones for a in part), key=lambda a: (a.number, a.condition))
+    answers = _everyones(_answer_all(loaded, questions, mine, batch_size, max_new_tokens, progress), ctx)
+    ordered = sorted(answers, key=lambda a: (a.number, a.condition))
     result = EvaluationResult(split, tuple(_task_results(questions, ordered)), tuple(ordered))
-    if out is not None and dist.get_rank() == 0:
+    if out is not None and ctx.rank == 0:
         result.write(out)
         write_picture_page(questions, result.answers, Path(out) / "pictures.png")
     return result
@@ -122,18 +123,20 @@ def _questions_everywhere(
             sources, recipe.data, recipe.model, loaded.tokenizer, tasks=tasks, per_task=per_task, seed=seed, progress=show
         )
 
+    ctx = loaded.model.ctx
+    if ctx.grid.world_size == 1:
+        return load(progress)
     questions: list[Question] = []
     problem: Exception | None = None
-    if dist.get_rank() == 0:
+    if ctx.rank == 0:
         try:
             questions = load(progress)
         except (ValueError, OSError) as error:
             problem = error
-    box = [problem]
-    dist.broadcast_object_list(box, src=0)
-    if box[0] is not None:
-        raise box[0]
-    return questions if dist.get_rank() == 0 else load(False)
+    problem = from_rank_zero(problem)
+    if problem is not None:
+        raise problem
+    return questions if ctx.rank == 0 else load(False)
 
 
 def _asks(questions: Sequence[Question], partners: Sequence[int | None]) -> list[_Ask]:
@@ -148,10 +151,35 @@ def _asks(questions: Sequence[Question], partners: Sequence[int | None]) -> list
     return asks
 
 
+def _answer_all(
+    loaded: LoadedModel, questions: Sequence[Question], asks: Sequence[_Ask], batch_size: int, max_new_tokens: int, progress: bool
+) -> list[Answer] | Exception:
+    """This rank's answers, or what went wrong: it is raised once all ranks know, so that none waits for one that has left."""
+    answers: list[Answer] = []
+    try:
+        for batch in _batches(asks, batch_size, show=progress and loaded.model.ctx.rank == 0):
+            answers += _answer(loaded, questions, batch, max_new_tokens)
+    except (ValueError, OSError) as error:
+        return error
+    return answers
+
+
+def _everyones(mine: list[Answer] | Exception, ctx: ParallelContext) -> list[Answer]:
+    """Answers of all data-parallel ranks, on each. Raises what any of them raised."""
+    outcomes: list[Any] = [mine]
+    if ctx.grid.data > 1:
+        outcomes = [None] * ctx.grid.data
+        dist.all_gather_object(outcomes, mine, group=ctx.data_group)
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            raise outcome
+    return [answer for outcome in outcomes for answer in outcome]
+
+
 def _batches(asks: Sequence[_Ask], size: int, show: bool) -> Iterable[list[_Ask]]:
     from tqdm import tqdm
 
-    with tqdm(total=len(asks), desc="answering", unit="answer", disable=not show) as bar:
+    with tqdm(total=len(asks), desc="answering", unit="answer", disable=None if show else True) as bar:
         for start in range(0, len(asks), size):
             batch = list(asks[start : start + size])
             yield batch
@@ -159,13 +187,7 @@ def _batches(asks: Sequence[_Ask], size: int, show: bool) -> Iterable[list[_Ask]
 
 
 def _answer(loaded: LoadedModel, questions: Sequence[Question], asks: Sequence[_Ask], max_new_tokens: int) -> list[Answer]:
-    recipe = loaded.recipe
-    prompts = []
-    for ask in asks:
-        messages: Sequence[Mapping[str, str]] = questions[ask.number].messages
-        messages = without_pictures(messages) if ask.shown is None else messages
-        pictures = [] if ask.shown is None else ask.shown.pictures()
-        prompts.append(make_prompt(messages, pictures, chat=loaded.chat, data=recipe.data, model=recipe.model))
+    prompts = [_prompt(loaded, questions[ask.number], ask.shown) for ask in asks]
     generated = loaded.generate(prompts, max_new_tokens=max_new_tokens)
     answers = []
     for ask, ids in zip(asks, generated, strict=True):
@@ -190,6 +212,17 @@ def _answer(loaded: LoadedModel, questions: Sequence[Question], asks: Sequence[_
             )
         )
     return answers
+
+
+def _prompt(loaded: LoadedModel, question: Question, shown: Question | None) -> Prompt:
+    """The question with the pictures of `shown`, or without any."""
+    messages = without_pictures(question.messages) if shown is None else question.messages
+    pictures = [] if shown is None else shown.pictures()
+    try:
+        return make_prompt(messages, pictures, chat=loaded.chat, data=loaded.recipe.data, model=loaded.recipe.model)
+    except ImageError as error:
+        assert shown is not None
+        raise EvaluationError(f"{shown.index.where(shown.row)}: its picture cannot be read: {error}") from error
 
 
 def _task_results(questions: Sequence[Question], answers: Sequence[Answer]) -> list[TaskResult]:

@@ -146,7 +146,7 @@ def _run_recipe(folder: Path) -> Recipe:
 
 def _load_modules(model: VisionLanguageModel, checkpoint: Path, recipe: Recipe, ctx: ParallelContext) -> None:
     """Each module from the newest checkpoint that holds it, as the next stage of training would take it."""
-    folders = {name: folder for name, folder in store.module_folders(checkpoint) if name in MODULES}
+    folders = {name: folder for name, folder in dict(store.module_folders(checkpoint)).items() if name in MODULES}
     unheld = [name for name in MODULES if name not in folders]
     if unheld:
         start = recipe.model.init_from or "random weights"

@@ -9,7 +9,6 @@ import types
 
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 
 from megavlm.config.schema import DataConfig, ImageConfig, ModelConfig, Recipe, RunConfig, SourceConfig
@@ -21,7 +20,6 @@ from megavlm.evaluation.held_out import evaluate, folder_sources, held_out_sourc
 from megavlm.evaluation.questions import EvaluationError, load_questions, swap_partners
 from megavlm.inference.load import LoadedModel
 from megavlm.inference.prompts import picture_tiles
-from megavlm.parallel.context import start_process_group, stop_process_group
 
 PAGE_PX = 48
 
@@ -31,12 +29,11 @@ class Scripted:
 
     text = LoadedModel.text
 
-    def __init__(self, recipe, speak, grid=(0, 1, None)):
+    def __init__(self, recipe, speak):
         self.recipe, self.speak = recipe, speak
         self.tokenizer = load_tokenizer(recipe.data.tokenizer)
         self.chat = Chat(recipe.data.chat_template, self.tokenizer)
-        data_rank, data, group = grid
-        ctx = types.SimpleNamespace(data_rank=data_rank, grid=types.SimpleNamespace(data=data), data_group=group)
+        ctx = types.SimpleNamespace(rank=0, data_rank=0, grid=types.SimpleNamespace(data=1, world_size=1))
         self.model = types.SimpleNamespace(ctx=ctx)
 
     def generate(self, prompts, *, max_new_tokens):
@@ -62,13 +59,6 @@ def recipe(demo):
     model = ModelConfig(vision={"image_size_px": PAGE_PX, "patch_size_px": 8}, language={"vocab_size": 1024})
     data = DataConfig(sources=sources, tokenizer=str(demo / "tokenizer.model"), seq_len_tokens=2048, image=ImageConfig())
     return Recipe.model_construct(run=RunConfig(dir="unused"), model=model, data=data, stages=[])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def alone():
-    start_process_group(torch.device("cpu"), 60)
-    yield
-    stop_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -183,28 +173,12 @@ def test_files_and_table(recipe, reader, tmp_path):
     assert len(page.getcolors(1 << 24)) > 100
 
 
-def test_ranks_share_the_questions_and_count_together(recipe, reader):
-    whole = measure(recipe, reader, samples_per_task=7)
-    parts = []
-    gather = dist.all_gather_object
+def test_a_picture_that_cannot_be_read_is_named(recipe, reader, monkeypatch):
+    from megavlm.data.index import SampleIndex
 
-    def first_pass(everyones, mine, group=None):
-        parts.append(mine)
-
-    try:
-        dist.all_gather_object = first_pass
-        for rank in range(3):
-            evaluate(
-                Scripted(recipe, reader, (rank, 3, None)), sources=held_out_sources(recipe, ["pages"]), samples_per_task=7, progress=False
-            )
-        dist.all_gather_object = lambda everyones, mine, group=None: everyones.__setitem__(slice(None), parts)
-        together = evaluate(
-            Scripted(recipe, reader, (0, 3, None)), sources=held_out_sources(recipe, ["pages"]), samples_per_task=7, progress=False
-        )
-    finally:
-        dist.all_gather_object = gather
-    assert together == whole
-    assert max(len(p) for p in parts) - min(len(p) for p in parts) <= 1
+    monkeypatch.setattr(SampleIndex, "image", lambda self, row, number: b"not a picture")
+    with pytest.raises(EvaluationError, match=r"shard-0.*tar: sample 'heldout-.*' ?: its picture cannot be read"):
+        measure(recipe, reader)
 
 
 def test_what_cannot_be_measured_is_refused(recipe, demo):

@@ -7,24 +7,16 @@ import torch
 import transformers
 
 from megavlm.checkpoint.hf import config_to_hf
-from megavlm.config.schema import DataConfig, ModelConfig, ParallelConfig, SourceConfig
+from megavlm.config.schema import DataConfig, ModelConfig, SourceConfig
 from megavlm.data.chat import Chat
 from megavlm.data.demo import make_demo
 from megavlm.data.tokenizer import load_tokenizer
 from megavlm.evaluation.hf_agreement import AgreementError, compare_with_hf
 from megavlm.evaluation.questions import load_questions
 from megavlm.inference.load import load_for_inference
-from megavlm.parallel.context import enter_grid, leave_grid, start_process_group, stop_process_group
+from megavlm.testing.in_rank import in_rank
 
 PAGE_PX = 48
-
-
-@pytest.fixture(scope="module")
-def ctx():
-    start_process_group(torch.device("cpu"), 60)
-    yield enter_grid(ParallelConfig(), torch.device("cpu"), 1)
-    leave_grid()
-    stop_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +68,7 @@ def questions(demo, loaded, names=("pages", "multi", "text"), per_task=2):
     return load_questions(sources, data, loaded.recipe.model, loaded.tokenizer, tasks=None, per_task=per_task, seed=0)
 
 
+@in_rank
 def test_logits_answers_and_pixels_agree(demo, folder, ctx, tmp_path):
     loaded = load_for_inference(folder, ctx=ctx)
     asked = questions(demo, loaded)
@@ -91,6 +84,7 @@ def test_logits_answers_and_pixels_agree(demo, folder, ctx, tmp_path):
     assert (tmp_path / "hf_agreement.png").stat().st_size > 1000
 
 
+@in_rank
 def test_another_weight_shows(demo, folder, ctx):
     loaded = load_for_inference(folder, ctx=ctx)
     with torch.no_grad():
@@ -99,6 +93,7 @@ def test_another_weight_shows(demo, folder, ctx):
     assert found.max_logit_difference > 1e-3
 
 
+@in_rank
 def test_other_tokens_are_refused(demo, folder, ctx):
     loaded = load_for_inference(folder, ctx=ctx)
     with pytest.raises(AgreementError, match="the first difference is at"):
@@ -115,6 +110,7 @@ def _lower(loaded):
     return Lower("megavlm", loaded.tokenizer)
 
 
+@in_rank
 def test_bf16_is_refused(demo, folder, ctx):
     loaded = load_for_inference(folder, ctx=ctx, dtype="bf16")
     with pytest.raises(AgreementError, match="load it with dtype='fp32'"):

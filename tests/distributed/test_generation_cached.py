@@ -5,44 +5,24 @@ import torch
 
 from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megavlm.inference.generate import Prompt, PromptError, generate, prompt_batch
-from megavlm.inference.sampling import Sampler, Sampling
 from megavlm.models.init import initialise
 from megavlm.models.vlm import VisionLanguageModel
-from megavlm.parallel.context import enter_grid, leave_grid, start_process_group, stop_process_group
+from megavlm.testing.in_rank import in_rank
 
 IMAGE = 3
 VOCABULARY = 101
 
 
-@pytest.fixture(scope="module")
-def model():
+def build(ctx) -> VisionLanguageModel:
+    small = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64}
     config = ModelConfig(
         init_std=0.25,
-        vision={
-            "image_size_px": 8,
-            "patch_size_px": 4,
-            "num_layers": 2,
-            "hidden_size": 16,
-            "num_attention_heads": 2,
-            "ffn_hidden_size": 32,
-        },
-        language={
-            "vocab_size": VOCABULARY,
-            "num_layers": 2,
-            "hidden_size": 32,
-            "num_attention_heads": 4,
-            "num_query_groups": 2,
-            "ffn_hidden_size": 64,
-            "max_positions": 256,
-        },
+        vision={**small, "image_size_px": 8, "patch_size_px": 4},
+        language={**small, "vocab_size": VOCABULARY, "num_query_groups": 2, "max_positions": 256},
     )
-    start_process_group(torch.device("cpu"), 60)
-    parallel = ParallelConfig()
-    built = VisionLanguageModel(config, PrecisionConfig(dtype="fp32"), parallel, enter_grid(parallel, torch.device("cpu"), 1))
-    initialise([built], config, 0, built.ctx)
-    yield built
-    leave_grid()
-    stop_process_group()
+    built = VisionLanguageModel(config, PrecisionConfig(dtype="fp32"), ParallelConfig(), ctx)
+    initialise([built], config, 0, ctx)
+    return built
 
 
 def prompts(model, num_images=(0, 1, 2, 0, 1)) -> list[Prompt]:
@@ -75,21 +55,27 @@ def run(model, batch, **changes):
     return generate(model, batch, **{"max_new_tokens": 40, "stop_ids": [], "image_token_id": IMAGE, **changes})
 
 
-def test_greedy_equals_running_everything_again(model):
+@in_rank
+def test_greedy_equals_running_everything_again(ctx):
+    model = build(ctx)
     batch = prompts(model)
     answers = run(model, batch, max_new_tokens=100)  # grows the cache past its first block
     assert answers == [uncached(model, p, 100) for p in batch]
     assert len({tuple(a) for a in answers}) == len(answers), "answers that are all alike prove nothing"
 
 
-def test_pictures_matter_and_stay_with_their_prompt(model):
+@in_rank
+def test_pictures_matter_and_stay_with_their_prompt(ctx):
+    model = build(ctx)
     batch = prompts(model)
     swapped = [Prompt(batch[1].ids, batch[4].tiles_TCHW), *batch[2:]]
     assert run(model, swapped)[0] != run(model, batch[1:])[0]
     assert run(model, batch[::-1]) == run(model, batch)[::-1]
 
 
-def test_sequences_end_at_stop_tokens_and_the_others_go_on(model):
+@in_rank
+def test_sequences_end_at_stop_tokens_and_the_others_go_on(ctx):
+    model = build(ctx)
     batch = prompts(model)
     free = run(model, batch)
     stops = [free[0][3], free[2][10], free[4][0]]
@@ -100,13 +86,17 @@ def test_sequences_end_at_stop_tokens_and_the_others_go_on(model):
     assert answers[4] == [free[4][0]]
 
 
-def test_streaming_gives_the_same_tokens_in_order(model):
+@in_rank
+def test_streaming_gives_the_same_tokens_in_order(ctx):
+    model = build(ctx)
     seen: dict[int, list[int]] = {}
     answers = run(model, prompts(model), on_token=lambda i, t: seen.setdefault(i, []).append(t))
     assert [seen[i] for i in range(len(answers))] == answers
 
 
-def test_samples_do_not_depend_on_neighbours_and_repeat_with_the_seed(model):
+@in_rank
+def test_samples_do_not_depend_on_neighbours_and_repeat_with_the_seed(ctx):
+    model = build(ctx)
     batch = prompts(model)
     free = run(model, batch, temperature=1.0, seed=7)
     stops = [free[1][2]]
@@ -116,32 +106,6 @@ def test_samples_do_not_depend_on_neighbours_and_repeat_with_the_seed(model):
     assert run(model, batch[:1], temperature=1.0, seed=7)[0] == free[0]
     assert run(model, batch, temperature=1.0, seed=8) != free
     assert run(model, batch, temperature=1.0, top_k=1, seed=8) == run(model, batch)
-
-
-def test_sampled_frequencies_follow_the_probabilities():
-    logits = torch.tensor([[1.0, 0.0, -torch.inf, 2.0, -1.0]])
-    sampler = Sampler(Sampling(temperature=0.7))
-    drawn = torch.cat([sampler.next_tokens(logits, [0]) for _ in range(4000)])
-    frequency = torch.bincount(drawn, minlength=5) / len(drawn)
-    assert (frequency - (logits[0] / 0.7).softmax(-1)).abs().max() < 0.03
-    assert frequency[2] == 0
-
-
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(0.5, 0, 1.0), (1.0, 7, 1.0), (1.3, 0, 0.6), (0.8, 20, 0.9), (1.0, 0, 0.01)])
-def test_filters_equal_hugging_face(temperature, top_k, top_p):
-    from transformers.generation import logits_process as hf
-
-    from megavlm.inference.sampling import filtered_logits
-
-    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * 3
-    expected = hf.TemperatureLogitsWarper(temperature)(None, logits) if temperature != 1 else logits
-    if top_k:
-        expected = hf.TopKLogitsWarper(top_k)(None, expected)
-    if top_p < 1:
-        expected = hf.TopPLogitsWarper(top_p)(None, expected)
-    ours = filtered_logits(logits, Sampling(temperature, top_k, top_p))
-    assert torch.equal(ours.isinf(), expected.isinf())
-    assert torch.allclose(ours.softmax(-1), expected.softmax(-1))
 
 
 @pytest.mark.parametrize(
@@ -154,12 +118,16 @@ def test_filters_equal_hugging_face(temperature, top_k, top_p):
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
     ],
 )
-def test_values_out_of_range_are_refused(model, change, says):
+@in_rank
+def test_values_out_of_range_are_refused(ctx, change, says):
+    model = build(ctx)
     with pytest.raises(ValueError, match=says):
         run(model, prompts(model), **change)
 
 
-def test_prompts_that_do_not_fit_are_refused(model):
+@in_rank
+def test_prompts_that_do_not_fit_are_refused(ctx):
+    model = build(ctx)
     good = prompts(model)
     with pytest.raises(PromptError, match="prompt 1 is empty"):
         run(model, [good[0], Prompt([])])
@@ -173,7 +141,9 @@ def test_prompts_that_do_not_fit_are_refused(model):
         run(model, [Prompt([7, 101])])
 
 
-def test_the_model_stays_in_its_mode(model):
+@in_rank
+def test_the_model_stays_in_its_mode(ctx):
+    model = build(ctx)
     model.train()
     run(model, prompts(model)[:1], max_new_tokens=1)
     assert model.training
