@@ -12,6 +12,7 @@ Shape legend: L local rows, S all rows, H heads, G key/value heads, K head dim.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -94,20 +95,34 @@ def attend_packed(
         q, k, v = (x.unflatten(0, (-1, packing.equal_length)).transpose(1, 2) for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(0, 1)
-    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
     outputs = []
-    for piece in packing.pieces:
-        keys = slice(piece.key_start, piece.key_start + piece.key_length)
-        q = query[:, :, piece.query_start : piece.query_start + piece.query_length]
-        is_square = piece.query_length == piece.key_length
+    for q, k, v in _segments(query, key, value, packing):
+        is_square = q.shape[2] == k.shape[2]
         # Queries in the middle of a segment (context parallelism) are aligned to the end of their keys.
-        mask = causal_lower_right(piece.query_length, piece.key_length) if causal and not is_square else None
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q, key[:, :, keys], value[:, :, keys], attn_mask=mask, is_causal=causal and is_square, scale=scale, enable_gqa=grouped
-            )
-        )
-    return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1)
+        mask = causal_lower_right(q.shape[2], k.shape[2]) if causal and not is_square else None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and is_square, scale=scale, enable_gqa=grouped)
+        outputs.append(out.transpose(1, 2))
+    return torch.cat(outputs, dim=1).squeeze(0)
+
+
+def _segments(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Queries, keys and values of each piece as (1, heads, rows, K).
+
+    Segments that lie side by side are split, not sliced: the gradient of a split is one concatenation, that of a slice is a
+    zero-filled tensor of the whole pack, for each segment.
+    """
+    pieces = packing.pieces
+    queries = query.split([p.query_length for p in pieces])
+    if packing.gathered_order_S is None:
+        lengths = [p.key_length for p in pieces]
+        pairs = zip(key.split(lengths), value.split(lengths), strict=True)
+    else:
+        rows = [slice(p.key_start, p.key_start + p.key_length) for p in pieces]
+        pairs = zip([key[r] for r in rows], [value[r] for r in rows], strict=True)
+    for q, (k, v) in zip(queries, pairs, strict=True):
+        yield tuple(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # type: ignore[misc]
 
 
 def _find_varlen_attn() -> Any:
