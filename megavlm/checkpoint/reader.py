@@ -21,6 +21,7 @@ _ALLOWED = {
     (_CHECKPOINT, "Metadata"),
     (_CHECKPOINT, "MetadataIndex"),
     (_CHECKPOINT, "StorageMeta"),
+    (_CHECKPOINT, "BytesStorageMetadata"),
     (_CHECKPOINT, "ChunkStorageMetadata"),
     (_CHECKPOINT, "TensorProperties"),
     (_CHECKPOINT, "TensorStorageMetadata"),

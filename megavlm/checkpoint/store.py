@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
 import megavlm
 from megavlm.checkpoint import folders, optimizer_state
@@ -114,7 +115,7 @@ def load(
         states = optimizer_state.collect(optimizer, for_loading=True)
         tensors += _optimizer_pieces(states, bases)
     _everywhere(lambda: _check_present(path, tensors, state, modules), f"loading {path}")
-    _read_into(path, tensors)
+    _everywhere(lambda: _read_into(path, tensors), f"loading {path}")
     if optimizer is not None:
         optimizer_state.put_back(optimizer, states, int(state["optimizer_step"]))
     return state
@@ -225,7 +226,8 @@ def _everywhere(action: Any, what: str) -> Any:
         result = action()
     except CheckpointError as raised:
         error = str(raised)
-    except Exception as raised:  # disk full, torch's CheckpointException, a damaged shard: all become one message
+    except (Exception, CheckpointException) as raised:  # torch's own is a BaseException
+        # Disk full, a damaged shard, an interrupted copy: whatever it is becomes one message.
         error = f"{what}: rank {dist.get_rank()}: {type(raised).__name__}: {raised}"
     errors: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)

@@ -13,7 +13,6 @@ What is stepped round by not calling megatron-core at all is listed here too, so
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -40,19 +39,22 @@ def let_device_contexts_see_factories() -> None:
 
 
 def use_plain_results_queue() -> None:
-    """Give the checkpoint writer a queue of this process instead of one in a spawned manager process.
+    """Give the checkpoint writer an empty queue of this process instead of one in a spawned manager process.
 
     The manager re-imports `__main__` (an unguarded script starts again, and hangs), takes seconds to start and outlives a
-    rank that is killed. Writing happens in this process, so an ordinary queue will do.
+    rank that is killed. Writing happens in this process, so an ordinary queue will do. It must be a new one for each save:
+    a save that failed on another rank leaves its results behind, and the next one would take them for its own.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    if not isinstance(filesystem_async._results_queue, queue.Queue):
-        filesystem_async._results_queue = queue.Queue()
+    filesystem_async._results_queue = queue.Queue()
 
 
-def write_in_process(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: queue.Queue[Any]) -> None:
-    """Drop-in for FileSystemWriterAsync.write_preloaded_data_multiproc: a thread per file instead of a forked process."""
+def write_in_process(transforms: list[Any], use_msc: bool, buckets: list[Any], results: queue.Queue[Any]) -> None:
+    """In the place of FileSystemWriterAsync.write_preloaded_data_multiproc: a thread per file instead of a forked process.
+
+    Raises what a file could not be written for (OSError when the disk is full).
+    """
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     def write(index: int) -> Any:
@@ -65,23 +67,44 @@ def write_in_process(transforms: list[Any], use_msc: bool, rank: int, buckets: l
     with ThreadPoolExecutor(max_workers=max(1, len(buckets))) as threads:
         written = list(threads.map(write, range(len(buckets))))
     failed = next((w for w in written if isinstance(w, Exception)), None)
-    results.put(failed if failed is not None else dict(enumerate(written)))
+    if failed is not None:
+        raise failed
+    results.put(dict(enumerate(written)))
 
 
 def in_process_save_strategy() -> Any:
-    """megatron-core's sharded save (format torch_dist), writing with `write_in_process`."""
+    """megatron-core's sharded save (format torch_dist), writing with `write_in_process`.
+
+    A rank that cannot write makes every rank raise OSError: megatron-core raises on rank 0 only, while the others go on to
+    the next barrier and wait there.
+    """
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
     class InProcessSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
-        """Same files, no child processes."""
+        """Same files, no child processes, one outcome for all ranks."""
 
         def async_save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> Any:
             install()
             request = super().async_save(sharded_state_dict, checkpoint_dir)
-            if request.async_fn is None:
-                return request
-            assert isinstance(request.async_fn, partial)
-            writer: Callable[..., None] = partial(write_in_process, *request.async_fn.args)
-            return request._replace(async_fn=writer)
+            # Also on ranks with nothing to write: they must hear of the others' failures.
+            return request._replace(async_fn=partial(_write_and_agree, request.async_fn))
 
     return InProcessSave("torch_dist", 1)
+
+
+def _write_and_agree(original: Any, *arguments: Any) -> None:
+    import torch.distributed as dist
+
+    error = None
+    if original is not None:
+        assert isinstance(original, partial), "megatron-core's writer changed: see FileSystemWriterAsync.get_save_function_and_args"
+        rank, buckets, results = arguments
+        try:
+            write_in_process(*original.args, buckets, results)
+        except Exception as raised:
+            error = f"rank {rank} could not write: {raised}"
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    first = next((e for e in errors if e is not None), None)
+    if first is not None:
+        raise OSError(first)

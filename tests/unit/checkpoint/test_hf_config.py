@@ -1,0 +1,113 @@
+"""config.json in and out, and what is refused: every refusal names the field and its value."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megavlm.checkpoint.errors import HuggingFaceError
+from megavlm.checkpoint.hf import config_from_hf, config_to_hf
+from megavlm.config.schema import ModelConfig
+from megavlm.testing.tiny import tiny_model_config
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    """A LLaVA config.json; a change's key is a dotted path."""
+    config = config_to_hf(tiny_model_config(), image_token_id=3)
+    for path, value in changes.items():
+        block, *rest = path.split("__")
+        target = config[block] if rest else config
+        target[rest[0] if rest else block] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+MODELS = [
+    tiny_model_config(),
+    tiny_model_config(tie_embeddings=True, qkv_bias=True, norm_eps=1e-6, rope_theta=1e6, max_positions=512),
+    tiny_model_config(siglip=True, qk_norm=True, head_dim=16),
+]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_round_trip(tmp_path: Path, model: ModelConfig) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(model, image_token_id=3)))
+    (tmp_path / "processor_config.json").write_text(
+        json.dumps({"image_processor": {"image_mean": model.vision.image_mean, "image_std": model.vision.image_std}})
+    )
+    back = config_from_hf(tmp_path)
+    back.init_std = model.init_std
+    assert back == model
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"text_config__hidden_act": "gelu"}, "text_config.hidden_act is 'gelu', supported: silu"),
+        ({"vision_config__hidden_act": "relu"}, "vision_config.hidden_act is 'relu'"),
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu', supported: gelu"),
+        ({"text_config__rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_type is 'linear'"),
+        ({"text_config__attention_bias": True}, "text_config.attention_bias is True"),
+        ({"text_config__mlp_bias": True}, "text_config.mlp_bias is True"),
+        ({"vision_feature_layer": [-2, -5]}, r"vision_feature_layer is \[-2, -5\]"),
+        ({"text_config": {"model_type": "mistral"}}, "text_config.model_type is 'mistral'"),
+        ({"model_type": "llava_next"}, "model_type is 'llava_next'"),
+    ],
+)
+def test_unsupported_settings_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(HuggingFaceError, match=message):
+        config_from_hf(write(tmp_path, **changes))
+
+
+def test_siglip_with_default_selection_would_drop_a_patch(tmp_path: Path) -> None:
+    config = config_to_hf(tiny_model_config(siglip=True), image_token_id=3)
+    assert config["vision_feature_select_strategy"] == "full"
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vision_feature_select_strategy": "default"}))
+    with pytest.raises(HuggingFaceError, match="drops its first patch"):
+        config_from_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        ("projector.pixel_shuffle", 2, "model.projector.pixel_shuffle=2"),
+        ("projector.num_layers", 1, "model.projector.num_layers=1"),
+        ("projector.hidden_size", 64, "model.projector.hidden_size=64"),
+        ("vision.patch_bias", True, "CLIP: true, true, false, false"),
+        ("language.qk_norm", True, "qkv_bias and qk_norm"),
+    ],
+)
+def test_what_hugging_face_cannot_hold_is_named(path: str, value: Any, message: str) -> None:
+    model = tiny_model_config(qkv_bias=True)
+    block, field = path.split(".")
+    setattr(getattr(model, block), field, value)
+    with pytest.raises(HuggingFaceError, match=message):
+        config_to_hf(model, image_token_id=3)
+
+
+def test_image_token_outside_the_vocabulary() -> None:
+    with pytest.raises(HuggingFaceError, match="id 101 lies outside model.language.vocab_size=101"):
+        config_to_hf(tiny_model_config(), image_token_id=101)
+
+
+def test_pixel_statistics_come_from_the_processor(tmp_path: Path) -> None:
+    write(tmp_path)
+    assert config_from_hf(tmp_path).vision.image_mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}))
+    assert config_from_hf(tmp_path).vision.image_mean == (0.1, 0.2, 0.3)
+    (tmp_path / "processor_config.json").write_text(
+        json.dumps({"image_processor": {"image_mean": [0, 0, 0], "image_std": [1, 1, 1], "rescale_factor": 1.0}})
+    )
+    with pytest.raises(HuggingFaceError, match="rescaled by 1/255"):
+        config_from_hf(tmp_path)
+
+
+def test_no_folder_and_no_json(tmp_path: Path) -> None:
+    with pytest.raises(HuggingFaceError, match=r"has no config\.json"):
+        config_from_hf(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(HuggingFaceError, match="is not JSON"):
+        config_from_hf(tmp_path)
