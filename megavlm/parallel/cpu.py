@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.cuda.random
+import torch.utils._device
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
@@ -92,6 +93,9 @@ def install() -> None:
     if torch.cuda.is_initialized():
         raise RuntimeError("CUDA is already initialised in this process: run.device=cpu must be chosen before any CUDA use")
     _installed = True
+    # torch caches its list of factories on first use; made after the wrapping, it would miss them, and transformers'
+    # from_pretrained (which builds models under torch.device("meta")) would leave buffers uninitialised.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _factory_on_cpu(getattr(torch, name)))
     _patch_tensor_methods()
