@@ -15,9 +15,7 @@ RECIPE = Path("configs/recipes/quickstart.yaml")
 
 
 def quickstart(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to the recipe.", metavar="[KEY=VALUE]...")
-    ] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe.", metavar="[KEY=VALUE]...")] = None,
     recipe: Annotated[Path, typer.Option(help="The recipe.")] = RECIPE,
     samples: Annotated[int, typer.Option(min=1, help="Held-out questions of each task.")] = 200,
 ) -> None:

@@ -449,10 +449,14 @@ class Recipe(Block):
         for i, stage in enumerate(self.stages):
             for source in stage.mixture:
                 if source not in known:
-                    raise ValueError(f"stages[{i}].mixture names {source!r}, which is not in data.sources ({', '.join(sorted(known)) or 'empty'})")
+                    raise ValueError(
+                        f"stages[{i}].mixture names {source!r}, which is not in data.sources ({', '.join(sorted(known)) or 'empty'})"
+                    )
         for source in self.evaluation.sources:
             if source not in known:
-                raise ValueError(f"evaluation.sources names {source!r}, which is not in data.sources ({', '.join(sorted(known)) or 'empty'})")
+                raise ValueError(
+                    f"evaluation.sources names {source!r}, which is not in data.sources ({', '.join(sorted(known)) or 'empty'})"
+                )
         heads, kv, tp = self.model.language.num_attention_heads, self.model.language.kv_heads, self.parallel.tensor
         if heads % tp or (kv % tp and tp % kv):
             raise ValueError(f"parallel.tensor={tp} does not divide model.language's {heads} attention heads and {kv} key/value heads")

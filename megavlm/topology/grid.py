@@ -138,7 +138,8 @@ class RankGrid:
         """The grid as text for --dry-run, one line a rank; beyond `max_rows` ranks the rest is counted, not listed."""
         rows = [(rank, *self.coordinates(rank)) for rank in range(min(self.world_size, max_rows))]
         virtual = f" ({self.virtual_pipeline} chunks each)" if self.virtual_pipeline > 1 else ""
-        title = f"{self.world_size} ranks = tensor {self.tensor} x context {self.context} x data {self.data} x pipeline {self.pipeline}{virtual}"
+        sizes = f"tensor {self.tensor} x context {self.context} x data {self.data} x pipeline {self.pipeline}"
+        title = f"{self.world_size} ranks = {sizes}{virtual}"
         text = text_table(("rank", *AXES), rows, title)
         return text if self.world_size <= max_rows else f"{text}\n... and {self.world_size - max_rows} more ranks"
 

@@ -8,7 +8,7 @@ from megatron.core.parallel_state import RankGenerator
 from megavlm.config.schema import ParallelConfig, StageConfig
 from megavlm.topology.grid import GridError, RankGrid
 
-SHAPES = [s for s in itertools.product((1, 2, 3), (1, 2), (1, 2, 4), (1, 2))]
+SHAPES = list(itertools.product((1, 2, 3), (1, 2), (1, 2, 4), (1, 2)))
 TOKENS = {"tensor": "tp", "context": "cp", "data": "dp", "pipeline": "pp"}
 
 
