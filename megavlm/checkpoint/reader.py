@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megavlm.checkpoint.errors import CheckpointError
@@ -88,7 +88,7 @@ class CheckpointReader:
         """One whole tensor, padding included. Raises CheckpointError when there is none of that key."""
         if key not in self.entries:
             raise CheckpointError(f"{self.path} has no tensor {key}")
-        from torch.distributed.checkpoint import load
+        from torch.distributed.checkpoint.state_dict_loader import load
 
         entry = self.entries[key]
         box = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}

@@ -103,7 +103,7 @@ def load(
     """
     path = Path(path)
     install()
-    state = _everywhere(lambda: read_state(path), f"loading {path}")
+    state: dict[str, Any] = _everywhere(lambda: read_state(path), f"loading {path}")
     if verify:
         mine = folders.manifest_files(path)[dist.get_rank() :: dist.get_world_size()]
         _everywhere(lambda: folders.verify(path, mine), f"loading {path}")
@@ -146,7 +146,7 @@ def _optimizer_pieces(states: Sequence[optimizer_state.StateTensor], bases: dict
     found: list[ShardedTensor] = []
     for name, parameter, tensor in states:
         base = bases[id(parameter)]
-        fields = {"key": f"{_OPTIMIZER}{name}.{base.key}", "data": tensor}
+        fields: dict[str, Any] = {"key": f"{_OPTIMIZER}{name}.{base.key}", "data": tensor}
         if isinstance(base, ShardedTensor):
             fields["dtype"] = tensor.dtype
         found += _pieces(replace(base, **fields))

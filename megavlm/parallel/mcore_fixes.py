@@ -100,7 +100,8 @@ def _write_and_agree(original: Any, *arguments: Any) -> None:
         assert isinstance(original, partial), "megatron-core's writer changed: see FileSystemWriterAsync.get_save_function_and_args"
         rank, buckets, results = arguments
         try:
-            write_in_process(*original.args, buckets, results)
+            transforms, use_msc = original.args
+            write_in_process(transforms, use_msc, buckets, results)
         except Exception as raised:
             error = f"rank {rank} could not write: {raised}"
     errors: list[Any] = [None] * dist.get_world_size()

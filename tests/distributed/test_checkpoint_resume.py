@@ -115,45 +115,53 @@ def go(pool: RankPool, function: Any, path: Path, layout: str, *args: Any, **kwa
     return pool.run(function, path, parallel, *args, world_size=world_size, **kwargs)[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+def slow_but(params: list[Any], *quick: int) -> list[Any]:
+    """All of `params` for `make test-all`, those at `quick` for every run."""
+    wrapped = [p if isinstance(p, tuple) else (p,) for p in params]
+    return [pytest.param(*p, marks=[] if i in quick else pytest.mark.slow) for i, p in enumerate(wrapped)]
+
+
+@pytest.mark.parametrize("layout", slow_but(list(LAYOUTS), 0, 4, 7, 10))
 def test_same_layout_is_bit_exact(pool: RankPool, tmp_path: Path, layout: str) -> None:
     expected = go(pool, save_then_go_on, tmp_path / "00000003-s", layout, "all", "fp32")
     assert go(pool, load_and_go_on, tmp_path / "00000003-s", layout, "all", "fp32") == expected
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize(
-    "source, targets",
-    [
-        ("tp2", ["pp2", "dp2zero", "1"]),
-        ("pp2vpp2", ["1", "tp2sp", "tp2pp2"]),
-        ("dp2zero", ["1", "pp2vpp2", "tp2dp2zero"]),
-        ("1", ["dp2zero-overlap", "cp2"]),
-    ],
-)
-def test_any_layout_loads_into_any_other(pool: RankPool, tmp_path: Path, source: str, targets: list[str], dtype: str) -> None:
-    expected = torch.tensor(go(pool, save_then_go_on, tmp_path / "00000003-s", source, "all", dtype))
+RESHARDINGS = [
+    ("tp2", ["pp2", "dp2zero", "1"]),
+    ("pp2vpp2", ["1", "tp2sp", "tp2pp2"]),
+    ("dp2zero", ["1", "pp2vpp2", "tp2dp2zero"]),
+    ("1", ["dp2zero-overlap", "cp2"]),
+    ("tp2pp2dp2zero", ["dp2", "dp2zero-overlap"]),
+]
+
+
+@pytest.mark.parametrize("source, targets", slow_but(RESHARDINGS, 0, 1, 2))
+def test_any_layout_loads_into_any_other(pool: RankPool, tmp_path: Path, source: str, targets: list[str]) -> None:
+    expected = torch.tensor(go(pool, save_then_go_on, tmp_path / "00000003-s", source, "all", "fp32"))
     for target in targets:
-        got = torch.tensor(go(pool, load_and_go_on, tmp_path / "00000003-s", target, "all", dtype))
-        torch.testing.assert_close(got, expected, rtol=1e-5 if dtype == "fp32" else 3e-2, atol=1e-4)
+        got = torch.tensor(go(pool, load_and_go_on, tmp_path / "00000003-s", target, "all", "fp32"))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, msg=lambda m, t=target: f"{t}: {m}")
 
 
-@pytest.mark.parametrize("freezing", ["projector", "partial"])
-def test_ranks_and_layers_that_train_nothing(pool: RankPool, tmp_path: Path, freezing: str) -> None:
-    expected = torch.tensor(go(pool, save_then_go_on, tmp_path / "00000003-s", "pp2", freezing, "bf16"))
-    for target in ("pp2", "dp2zero", "tp2pp2"):
+@pytest.mark.parametrize("freezing", slow_but(list(FREEZING), 1, 2))
+def test_masters_and_ranks_that_train_nothing(pool: RankPool, tmp_path: Path, freezing: str) -> None:
+    """bf16 with fp32 masters. Without tensor parallelism these layouts do the same arithmetic: a master that was lost and
+    drawn from the bf16 weights again would be off by 1e-3 (the tolerance that tensor parallelism, in another order, needs)."""
+    expected = torch.tensor(go(pool, save_then_go_on, tmp_path / "00000003-s", "dp2zero", freezing, "bf16"))
+    for target, rtol in (("dp2zero", 0.0), ("1", 1e-6), ("pp2", 1e-6), ("tp2pp2", 3e-2)):
         got = torch.tensor(go(pool, load_and_go_on, tmp_path / "00000003-s", target, freezing, "bf16"))
-        torch.testing.assert_close(got, expected, rtol=3e-2, atol=1e-4)
+        torch.testing.assert_close(got, expected, rtol=rtol, atol=0.0, msg=lambda m, t=target: f"{t}: {m}")
 
 
-@pytest.mark.parametrize("source, target", [("pp2", "dp2zero"), ("dp2zero", "pp2"), ("tp2", "1")])
+@pytest.mark.parametrize("source, target", slow_but([("pp2", "dp2zero"), ("dp2zero", "pp2"), ("tp2", "1")], 0))
 def test_tied_embeddings(pool: RankPool, tmp_path: Path, source: str, target: str) -> None:
     expected = torch.tensor(go(pool, save_then_go_on, tmp_path / "00000003-s", source, "all", "fp32", tie=True))
     got = torch.tensor(go(pool, load_and_go_on, tmp_path / "00000003-s", target, "all", "fp32", tie=True))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["1", "dp2zero"])
+@pytest.mark.parametrize("layout", slow_but(["1", "dp2zero"], 1))
 def test_before_the_first_step(pool: RankPool, tmp_path: Path, layout: str) -> None:
     expected = go(pool, save_then_go_on, tmp_path / "00000000-s", layout, "all", "bf16", 0)
     assert go(pool, load_and_go_on, tmp_path / "00000000-s", layout, "all", "bf16") == expected

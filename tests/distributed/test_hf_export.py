@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from megavlm.checkpoint.hf.verify import verify
 from megavlm.config.schema import ImageConfig, ModelConfig, ParallelConfig
 from megavlm.data.chat import Chat
 from megavlm.data.images import cut_tiles, tile_grid
-from megavlm.data.tokenizer import train_sentencepiece
+from megavlm.data.tokenizer import load_tokenizer, train_sentencepiece
 from megavlm.models.init import initialise
 from megavlm.parallel.context import enter_grid
 from megavlm.testing.hf_models import Kind, hf_logits, make_hf
@@ -203,3 +204,34 @@ def test_export_refuses_before_writing(pool: RankPool, tmp_path: Path, chat: Cha
     with pytest.raises(HuggingFaceError, match="is not empty"):
         export_hf(tmp_path / "c", tmp_path / "full", chat=replace_vocabulary(chat, 101))
     assert not (tmp_path / "out").exists()
+
+
+def two_stages(run: Path, tokenizer: Path) -> None:
+    """Stage 1 holds the whole model, stage 2 the language model alone; also the whole of both, exported live."""
+    model = tiny_model_config()
+    ctx = enter_grid(ParallelConfig(), torch.device("cpu"), seed=1)
+    (whole,) = tiny_chunks(model, ctx)
+    (text,) = tiny_chunks(model, ctx, text_only=True)
+    initialise([whole], model, 1, ctx)
+    initialise([text], model, 2, ctx)
+    block = {"model": model.model_dump(mode="json")}
+    store.save(run / "checkpoints" / "00000001-one", [whole], None, block, ctx)
+    modules = {"vision": "00000001-one", "projector": "00000001-one", "language": "00000002-two"}
+    store.save(run / "checkpoints" / "00000002-two", [text], None, block | {"modules": modules}, ctx)
+    chat = Chat("megavlm", load_tokenizer(tokenizer))
+    export_hf([whole], run / "live", model=model, chat=replace_vocabulary(chat, 101))
+
+
+def test_modules_come_from_the_stage_that_held_them_last(pool: RankPool, tmp_path: Path, chat: Chat) -> None:
+    pool.run(two_stages, tmp_path, chat.tokenizer.path)  # type: ignore[attr-defined]
+    export_hf(tmp_path, tmp_path / "newest", chat=replace_vocabulary(chat, 101))
+    export_hf(tmp_path / "checkpoints" / "00000001-one", tmp_path / "first", chat=replace_vocabulary(chat, 101))
+    live, first, newest = (all_tensors(tmp_path / name) for name in ("live", "first", "newest"))
+    assert set(live) == set(first) == set(newest)
+    for name, tensor in live.items():
+        assert torch.equal(tensor, first[name]), name
+        from_second_stage = name.startswith("language_model") and tensor.std() > 0
+        assert torch.equal(tensor, newest[name]) is not from_second_stage, name
+    shutil.rmtree(tmp_path / "checkpoints" / "00000001-one")
+    with pytest.raises(ValueError, match="00000001-one: there is no such folder"):
+        export_hf(tmp_path, tmp_path / "again", chat=replace_vocabulary(chat, 101))

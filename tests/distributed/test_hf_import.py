@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from megavlm.testing.hf_models import Kind, hf_logits, make_hf
 
 from megavlm.checkpoint.hf import config_from_hf, load_hf
 from megavlm.config.schema import ParallelConfig
 from megavlm.data.types import PackedBatch
 from megavlm.parallel.context import enter_grid
+from megavlm.testing.hf_models import Kind, hf_logits, make_hf
 from megavlm.testing.pool import RankPool
 from megavlm.testing.tiny import tiny_batch, tiny_chunks
 

@@ -42,7 +42,7 @@ def config_from_hf(folder: str | Path) -> ModelConfig:
                 hidden_size=vision_hf.hidden_size,
                 num_attention_heads=vision_hf.num_attention_heads,
                 ffn_hidden_size=vision_hf.intermediate_size,
-                activation=_ACTIVATIONS[vision_hf.hidden_act],  # type: ignore[arg-type]
+                activation=_ACTIVATIONS[vision_hf.hidden_act],
                 norm_eps=vision_hf.layer_norm_eps,
                 class_token=is_clip,
                 pre_norm=is_clip,

@@ -54,7 +54,7 @@ class WeightFolder:
         file, stored = self._places[name]
         piece = self._open(file).get_slice(stored)
         # An empty piece: a slice knows its format only by safetensors' own names.
-        return piece[:0].dtype if piece.get_shape() else self.tensor(name).dtype  # type: ignore[no-any-return]
+        return piece[:0].dtype if piece.get_shape() else self.tensor(name).dtype
 
     def close(self) -> None:
         """Let go of the files."""

@@ -61,9 +61,9 @@ class Link:
     def to_theirs(self, ours: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
         """Hugging Face tensors from our full tensor; `sizes` are their first dimensions (kinds concat and qkv)."""
         if self.kind == "concat":
-            return [p.contiguous() for p in ours.split(list(sizes))]
+            return [p.contiguous() for p in torch.split(ours, list(sizes))]
         if self.kind == "qkv":
-            grouped = ours.reshape(self.groups, -1, *ours.shape[1:]).split([n // self.groups for n in sizes], dim=1)
+            grouped = torch.split(ours.reshape(self.groups, -1, *ours.shape[1:]), [n // self.groups for n in sizes], dim=1)
             return [p.flatten(0, 1).contiguous() for p in grouped]
         if self.kind == "reshape":
             return [ours.reshape(self.shape).contiguous()]

@@ -121,7 +121,7 @@ def _hf_logits(hf: Any, batch: PackedBatch, model: ModelConfig, image_token: int
     mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (model.vision.image_mean, model.vision.image_std))
     pixels = (batch.tiles_TCHW.float() / 255 - mean) / std
     out, tile = [], 0
-    for ids in batch.tokens_S.split(batch.segment_lengths):
+    for ids in torch.split(batch.tokens_S, batch.segment_lengths):
         tiles = int((ids == image_token).sum()) // model.visual_tokens_per_tile
         out.append(hf(input_ids=ids[None], pixel_values=pixels[tile : tile + tiles] if tiles else None).logits[0])
         tile += tiles
