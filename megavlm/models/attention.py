@@ -3,8 +3,8 @@
 Rotary positions are applied here, from tables that `Packing` computed once per microbatch, and not by megatron-core's
 SelfAttention: its packed path ignores position ids and loops over segments in every layer.
 
-Backends: one scaled-dot-product call per segment (any device; equal segments become one batched call), torch's
-`varlen_attn` on CUDA, Transformer Engine's THD attention where the layer spec provides it.
+Backends: one scaled-dot-product call per segment (any device; equal segments become one batched call), and torch's
+`varlen_attn` on CUDA in bf16. Transformer Engine's layers, where they are used, get this same core attention.
 
 Shape legend: L local rows, S all rows, H heads, G key/value heads, K head dim.
 """

@@ -196,7 +196,7 @@ def test_patches_are_the_rows_of_vision_classification(classify, shards):
 
 
 def test_labels_beyond_num_classes_are_refused(classify):
-    with pytest.raises(MaterialiseError, match=r"labels up to 9, but stage 's' has num_classes=10, .* set num_classes=11"):
+    with pytest.raises(MaterialiseError, match=r"labels up to 9, but stage 's' has num_classes=10 .* set num_classes=11"):
         classify(10)
 
 
