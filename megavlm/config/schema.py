@@ -356,9 +356,6 @@ class StageConfig(Block):
     """vision_classification only: images that form one pack."""
     num_classes: PositiveInt | None = None
     """vision_classification only: classes of the patch labels in the data."""
-    label_regions: PositiveInt = 1
-    """vision_classification only: cut the picture into n x n regions and let each class say what an object is and in which region
-    it lies. With 1 the encoder is asked for the what alone, and forgets where: a language model cannot point afterwards."""
     mixture: dict[str, NonNegativeFloat]
     """Source name -> weight (share of samples); weights need not add up to one."""
     vision: ModuleTraining = Field(default_factory=lambda: ModuleTraining(train="frozen"))

@@ -30,7 +30,7 @@ from megavlm.data.demo_talk import CHANCE
 from megavlm.data.shards import Sample, ShardReader, ShardWriter, parse_sample, scan_shard, shard_paths
 from megavlm.data.tokenizer import train_sentencepiece
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raise with every change of what is written: folders made by an older version are then made anew."""
 TOKENIZER = "tokenizer.model"
 MANIFEST = "manifest.json"

@@ -22,6 +22,7 @@ CELL_PX = 8
 READ = "Which number is written here?"
 COUNT = "How many digits are on the page?"
 CAPTION = "Describe the page."
+WHERE = "Where is the number?"
 MAX_SCATTERED = 5
 IMAGE = "<image>\n"
 
@@ -61,9 +62,11 @@ def box_text(box: tuple[int, int, int, int]) -> str:
     return " ".join(f"{v:03d}" for v in box)
 
 
-def where(digit: int) -> str:
-    """The question for a digit's place."""
-    return f"Where is the {digit}?"
+def place_of(page: Page, page_px: int) -> tuple[int, int, int, int]:
+    """The box round all digits of a page: x0 y0 x1 y1, 0-999."""
+    boxes = np.array([d.box_per_mille(page_px) for d in page.digits])
+    x0, y0, x1, y1 = (int(v) for v in (*boxes[:, :2].min(axis=0), *boxes[:, 2:].max(axis=0)))
+    return x0, y0, x1, y1
 
 
 def layout_of(page: Page, page_px: int) -> str:
@@ -87,16 +90,15 @@ class Talker:
         self.maker = maker
         self.rng = rng
 
-    def digits(self, low: int, high: int, *, distinct: bool = False) -> list[int]:
+    def digits(self, low: int, high: int) -> list[int]:
         """Between `low` and `high` digits (both included), uniformly."""
-        count = int(self.rng.integers(low, high + 1))
-        return [int(d) for d in self.rng.choice(10, size=count, replace=not distinct)]
+        return [int(d) for d in self.rng.integers(0, 10, size=int(self.rng.integers(low, high + 1)))]
 
     def row(self) -> Page:
         return self.maker.row(self.digits(1, 3), self.rng)
 
-    def strewn(self, *, distinct: bool = False) -> Page:
-        return self.maker.scattered(self.digits(1, MAX_SCATTERED, distinct=distinct), self.rng)
+    def strewn(self) -> Page:
+        return self.maker.scattered(self.digits(1, MAX_SCATTERED), self.rng)
 
     def reading(self) -> Talk:
         page = self.row()
@@ -111,19 +113,14 @@ class Talker:
         return Talk("caption", [(IMAGE + CAPTION, caption_of(page))], [page], caption_of(page))
 
     def grounding(self) -> Talk:
-        page = self.strewn(distinct=True)
-        digit, box = self._target(page)
-        return Talk("grounding", [(IMAGE + where(digit), box_text(box))], [page], list(box))
-
-    def _target(self, page: Page) -> tuple[int, tuple[int, int, int, int]]:
-        placed = page.digits[int(self.rng.integers(len(page.digits)))]
-        return placed.digit, placed.box_per_mille(self.maker.page_px)
+        page = self.row()
+        box = place_of(page, self.maker.page_px)
+        return Talk("grounding", [(IMAGE + WHERE, box_text(box))], [page], list(box))
 
     def turns(self) -> Talk:
         """Several questions about one page."""
-        page = self.strewn(distinct=True)
-        digit, box = self._target(page)
-        turns = [(COUNT, str(len(page.digits))), (CAPTION, caption_of(page)), (where(digit), box_text(box))]
+        page = self.row()
+        turns = [(COUNT, str(len(page.digits))), (READ, number_of(page)), (WHERE, box_text(place_of(page, self.maker.page_px)))]
         chosen = [turns[i] for i in self.rng.permutation(3)]
         chosen[0] = (IMAGE + chosen[0][0], chosen[0][1])
         return Talk("turns", chosen, [page], [answer for _, answer in chosen])

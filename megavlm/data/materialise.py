@@ -78,14 +78,10 @@ class Materialiser:
         self.chat = Chat(recipe.data.chat_template, tokenizer)
         self.decoder: ImageDecoder = make_decoder(recipe.data.image.decoder, device)
         for name, index in indexes.items():
-            if stage.num_classes is None:
-                continue
-            regions = stage.label_regions**2
-            labels, rest = divmod(stage.num_classes - 1, regions)
-            if rest or index.max_label >= labels:
+            if stage.num_classes is not None and index.max_label > stage.num_classes - 2:
                 raise MaterialiseError(
-                    f"source {name!r} has labels up to {index.max_label}, but stage {stage.name!r} has num_classes={stage.num_classes} "
-                    f"for {regions} regions and the background: set num_classes={(index.max_label + 1) * regions + 1}"
+                    f"source {name!r} has labels up to {index.max_label}, but stage {stage.name!r} has num_classes="
+                    f"{stage.num_classes}, whose last is the background: set num_classes={index.max_label + 2}"
                 )
 
     def __call__(self, packs: Sequence[PackPlan]) -> PackedBatch:
@@ -116,7 +112,7 @@ class Materialiser:
         grids = sample_grids(sample, self.recipe.data, self.recipe.model, self.stage.objective)
         if self.stage.objective == "vision_classification":
             size, patch = self.recipe.model.vision.image_size_px, self.recipe.model.vision.patch_size_px
-            labels = patch_labels(sample, size, patch, int(self.stage.num_classes or 0), self.stage.label_regions)
+            labels = patch_labels(sample, size, patch, background=int(self.stage.num_classes or 0) - 1)
             ids = np.zeros(len(labels), dtype=np.int64)
             rows, targets, image_rows = np.arange(len(labels)), labels, np.arange(len(labels))
         else:
@@ -195,14 +191,12 @@ def _tensor(arrays: Sequence[np.ndarray], dtype: torch.dtype = torch.int64) -> t
     return torch.from_numpy(np.concatenate(arrays)).to(dtype) if arrays else torch.zeros(0, dtype=dtype)
 
 
-def patch_labels(sample: Sample, tile_px: int, patch_px: int, num_classes: int, regions: int = 1) -> np.ndarray:
+def patch_labels(sample: Sample, tile_px: int, patch_px: int, background: int) -> np.ndarray:
     """Class of each patch of a one-tile picture, int64 (P,), row by row.
 
     A patch belongs to the object whose box (scaled with the picture) contains the patch's centre, to the smallest where several
-    do. Its class is the object's label + labels x the region (row by row, of `regions` x `regions`) that holds the box's centre;
-    where there is no object, the last class.
+    do; to `background` where none does.
     """
-    background = num_classes - 1
     side = tile_px // patch_px
     centre = (np.arange(side) + 0.5) * patch_px
     labels = np.full((side, side), background, dtype=np.int64)
@@ -212,7 +206,5 @@ def patch_labels(sample: Sample, tile_px: int, patch_px: int, num_classes: int, 
         x0, y0, x1, y1 = thing.box_px
         columns = (centre >= x0 * tile_px / picture.width) & (centre < x1 * tile_px / picture.width)
         lines = (centre >= y0 * tile_px / picture.height) & (centre < y1 * tile_px / picture.height)
-        column = min(regions - 1, int((x0 + x1) / 2 / picture.width * regions))
-        line = min(regions - 1, int((y0 + y1) / 2 / picture.height * regions))
-        labels[np.ix_(lines, columns)] = thing.label + background // regions**2 * (line * regions + column)
+        labels[np.ix_(lines, columns)] = thing.label
     return labels.ravel()

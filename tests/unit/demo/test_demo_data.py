@@ -66,7 +66,9 @@ def expected(question: str, objects: list[dict[str, Any]]) -> str:
     if question.startswith("Describe"):
         labels = sorted(o["label"] for o in objects)
         return f"{len(labels)} digit{'s' * (len(labels) > 1)}: {' '.join(map(str, labels))}"
-    (box,) = [o["box_px"] for o in objects if f"Where is the {o['label']}?" == question]
+    assert question == "Where is the number?"
+    x0, y0, x1, y1 = zip(*(o["box_px"] for o in objects), strict=True)
+    box = (min(x0), min(y0), max(x1), max(y1))
     return " ".join(f"{round(v / PAGE_PX * 999):03d}" for v in box)
 
 
