@@ -7,6 +7,7 @@ pickled objects among its tensors is refused, so nothing in the folder can run c
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -92,5 +93,7 @@ class CheckpointReader:
 
         entry = self.entries[key]
         box = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
-        load(box, storage_reader=_Reader(self.path), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is what is meant
+            load(box, storage_reader=_Reader(self.path), no_dist=True)
         return box[key]

@@ -119,6 +119,7 @@ def compare_with_hf(loaded: LoadedModel, hf_folder: str | Path, questions: Seque
         raise AgreementError(f"the model is loaded in {loaded.recipe.precision.dtype}: load it with dtype='fp32' to compare")
     device = loaded.model.ctx.device
     transformers = quiet_transformers()
+    transformers.utils.logging.disable_progress_bar()
     _recognise_factories()
     processor_class: Any = transformers.AutoProcessor
     processor = processor_class.from_pretrained(hf_folder)
