@@ -27,7 +27,7 @@ def quickstart(
     _title("1/4  data: pages of real scanned digits")
     _make_data(loaded)
     _title(f"2/4  training: {recipe}, stages {', '.join(s.name for s in loaded.stages)}")
-    _run("train", str(recipe), *(overrides or []))
+    _train(loaded, recipe, overrides or [])
     _title("3/4  measuring on held-out pages: the right picture, another sample's, none")
     _run_on_ranks(loaded, ["evaluate", str(run_dir), "--samples", str(samples)])
     _title("4/4  export to Hugging Face, and both models side by side")
@@ -55,13 +55,13 @@ def _make_data(recipe: Recipe) -> None:
     typer.echo(f"{folder}: {counts} samples")
 
 
-def _run(*arguments: str) -> None:
-    """A megavlm command in a process of its own; its failure ends this one with the same exit code."""
-    import subprocess
+def _train(recipe: Recipe, path: Path, overrides: list[str]) -> None:
+    """As `megavlm train`, whose launcher passes Ctrl-C on and waits until the ranks have saved."""
+    from megavlm.cli.train import launch
 
-    code = subprocess.call([sys.executable, "-m", "megavlm.cli", *arguments])
+    code = launch(recipe, path, overrides, None)
     if code:
-        raise typer.Exit(code if code > 0 else 128 - code)
+        raise typer.Exit(code)
 
 
 def _run_on_ranks(recipe: Recipe, arguments: list[str]) -> None:

@@ -35,7 +35,7 @@ def train(
     if environment is not None:
         _check_nproc(nproc, environment["WORLD_SIZE"])
         raise typer.Exit(_train_here(loaded, environment))
-    raise typer.Exit(_launch(loaded, recipe, overrides or [], nproc))
+    raise typer.Exit(launch(loaded, recipe, overrides or [], nproc))
 
 
 def _dry_run(recipe: Recipe, nproc: int | None) -> None:
@@ -73,7 +73,7 @@ def _train_here(recipe: Recipe, environment: dict[str, str]) -> int:
     return train_rank(recipe)
 
 
-def _launch(recipe: Recipe, path: Path, overrides: list[str], nproc: int | None) -> int:
+def launch(recipe: Recipe, path: Path, overrides: list[str], nproc: int | None) -> int:
     import os
     import sys
 

@@ -159,6 +159,8 @@ class LanguageConfig(Block):
     def _check(self) -> LanguageConfig:
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}")
+        if self.head_width % 2:
+            raise ValueError(f"heads are {self.head_width} wide, and rotary positions need an even width: change head_dim or hidden_size")
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(f"num_attention_heads={self.num_attention_heads} is not a multiple of num_query_groups={self.kv_heads}")
         return self
@@ -317,8 +319,8 @@ class OptimizerConfig(Block):
 
     lr: PositiveFloat = 1e-4
     """Peak learning rate."""
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
     """On matrices only; biases, norms, embeddings' positions and class tokens never decay."""
@@ -341,7 +343,8 @@ class ScheduleConfig(Block):
 class StageConfig(Block):
     """One stage of the recipe: what trains, on what, how long."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+    """Letters, digits, "-" and "_": checkpoints' folders are called after it."""
     objective: Literal["multimodal", "text", "vision_classification"] = "multimodal"
     """multimodal: next token of the whole model. text: the language model alone, on samples without images.
     vision_classification: the encoder alone, class of each labelled patch, through a head that is dropped after the stage."""
@@ -374,6 +377,13 @@ class StageConfig(Block):
             raise ValueError(f"packs_per_step={self.packs_per_step} is not a multiple of micro_batch_packs={self.micro_batch_packs}")
         if self.schedule.warmup_steps > self.steps:
             raise ValueError(f"schedule.warmup_steps={self.schedule.warmup_steps} exceeds steps={self.steps}")
+        decay = self.schedule.decay_steps
+        if decay is not None and self.schedule.kind != "wsd":
+            raise ValueError(f"schedule.decay_steps={decay} goes with kind=wsd; kind={self.schedule.kind} decays over the whole stage")
+        if decay is not None and self.schedule.warmup_steps + decay > self.steps:
+            raise ValueError(f"schedule.warmup_steps={self.schedule.warmup_steps} + decay_steps={decay} exceed steps={self.steps}")
+        if self.projector.train == "last_layers":
+            raise ValueError("projector.train=last_layers: the projector has no transformer layers; use frozen or full")
         if self.objective == "multimodal" and all(m.train == "frozen" for m in (self.vision, self.projector, self.language)):
             raise ValueError("every module is frozen: nothing would train")
         return self
@@ -457,7 +467,26 @@ class Recipe(Block):
                 raise ValueError(
                     f"evaluation.sources names {source!r}, which is not in data.sources ({', '.join(sorted(known)) or 'empty'})"
                 )
+        for i, stage in enumerate(self.stages):
+            for module, total in (("vision", self.model.vision.num_used_layers), ("language", self.model.language.num_layers)):
+                wanted = getattr(stage, module).last_layers
+                if wanted is not None and wanted > total:
+                    raise ValueError(f"stages[{i}].{module}.last_layers={wanted}, but {total} layers of model.{module} are used")
+        self._check_tensor_split()
+        return self
+
+    def _check_tensor_split(self) -> None:
         heads, kv, tp = self.model.language.num_attention_heads, self.model.language.kv_heads, self.parallel.tensor
         if heads % tp or (kv % tp and tp % kv):
             raise ValueError(f"parallel.tensor={tp} does not divide model.language's {heads} attention heads and {kv} key/value heads")
-        return self
+        projector = self.model.projector
+        widths = {
+            "vision.num_attention_heads": self.model.vision.num_attention_heads,
+            "vision.ffn_hidden_size": self.model.vision.ffn_hidden_size,
+            "language.ffn_hidden_size": self.model.language.ffn_hidden_size,
+            "language.hidden_size": self.model.language.hidden_size,
+            "projector.hidden_size": projector.hidden_size or self.model.language.hidden_size,
+        }
+        for name, width in widths.items():
+            if width % tp:
+                raise ValueError(f"parallel.tensor={tp} does not divide model.{name}={width}")

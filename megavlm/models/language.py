@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import (
 
 from megavlm.config.schema import LanguageConfig, ParallelConfig, PrecisionConfig
 from megavlm.models.packing import Packing
-from megavlm.models.specs import block_spec, language_transformer_config, layer_spec
+from megavlm.models.specs import block_spec, language_transformer_config, layer_spec, recompute_input
 from megavlm.parallel.context import ParallelContext
 from megavlm_kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -64,6 +64,8 @@ class LanguageModel(GPTModel):
 
     def transform(self, x_LBD: torch.Tensor | None, packing: Packing) -> torch.Tensor:
         """Run this chunk's layers. Later stages pass None: their input came through `set_input_tensor`."""
+        if x_LBD is not None:
+            x_LBD = recompute_input(x_LBD, self.decoder)
         return self.decoder(x_LBD, None, packed_seq_params=packing)  # type: ignore[no-any-return]
 
     def head_weight(self) -> torch.Tensor:

@@ -151,6 +151,18 @@ def block_spec(config: TransformerConfig, layer: ModuleSpec, *, rms_norm: bool, 
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm)
 
 
+def recompute_input(x: torch.Tensor, block: torch.nn.Module) -> torch.Tensor:
+    """`x`, made to require a gradient where recomputation would otherwise lose the gradients of `block`'s layers.
+
+    megatron-core's checkpoint function gives no gradient at all when its input needs none: a frozen embedding or encoder bottom
+    under layers that train.
+    """
+    recomputes = block.config.recompute_granularity == "full" and torch.is_grad_enabled()  # type: ignore[union-attr]
+    if not recomputes or x.requires_grad or not any(p.requires_grad for p in block.parameters()):
+        return x
+    return x.detach().requires_grad_()
+
+
 def _leave_unset(weight: torch.Tensor) -> torch.Tensor:
     return weight
 

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megavlm.config.schema import ParallelConfig, PrecisionConfig, VisionConfig
 from megavlm.models.packing import pack
-from megavlm.models.specs import DTYPES, LayerNorm, block_spec, layer_spec, vision_transformer_config
+from megavlm.models.specs import DTYPES, LayerNorm, block_spec, layer_spec, recompute_input, vision_transformer_config
 
 
 class VisionEncoder(MegatronModule):
@@ -74,7 +74,8 @@ class VisionEncoder(MegatronModule):
             x = self.pre_norm(x)
         length = x.shape[1]
         packing = pack([length] * num_tiles, x.device, causal=False)
-        x = self.decoder(x.reshape(num_tiles * length, 1, -1), None, packed_seq_params=packing)
+        x = recompute_input(x.reshape(num_tiles * length, 1, -1), self.decoder)
+        x = self.decoder(x, None, packed_seq_params=packing)
         x = x.view(num_tiles, length, -1)
         if self.vision.final_norm:
             x = self.final_norm(x)

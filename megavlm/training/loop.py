@@ -13,9 +13,11 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 
+from megavlm.config.load import dump_recipe
 from megavlm.config.schema import Recipe, StageConfig
 from megavlm.data.types import StepData
 from megavlm.parallel.context import ParallelContext, enter_grid, leave_grid
@@ -56,6 +58,7 @@ def _run_stage(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker,
     stage = recipe.stages[state.stage_index]
     if state.stage_step >= stage.steps:
         return 0
+    state.stage_names = [s.name for s in recipe.stages[: state.stage_index + 1]]
     layout = stage_layout(recipe.parallel, stage)
     ctx = enter_grid(layout, device, recipe.run.seed)
     streams: list[StageStream] = []
@@ -64,6 +67,9 @@ def _run_stage(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker,
         model = prepare_model(recipe, stage, layout, state, ctx)
         stream = data.open_stage(stage, ctx, state)
         streams.append(stream)
+        if ctx.rank == 0:
+            # Only now: a resume that is refused must leave the run's recipe as it was.
+            dump_recipe(recipe, Path(recipe.run.dir) / "recipe.yaml")
         tracker.stage_begins(stage.name, stage.steps, state.stage_step)
         held_out = data.held_out(stage, ctx)
         return _StageRun(recipe, stage, state, ctx, model, stream, held_out, tracker, checkpointer, stop).run()
@@ -183,6 +189,8 @@ class _StageRun:
 def _gathered(model: StageModel) -> Iterator[None]:
     for chunk in model.chunks:
         chunk.disable_forward_pre_hook(param_sync=True)
-    yield
-    for chunk in model.chunks:
-        chunk.enable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        for chunk in model.chunks:
+            chunk.enable_forward_pre_hook()

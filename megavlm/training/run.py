@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megavlm.config.load import dump_recipe
 from megavlm.config.schema import Recipe
 from megavlm.parallel.context import choose_device, start_process_group, stop_process_group
 from megavlm.tracking.tracker import Tracker
@@ -25,7 +24,7 @@ def train(recipe: Recipe) -> int:
     try:
         _set_determinism(recipe.run.deterministic)
         check_layouts(recipe, dist.get_world_size())
-        _prepare_run_dir(recipe)
+        _make_run_dir(recipe)
         state = resume_point(recipe)
         with StopRequest() as stop, Tracker(recipe, dist.get_rank(), dist.get_world_size()) as tracker:
             tracker.start(state.step)
@@ -44,9 +43,7 @@ def _set_determinism(wanted: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
-def _prepare_run_dir(recipe: Recipe) -> None:
+def _make_run_dir(recipe: Recipe) -> None:
     if dist.get_rank() == 0:
-        folder = Path(recipe.run.dir)
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        dump_recipe(recipe, folder / "recipe.yaml")
+        (Path(recipe.run.dir) / "checkpoints").mkdir(parents=True, exist_ok=True)
     dist.barrier()

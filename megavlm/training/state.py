@@ -21,6 +21,8 @@ class RunState:
     """Where the stage's data go on; None at the beginning of a stage."""
     checkpoint: str = ""
     """Folder name of the newest checkpoint; "" before the first."""
+    stage_names: list[str] = field(default_factory=list)
+    """Stages that have begun, in order."""
     modules: dict[str, str] = field(default_factory=dict)
     """Module -> folder name of the newest checkpoint that holds it."""
     model: dict[str, Any] = field(default_factory=dict)
@@ -38,6 +40,12 @@ class RunState:
         changed = [f"model.{path}: {then!r} then, {here!r} now" for path, then, here in _differences(state.model, now)]
         if changed:
             raise ValueError("the checkpoint in run.dir was made with another model:\n  " + "\n  ".join(changed) + "\nuse another run.dir")
+        names = [stage.name for stage in recipe.stages[: len(state.stage_names)]]
+        if names != state.stage_names:
+            raise ValueError(
+                f"the run in run.dir has begun the stages {', '.join(state.stage_names)}, but the recipe begins with "
+                f"{', '.join(names) or 'none'}: put new stages behind those that have begun, or use another run.dir"
+            )
         if state.stage_index >= len(recipe.stages):
             raise ValueError(
                 f"the checkpoint in run.dir is in stage number {state.stage_index + 1}, but the recipe has {len(recipe.stages)} stages: "

@@ -124,12 +124,23 @@ def first_plans(data_dir: Path, stage: dict[str, Any], dp_size: int) -> list[Ste
     return [planner.next() for _ in range(config.steps)]
 
 
+@pytest.mark.parametrize("training", TRAINING)
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recompute_changes_nothing(
-    recompute: str, pool: RankPool, data_dir: Path, tmp_path: Path, single_rank: dict[str, list[dict[str, Any]]]
+    recompute: str, training: str, pool: RankPool, data_dir: Path, tmp_path: Path, single_rank: dict[str, list[dict[str, Any]]]
 ) -> None:
-    records = run(pool, tmp_path, data_dir, 1, tiny_stage(), parallel={"recompute": recompute})
-    assert_same(records, single_rank["all"])
+    records = run(pool, tmp_path, data_dir, 1, tiny_stage(**TRAINING[training]), parallel={"recompute": recompute})
+    assert_same(records, single_rank[training])
+
+
+@pytest.mark.parametrize("module", ["vision", "language"])
+def test_full_recompute_over_a_frozen_bottom(module: str, pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    """Only top layers train: their input needs no gradient, and recomputation must not lose theirs."""
+    frozen: dict[str, Any] = {name: {"train": "frozen"} for name in ("vision", "projector", "language")}
+    stage = tiny_stage(steps=3, **(frozen | {module: {"train": "last_layers", "last_layers": 1}}))
+    reference = run(pool, tmp_path / "none", data_dir, 1, stage)
+    assert all(record["grad_norm"] > 0 for record in reference)
+    assert_same(run(pool, tmp_path / "full", data_dir, 1, stage, parallel={"recompute": "full"}), reference)
 
 
 def test_two_packs_in_a_microbatch(pool: RankPool, data_dir: Path, tmp_path: Path, single_rank: dict[str, list[dict[str, Any]]]) -> None:

@@ -107,8 +107,10 @@ def test_resume_through_changing_layouts(pool: RankPool, data_dir: Path, tmp_pat
 
 def test_changed_model_is_refused(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
     run(pool, tmp_path, data_dir, 1, {}, 3)
+    before = (tmp_path / "recipe.yaml").read_text()
     with pytest.raises(RankError, match=r"model\.language\.ffn_hidden_size: 96 then, 80 now"):
         run(pool, tmp_path, data_dir, 1, {}, None, model={"language": {"ffn_hidden_size": 80}})
+    assert (tmp_path / "recipe.yaml").read_text() == before
 
 
 def test_changed_data_are_refused(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
