@@ -103,8 +103,8 @@ def test_grounding_is_measured_by_overlap(recipe, reader):
         if not said[0].isdigit():
             return said
         x0, y0, x1, y1 = (int(v) for v in said.split())
-        shift = (x1 - x0) // 5  # IoU (5 - 1) / (5 + 1) = 0.67
-        return f"{x0 - shift} {y0} {x1 - shift} {y1}" if x0 >= shift else f"{x0 + shift} {y0} {x1 + shift} {y1}"
+        shift = (y1 - y0) // 5 * (-1 if y0 >= (y1 - y0) // 5 else 1)  # IoU (5 - 1) / (5 + 1) = 0.67
+        return f"{x0} {y0 + shift} {x1} {y1 + shift}"
 
     row = measure(recipe, shifted, tasks=["grounding"]).task("grounding")
     assert row.metric == "IoU >= 0.5"
