@@ -140,3 +140,10 @@ def test_finished_run_does_nothing(pool: RankPool, data_dir: Path, tmp_path: Pat
     before = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert curve(run(pool, tmp_path, data_dir, 1, {}, None)) == curve(uninterrupted)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == before
+
+
+def test_a_stage_put_before_those_that_have_begun_is_refused(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    run(pool, tmp_path, data_dir, 1, {}, 3)
+    recipe = tiny_recipe(tmp_path, data_dir, [tiny_stage("warm", steps=1), *stages()])
+    with pytest.raises(RankError, match="has begun the stages encoder, words, but the recipe begins with warm, encoder"):
+        pool.run(train_and_read, recipe)

@@ -1,0 +1,64 @@
+"""Combinations that cannot work are refused by the schema, before a process group or a model exists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from megavlm.config.schema import Recipe
+
+
+def recipe(stage: dict[str, Any] | None = None, **blocks: Any) -> Recipe:
+    stages = [{"name": "all", "steps": 10, "mixture": {"a": 1.0}, **(stage or {})}]
+    return Recipe.model_validate({"run": {"dir": "x"}, "data": {"sources": {"a": {"path": "x"}}}, "stages": stages, **blocks})
+
+
+def test_defaults_are_accepted() -> None:
+    assert recipe().stages[0].name == "all"
+    assert recipe(parallel={"tensor": 4}).parallel.tensor == 4
+
+
+@pytest.mark.parametrize("name", ["x.tmp", "a/b", "", "-a", "a b", "x.old"])
+def test_stage_names_that_no_folder_should_have(name: str) -> None:
+    with pytest.raises(ValidationError, match="name"):
+        recipe({"name": name})
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ({"schedule": {"kind": "wsd", "warmup_steps": 5, "decay_steps": 6}}, r"warmup_steps=5 \+ decay_steps=6 exceed steps=10"),
+        ({"schedule": {"kind": "cosine", "decay_steps": 6}}, "decay_steps=6 goes with kind=wsd"),
+        ({"schedule": {"warmup_steps": 11}}, "warmup_steps=11 exceeds steps=10"),
+        ({"projector": {"train": "last_layers", "last_layers": 1}}, "projector has no transformer layers"),
+        ({"vision": {"train": "last_layers", "last_layers": 24}}, r"stages\[0\].vision.last_layers=24, but 23 layers"),
+        ({"language": {"train": "last_layers", "last_layers": 33}}, r"language.last_layers=33, but 32 layers"),
+        ({"optimizer": {"beta1": 1.0}}, "beta1"),
+    ],
+)
+def test_stages_that_cannot_work(stage: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        recipe(stage)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"vision": {"num_attention_heads": 1}}, "does not divide model.vision.num_attention_heads=1"),
+        ({"vision": {"ffn_hidden_size": 65}}, "does not divide model.vision.ffn_hidden_size=65"),
+        ({"language": {"ffn_hidden_size": 65}}, "does not divide model.language.ffn_hidden_size=65"),
+        ({"projector": {"hidden_size": 33}}, "does not divide model.projector.hidden_size=33"),
+        ({"language": {"num_attention_heads": 1}}, "attention heads"),
+    ],
+)
+def test_models_that_do_not_split_over_tensor_ranks(model: dict[str, Any], words: str) -> None:
+    recipe(model=model)
+    with pytest.raises(ValidationError, match=words):
+        recipe(model=model, parallel={"tensor": 2})
+
+
+def test_odd_heads_cannot_be_rotated() -> None:
+    with pytest.raises(ValidationError, match="15 wide"):
+        recipe(model={"language": {"head_dim": 15}})
