@@ -18,6 +18,7 @@ def quickstart(
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the recipe.", metavar="[KEY=VALUE]...")] = None,
     recipe: Annotated[Path, typer.Option(help="The recipe.")] = RECIPE,
     samples: Annotated[int, typer.Option(min=1, help="Held-out questions of each task.")] = 200,
+    pages: Annotated[int, typer.Option(min=1, help="Training pages to make; fewer are made sooner, and teach less.")] = 10_000,
 ) -> None:
     """Teach a small vision-language model to read scanned digits, measure it on scans it has never seen, export it."""
     from megavlm.config import load_recipe
@@ -25,7 +26,7 @@ def quickstart(
     loaded = load_recipe(recipe, overrides or [])
     run_dir = Path(loaded.run.dir)
     _title("1/4  data: pages of real scanned digits")
-    _make_data(loaded)
+    _make_data(loaded, pages)
     _title(f"2/4  training: {recipe}, stages {', '.join(s.name for s in loaded.stages)}")
     _train(loaded, recipe, overrides or [])
     _title("3/4  measuring on held-out pages: the right picture, another sample's, none")
@@ -46,11 +47,11 @@ def _title(text: str) -> None:
     typer.secho(f"\n== {text}", bold=True)
 
 
-def _make_data(recipe: Recipe) -> None:
+def _make_data(recipe: Recipe, pages: int) -> None:
     from megavlm.data.demo import make_demo
 
     folder = Path(recipe.data.tokenizer).parent
-    manifest = make_demo(folder)
+    manifest = make_demo(folder, num_train=pages)
     counts = ", ".join(f"{name} {sum(splits.values())}" for name, splits in manifest.num_samples.items())
     typer.echo(f"{folder}: {counts} samples")
 
