@@ -31,7 +31,7 @@ def resume_point(recipe: Recipe) -> RunState:
         try:
             newest = store.newest(recipe.run.dir)
             if newest is None:
-                return RunState(model=recipe.model.model_dump(mode="json"))
+                return RunState(model=recipe.model.model_dump(mode="json"), dtype=recipe.precision.dtype)
             if not recipe.checkpoint.resume:
                 raise ValueError(f"{newest.parent} already holds checkpoints and checkpoint.resume is false: choose another run.dir")
             state = RunState.from_json(store.read_state(newest), recipe)

@@ -25,6 +25,8 @@ class RunState:
     """Stages that have begun, in order."""
     modules: dict[str, str] = field(default_factory=dict)
     """Module -> folder name of the newest checkpoint that holds it."""
+    dtype: str = ""
+    """precision.dtype of the run; the optimizer's masters belong to it."""
     model: dict[str, Any] = field(default_factory=dict)
     """The recipe's model block, to refuse a resume with another architecture."""
 
@@ -40,6 +42,11 @@ class RunState:
         changed = [f"model.{path}: {then!r} then, {here!r} now" for path, then, here in _differences(state.model, now)]
         if changed:
             raise ValueError("the checkpoint in run.dir was made with another model:\n  " + "\n  ".join(changed) + "\nuse another run.dir")
+        if state.dtype and state.dtype != recipe.precision.dtype:
+            raise ValueError(
+                f"the run in run.dir was trained in {state.dtype}, and the recipe says precision.dtype={recipe.precision.dtype}: "
+                "set it back, or use another run.dir"
+            )
         names = [stage.name for stage in recipe.stages[: len(state.stage_names)]]
         if names != state.stage_names:
             raise ValueError(

@@ -117,19 +117,21 @@ def test_pack_equals_its_samples_alone(style: str, pool: RankPool) -> None:
     assert result["names"][0] and result["names"][1] > 30
 
 
-def isolation(parallel: dict[str, Any]) -> dict[str, Any]:
-    """Perturb sample 0 and see, on this pipeline stage, which segments' hidden states and losses changed."""
+def isolation(parallel: dict[str, Any], segment: int) -> dict[str, Any]:
+    """Perturb one sample and see, on this pipeline stage, which samples' hidden states and losses changed."""
     model = model_config("clip")
     chunks, ctx = build(model, **parallel)
     batch = tiny_batch(model, images_per_sample=(1, 0, 2, 0), text_tokens=(9, 14, 6, 5), seq_len_tokens=96, num_targets=12)
-    other = perturbed(batch, 0, model.visual_tokens_per_tile)
+    other = perturbed(batch, segment, model.visual_tokens_per_tile)
     outputs = [_through_pipeline(chunks[0], b, ctx) for b in (batch, other)]
-    length = batch.segment_lengths[0]
+    start = sum(batch.segment_lengths[:segment])
+    own = torch.zeros(batch.num_tokens, dtype=torch.bool)
+    own[start : start + batch.segment_lengths[segment]] = True
     before, after = (o[0] for o in outputs)
-    result = {"stage": ctx.pipeline_rank, "own_changed": not torch.equal(before[:length], after[:length])}
-    result["others_equal"] = torch.equal(before[length:], after[length:])
+    result = {"stage": ctx.pipeline_rank, "own_changed": not torch.equal(before[own], after[own])}
+    result["others_equal"] = torch.equal(before[~own], after[~own])
     if ctx.is_last_stage:
-        others = batch.target_segments_Q != 0
+        others = batch.target_segments_Q != segment
         losses = [o[1] for o in outputs]
         result["other_losses_equal"] = torch.equal(losses[0][others], losses[1][others])
         result["own_loss_changed"] = not torch.equal(losses[0][~others], losses[1][~others])
@@ -153,9 +155,12 @@ def _through_pipeline(chunk: VisionLanguageModel, batch: PackedBatch, ctx: Paral
     return out, chunk(batch).loss_Q
 
 
+@pytest.mark.parametrize("segment", range(4))
 @pytest.mark.parametrize(("parallel", "world_size"), [({}, 1), ({"pipeline": 2}, 2), ({"pipeline": 4}, 4), ({"tensor": 2}, 2)])
-def test_perturbing_one_sample_leaves_the_others_bit_identical(parallel: dict[str, Any], world_size: int, pool: RankPool) -> None:
-    results = pool.run(isolation, parallel, world_size=world_size)
+def test_perturbing_one_sample_leaves_the_others_bit_identical(
+    parallel: dict[str, Any], world_size: int, segment: int, pool: RankPool
+) -> None:
+    results = pool.run(isolation, parallel, segment, world_size=world_size)
     assert {r["stage"] for r in results} == set(range(parallel.get("pipeline", 1)))
     for result in results:
         assert result["own_changed"], "the perturbation must reach its own sample, or this test proves nothing"

@@ -113,6 +113,12 @@ def test_changed_model_is_refused(pool: RankPool, data_dir: Path, tmp_path: Path
     assert (tmp_path / "recipe.yaml").read_text() == before
 
 
+def test_changed_precision_is_refused(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    run(pool, tmp_path, data_dir, 1, {}, 1)
+    with pytest.raises(RankError, match=r"trained in fp32, and the recipe says precision\.dtype=bf16"):
+        run(pool, tmp_path, data_dir, 1, {}, None, precision={"dtype": "bf16"})
+
+
 def test_changed_data_are_refused(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
     run(pool, tmp_path, data_dir, 1, {}, 3)
     with pytest.raises(RankError, match=r"seq_len_tokens: 256 then, 512 now"):
