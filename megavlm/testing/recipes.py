@@ -33,7 +33,7 @@ def tiny_stage(name: str = "all", steps: int = 5, **changes: Any) -> dict[str, A
         "name": name,
         "steps": steps,
         "packs_per_step": 8,
-        "mixture": {"pages": 0.35, "multi": 0.15, "text": 0.5},
+        "mixture": {"pages": 0.2, "multi": 0.1, "text": 0.7},
         "optimizer": PARITY_OPTIMIZER,
         "schedule": {"kind": "cosine", "warmup_steps": 1, "min_lr_fraction": 0.5},
         **(ALL_TRAIN | changes),
