@@ -163,7 +163,7 @@ def test_a_mistake_in_a_base_names_the_base(tmp_path):
         ("stages.align.optimizer.lr=fast", "must be a number"),
         ("stages.align.optimizer.lr=-1", "must be above 0"),
         ("stages.align.optimizer.lr=.nan", "must be a finite number"),
-        ("stages.align.optimizer.beta1=1.5", "must be at most 1"),
+        ("stages.align.optimizer.beta1=1.5", "must be below 1.0"),
         ("model=3", "must be a block"),
         ("stages=[]", "a list of at least 1"),
         ("stages=align", "must be a list"),
