@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch.utils._device import _device_constructors
 
 from megavlm.checkpoint.hf.config import quiet_transformers
 from megavlm.data.decode import to_rgb
@@ -120,7 +119,6 @@ def compare_with_hf(loaded: LoadedModel, hf_folder: str | Path, questions: Seque
     device = loaded.model.ctx.device
     transformers = quiet_transformers()
     transformers.utils.logging.disable_progress_bar()
-    _recognise_factories()
     processor_class: Any = transformers.AutoProcessor
     processor = processor_class.from_pretrained(hf_folder)
     model_class: Any = transformers.LlavaForConditionalGeneration
@@ -128,17 +126,6 @@ def compare_with_hf(loaded: LoadedModel, hf_folder: str | Path, questions: Seque
     samples = [_compare(loaded, hf_model, processor, q, max_new_tokens) for q in questions]
     chosen = next((i for i, q in enumerate(questions) if q.num_pictures), 0)
     return Agreement(tuple(samples), tuple(questions[chosen].pictures()), samples[chosen])
-
-
-def _recognise_factories() -> None:
-    """Let torch's default-device contexts know the tensor factories again, in a process where `megavlm.parallel.cpu` wrapped them.
-
-    `from_pretrained` builds a model on the meta device. torch lists the factories that obey such a context once, by looking them
-    up; looked up after they were wrapped, the list lacks the functions that really run, the model is built half on the meta
-    device, and its position ids and rotary frequencies are whatever the memory held: another model, without any error.
-    """
-    factories = _device_constructors()
-    factories.update([f.__wrapped__ for f in factories if hasattr(f, "__wrapped__")])
 
 
 @torch.no_grad()

@@ -22,20 +22,6 @@ from typing import Any
 def install() -> None:
     """Apply every fix in this process. Idempotent."""
     use_plain_results_queue()
-    let_device_contexts_see_factories()
-
-
-def let_device_contexts_see_factories() -> None:
-    """Make `with torch.device("meta")` work in a process where parallel/cpu.py wraps torch's factories.
-
-    The context recognises factories by identity, from a set that torch fills once, from torch's attributes. Filled with
-    the wrappers it recognises none, since a call arrives there as the wrapped function: transformers then leaves rotary
-    frequencies and position ids of a loaded model uninitialised.
-    """
-    from torch.utils._device import _device_constructors
-
-    known = _device_constructors()
-    known.update({f.__wrapped__ for f in known if hasattr(f, "__wrapped__")})
 
 
 def use_plain_results_queue() -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.config.schema import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
-from megavlm.parallel.mcore_fixes import let_device_contexts_see_factories
 
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 _VISION_TYPES = ("clip_vision_model", "siglip_vision_model")
@@ -182,7 +181,6 @@ def _read(folder: Path) -> Any:
 
 def quiet_transformers() -> Any:
     """transformers, without the notices of its import (one per image processor when torchvision is absent)."""
-    let_device_contexts_see_factories()
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
