@@ -52,6 +52,8 @@ class _ConsoleHandler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
+        if self._console.file.closed:  # at the interpreter's end the stream may be gone before the last message
+            return
         try:
             self._console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
         except Exception:  # logging's own rule: a log line never ends the program
