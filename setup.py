@@ -27,11 +27,23 @@ REQUIREMENTS = [
     "rich>=13.8,<16",
     "tqdm>=4.66,<5",
     "numpy>=1.26,<3",
-    "pillow>=10",
+    "pillow>=11.3",  # AVIF
+    "pyarrow>=17",
+    "fsspec>=2024.6",
     "scikit-learn>=1.5,<2",
     "matplotlib>=3.9,<4",
 ]
+# Object stores and video, for those who have them.
+EXTRAS = {
+    "s3": ["s3fs>=2024.6"],
+    "gcs": ["gcsfs>=2024.6"],
+    "video": ["av>=14"],
+}
 DEV_REQUIREMENTS = [
+    *EXTRAS["s3"],
+    *EXTRAS["video"],
+    "moto[s3,server]>=5,<6",
+    "webdataset>=1,<2",
     "pytest>=8,<10",
     "pytest-timeout>=2.3,<3",
     "hypothesis>=6.100,<7",
@@ -57,6 +69,6 @@ setup(
     package_dir={"megavlm_kernels": "kernels/megavlm_kernels", "megavlm_launchers": "launchers/megavlm_launchers"},
     package_data={"megavlm": ["py.typed"], "megavlm_launchers": ["py.typed", "templates/*"]},
     install_requires=REQUIREMENTS,
-    extras_require={"dev": DEV_REQUIREMENTS},
+    extras_require={**EXTRAS, "dev": DEV_REQUIREMENTS},
     entry_points={"console_scripts": ["megavlm = megavlm.cli.main:main"]},
 )

@@ -61,7 +61,7 @@ def train_speed(steps: int) -> dict[str, Any]:
     from megavlm.models.init import initialise
     from megavlm.models.specs import has_transformer_engine
     from megavlm.parallel.context import enter_grid, start_process_group
-    from megavlm.planner.flops import pack_flops
+    from megavlm.planner.flops import VisionWork, pack_flops
     from megavlm.training.build import build_chunks, wrap_for_training
     from megavlm.training.optimizer import set_learning_rate
     from megavlm.training.step import train_step
@@ -91,7 +91,8 @@ def train_speed(steps: int) -> dict[str, Any]:
     losses += [train_step(model, [batch], ["x"], ctx)[0].loss for _ in range(steps)]
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - start) / steps
-    flops = pack_flops(recipe.model, batch.segment_lengths, batch.num_tiles, int(batch.target_ids_Q.numel()), stage).total
+    work = VisionWork.uniform(batch.num_tiles, recipe.model.vision.num_patches)
+    flops = pack_flops(recipe.model, batch.segment_lengths, work, int(batch.target_ids_Q.numel()), stage).total
     return {
         "transformer_engine": has_transformer_engine(),
         "step_s": seconds,

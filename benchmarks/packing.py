@@ -77,11 +77,11 @@ def next_fit(samples: list[Sample], budget: Budget) -> Packs:
     packs: Packs = [[]]
     length = tiles = 0
     for sample in samples:
-        if length + sample.length > budget.length or (budget.tiles is not None and tiles + sample.tiles > budget.tiles):
+        if length + sample.length > budget.length or (budget.patches is not None and tiles + sample.patches > budget.patches):
             packs.append([])
             length = tiles = 0
         packs[-1].append(sample)
-        length, tiles = length + sample.length, tiles + sample.tiles
+        length, tiles = length + sample.length, tiles + sample.patches
     return packs[:-1]
 
 
@@ -92,16 +92,16 @@ def best_fit_decreasing(samples: list[Sample], budget: Budget) -> Packs:
     tiles_left: list[int] = []
     for sample in sorted(samples, key=lambda s: -s.length):
         place = bisect.bisect_left(rooms, (sample.length, -1))
-        while place < len(rooms) and tiles_left[rooms[place][1]] < sample.tiles:
+        while place < len(rooms) and tiles_left[rooms[place][1]] < sample.patches:
             place += 1
         if place == len(rooms):
             pack, room = len(packs), budget.length
             packs.append([])
-            tiles_left.append(budget.tiles if budget.tiles is not None else sys.maxsize)
+            tiles_left.append(budget.patches if budget.patches is not None else sys.maxsize)
         else:
             room, pack = rooms.pop(place)
         packs[pack].append(sample)
-        tiles_left[pack] -= sample.tiles
+        tiles_left[pack] -= sample.patches
         bisect.insort(rooms, (room - sample.length, pack))
     return packs
 
@@ -127,8 +127,8 @@ def measure_packing(count: int) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for mix, length in itertools.product(("llava", "tiles", "text", "long"), (4096, 8192)):
         samples = make_mix(mix, count, 4096)
-        mean_tiles = length * sum(s.tiles for s in samples) / sum(s.length for s in samples)
-        most = max(s.tiles for s in samples)
+        mean_tiles = length * sum(s.patches for s in samples) / sum(s.length for s in samples)
+        most = max(s.patches for s in samples)
         for tiles in (None, max(int(np.ceil(1.02 * mean_tiles)), most)) if most else (None,):
             for name, packer in PACKERS.items():
                 start = time.process_time()
@@ -138,7 +138,7 @@ def measure_packing(count: int) -> list[dict[str, object]]:
                 row = {
                     "mix": mix,
                     "seq_len_tokens": length,
-                    "max_tiles_per_pack": tiles,
+                    "max_patches_per_pack": tiles,
                     "packer": name,
                     "fill_percent": round(100 * sum(s.length for pack in packs for s in pack) / (len(packs) * length), 3),
                     "us_per_sample": round(elapsed / packed * 1e6, 2),
@@ -161,7 +161,7 @@ def measure_balance(dp_size: int = 64, num_microbatches: int = 8) -> dict[str, f
     for step in range(20):
         chosen = packs[step * per_step : (step + 1) * per_step]
         flops = [
-            float(cost.total([s.length for s in pack], sum(s.tiles for s in pack), sum(s.length for s in pack) // 4)) for pack in chosen
+            float(cost.total([s.length for s in pack], sum(s.patches for s in pack), sum(s.length for s in pack) // 4)) for pack in chosen
         ]
         mean = sum(flops) / dp_size
         in_turn.append(max(sum(flops[rank::dp_size]) for rank in range(dp_size)) / mean)

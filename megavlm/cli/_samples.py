@@ -46,7 +46,7 @@ def _conversation(sample: Sample, recipe: Recipe, tokenizer: Tokenizer) -> str:
     from megavlm.data.index import sample_grids
 
     grids = sample_grids(sample, recipe.data, recipe.model, "multimodal")
-    tokens = [g.num_tiles * recipe.model.visual_tokens_per_tile for g in grids]
+    tokens = [g.tokens for g in grids]
     encoded = Chat(recipe.data.chat_template, tokenizer).encode_conversation([m.model_dump() for m in sample.messages], tokens)
     image_id = tokenizer.image_token_id if tokens else -1
     text = ""

@@ -91,6 +91,6 @@ def _wanted(recipe: Recipe) -> list[tuple[str, Objective]]:
     """(source, objective) of every index that a run reads, in the order of the stages."""
     pairs: list[tuple[str, Objective]] = []
     for stage in recipe.stages:
-        pairs += [(name, stage.objective) for name, weight in stage.mixture.items() if weight]
+        pairs += [(name, stage.objective) for name in stage.sources]
     pairs += [(name, "multimodal") for name in recipe.evaluation.sources]
     return list(dict.fromkeys(pairs))

@@ -153,6 +153,12 @@ TEMPLATES: dict[str, ChatTemplate] = {
         default_system=VICUNA_SYSTEM,
         special_tokens=(_EOS, IMAGE_TOKEN),
     ),
+    "llama3": ChatTemplate(
+        name="llama3",
+        start=_BOS,
+        roles={r: Role(f"<|start_header_id|>{r}<|end_header_id|>\n\n", "<|eot_id|>") for r in ("system", "user", "assistant")},
+        special_tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", IMAGE_TOKEN),
+    ),
     # Picture and caption (LLaVA's alignment stage), with eos instead of a line break so that generation knows where to stop.
     "plain": ChatTemplate(
         name="plain",

@@ -85,7 +85,7 @@ def tile_grid(width: int, height: int, image: ImageConfig, tile_px: int) -> Tile
     On equal distance the larger grid wins when the picture has more than half of its pixels (InternVL,
     `dynamic_preprocess` / `find_closest_aspect_ratio`; grids of equal size are tried columns first here, in a fixed order).
     """
-    if image.max_tiles == 1:
+    if image.policy == "fixed" or image.max_tiles == 1:
         return TileGrid(1, 1, False)
     aspect, area = width / height, width * height
     best, best_distance = (1, 1), float("inf")
@@ -119,8 +119,3 @@ def cut_tiles(picture_HWC: np.ndarray, grid: TileGrid, tile_px: int) -> torch.Te
     if grid.thumbnail:
         tiles = torch.cat([tiles, resize(picture, tile_px, tile_px).contiguous().unsqueeze(0)])
     return tiles.contiguous()
-
-
-def grey_tiles(num_tiles: int, tile_px: int) -> torch.Tensor:
-    """Stand-in (num_tiles, 3, tile_px, tile_px) for a picture that could not be read."""
-    return torch.full((num_tiles, 3, tile_px, tile_px), GREY, dtype=torch.uint8)

@@ -18,13 +18,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megavlm.config.schema import DataConfig, ModelConfig, SourceConfig
+from megavlm.config.schema import DataConfig, ImageConfig, ModelConfig, SourceConfig
 from megavlm.data.chat import Chat
-from megavlm.data.images import TileGrid, tile_grid
+from megavlm.data.resizing import PictureGrid, make_resizing, plan_pictures
 from megavlm.data.shards import RawSample, Sample, ShardError, ShardReader, parse_sample, scan_shard, shard_paths
 from megavlm.data.tokenizer import Tokenizer
+from megavlm.planner.flops import VisionWork
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Objective = Literal["multimodal", "text", "vision_classification"]
 _MAX_PROBLEMS = 10
 log = logging.getLogger(__name__)
@@ -52,7 +53,11 @@ class SampleIndex:
     length_tokens: np.ndarray = field(repr=False)
     """int64 (R,): exact, visual tokens included. vision_classification: 1, so that a pack's budget counts images."""
     num_tiles: np.ndarray = field(repr=False)
-    """int64 (R,)."""
+    """int64 (R,): tiles of all pictures; native resolution: pictures."""
+    num_patches: np.ndarray = field(repr=False)
+    """int64 (R,): over all tiles."""
+    patch_pairs: np.ndarray = field(repr=False)
+    """int64 (R,): sum over tiles of the square of their patches."""
     num_targets: np.ndarray = field(repr=False)
     """int64 (R,): supervised tokens. vision_classification: patches."""
     task_ids: np.ndarray = field(repr=False)
@@ -99,16 +104,15 @@ class SampleIndex:
 
 
 _COLUMNS = (
-    *("keys", "length_tokens", "num_tiles", "num_targets", "task_ids"),
+    *("keys", "length_tokens", "num_tiles", "num_patches", "patch_pairs", "num_targets", "task_ids"),
     *("shard_ids", "json_offset", "json_size", "image_start", "image_offset", "image_size"),
 )
 
 
-def sample_grids(sample: Sample, data: DataConfig, model: ModelConfig, objective: Objective) -> list[TileGrid]:
-    """Tile grid of each picture of a sample, from metadata alone. vision_classification always takes one tile."""
-    if objective == "vision_classification":
-        return [TileGrid(1, 1, False) for _ in sample.images]
-    return [tile_grid(i.width, i.height, data.image, model.vision.image_size_px) for i in sample.images]
+def sample_grids(sample: Sample, data: DataConfig, model: ModelConfig, objective: Objective) -> list[PictureGrid]:
+    """Plan of each picture of a sample, from metadata alone. vision_classification always takes one tile."""
+    image = ImageConfig() if objective == "vision_classification" else data.image
+    return plan_pictures([(i.width, i.height) for i in sample.images], make_resizing(image, model), image)
 
 
 def build_index(
@@ -130,7 +134,7 @@ def build_index(
 
     Raises:
         SampleIndexError: no shards; no sample left by split and tasks, or none of a named task; samples that the objective cannot
-            take (up to ten are named); a sample longer than data.seq_len_tokens or with more tiles than data.max_tiles_per_pack; a
+            take (up to ten are named); a sample longer than data.seq_len_tokens or with more patches than data.max_patches_per_pack; a
             tokenizer larger than the model's vocabulary.
         ShardError: a shard or sample that breaks the format.
     """
@@ -158,7 +162,7 @@ def _check_budgets(index: SampleIndex, data: DataConfig) -> None:
         return
     for column, limit, unit, field_name in (
         (index.length_tokens, data.seq_len_tokens, "tokens", "data.seq_len_tokens"),
-        (index.num_tiles, data.max_tiles_per_pack, "tiles", "data.max_tiles_per_pack"),
+        (index.num_patches, data.max_patches_per_pack, "patches", "data.max_patches_per_pack"),
     ):
         if limit is None or not (column > limit).any():
             continue
@@ -176,7 +180,7 @@ def _cache_key(
     stats = [(p.name, s.st_size, s.st_mtime_ns) for p in paths for s in (p.stat(),)]
     vision = (model.vision.image_size_px, model.vision.patch_size_px, model.visual_tokens_per_tile)
     tasks = sorted(source.tasks) if source.tasks is not None else None
-    image = (data.image.max_tiles, data.image.thumbnail)
+    image = data.image.model_dump(exclude={"decoder"})
     parts = [FORMAT_VERSION, stats, source.split, tasks, image, vision, objective, tokenizer.fingerprint, chat.jinja()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
@@ -220,7 +224,7 @@ def _save(index: SampleIndex, folder: Path, name: str) -> None:
 class _Row:
     key: bytes
     length_tokens: int
-    num_tiles: int
+    vision: VisionWork
     num_targets: int
     task: str
     shard: int
@@ -282,7 +286,7 @@ def _row(raw: RawSample, shard: int, sample: Sample, data: DataConfig, model: Mo
     if objective == "text" and sample.images:
         raise ValueError(f"objective=text takes no pictures, and this sample has {len(sample.images)}: choose other data.sources.*.tasks")
     grids = sample_grids(sample, data, model, objective)
-    num_tiles = sum(g.num_tiles for g in grids)
+    work = VisionWork.total(g.work for g in grids)
     if objective == "vision_classification":
         if len(sample.images) != 1 or sample.objects is None:
             raise ValueError(
@@ -291,13 +295,12 @@ def _row(raw: RawSample, shard: int, sample: Sample, data: DataConfig, model: Mo
             )
         length, targets = 1, model.vision.num_patches
     else:
-        per_image = [g.num_tiles * model.visual_tokens_per_tile for g in grids]
-        encoded = chat.encode_conversation([m.model_dump() for m in sample.messages], per_image)
+        encoded = chat.encode_conversation([m.model_dump() for m in sample.messages], [g.tokens for g in grids])
         length, targets = len(encoded.ids_L), encoded.num_targets
     return _Row(
         key=raw.key.encode(),
         length_tokens=length,
-        num_tiles=num_tiles,
+        vision=work,
         num_targets=targets,
         task=sample.task,
         shard=shard,
@@ -319,7 +322,9 @@ def _columns(folder: Path, paths: list[Path], rows: list[_Row], objective: Objec
     columns = {
         "keys": np.array([r.key for r in rows], dtype=np.bytes_),
         "length_tokens": column(lambda r: r.length_tokens),
-        "num_tiles": column(lambda r: r.num_tiles),
+        "num_tiles": column(lambda r: r.vision.tiles),
+        "num_patches": column(lambda r: r.vision.patches),
+        "patch_pairs": column(lambda r: r.vision.patch_pairs),
         "num_targets": column(lambda r: r.num_targets),
         "task_ids": column(lambda r: task_number[r.task]),
         "shard_ids": column(lambda r: r.shard),
@@ -330,7 +335,7 @@ def _columns(folder: Path, paths: list[Path], rows: list[_Row], objective: Objec
         "image_size": np.array([s for _, s in images], dtype=np.int64),
     }
     digest = hashlib.sha256(json.dumps([FORMAT_VERSION, objective, tasks]).encode())
-    for name in ("keys", "length_tokens", "num_tiles", "num_targets", "task_ids"):
+    for name in ("keys", "length_tokens", "num_tiles", "num_patches", "patch_pairs", "num_targets", "task_ids"):
         digest.update(columns[name].tobytes())
     return SampleIndex(
         folder=folder,

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megavlm.config.schema import Recipe, StageConfig
+from megavlm.config.schema import ImageConfig, Recipe, StageConfig
 from megavlm.data.chat import Chat
 from megavlm.data.decode import ImageDecoder, make_decoder
-from megavlm.data.images import ImageError, TileGrid, cut_tiles, grey_tiles
+from megavlm.data.images import ImageError
 from megavlm.data.index import SampleIndex, sample_grids
+from megavlm.data.resizing import PictureGrid, make_resizing
 from megavlm.data.shards import Sample
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.data.types import PackedBatch, PackPlan, SampleRef
@@ -76,6 +77,8 @@ class Materialiser:
         self.recipe, self.stage, self.indexes, self.tokenizer = recipe, stage, indexes, tokenizer
         self.needs_tiles, self.check_images = needs_tiles, check_images
         self.chat = Chat(recipe.data.chat_template, tokenizer)
+        image = ImageConfig() if stage.objective == "vision_classification" else recipe.data.image
+        self.resizing = make_resizing(image, recipe.model)
         self.decoder: ImageDecoder = make_decoder(recipe.data.image.decoder, device)
         for name, index in indexes.items():
             if stage.num_classes is not None and index.max_label > stage.num_classes - 2:
@@ -116,8 +119,7 @@ class Materialiser:
             ids = np.zeros(len(labels), dtype=np.int64)
             rows, targets, image_rows = np.arange(len(labels)), labels, np.arange(len(labels))
         else:
-            tokens = [g.num_tiles * self.recipe.model.visual_tokens_per_tile for g in grids]
-            encoded = self.chat.encode_conversation([m.model_dump() for m in sample.messages], tokens)
+            encoded = self.chat.encode_conversation([m.model_dump() for m in sample.messages], [g.tokens for g in grids])
             ids = encoded.ids_L
             if len(ids) != planned_length:
                 raise MaterialiseError(
@@ -135,16 +137,15 @@ class Materialiser:
             target_ids=targets,
             image_rows=image_rows,
             weight=0.0 if problem is not None else sample.weight,
-            num_tiles=sum(g.num_tiles for g in grids),
+            num_tiles=sum(g.work.tiles for g in grids),
             tiles=tiles,
             problem=problem,
             key=index.key(ref.row),
         )
 
-    def _tiles(self, index: SampleIndex, row: int, sample: Sample, grids: list[TileGrid]) -> tuple[torch.Tensor | None, str | None]:
+    def _tiles(self, index: SampleIndex, row: int, sample: Sample, grids: list[PictureGrid]) -> tuple[torch.Tensor | None, str | None]:
         if not grids or not (self.needs_tiles or self.check_images):
             return None, None
-        size = self.recipe.model.vision.image_size_px
         cut: list[torch.Tensor] = []
         for number, (entry, grid) in enumerate(zip(sample.images, grids, strict=True)):
             try:
@@ -153,9 +154,9 @@ class Materialiser:
                 if (width, height) != (entry.width, entry.height):
                     raise ImageError(f"it is {width}x{height} pixels, its metadata say {entry.width}x{entry.height}")
                 if self.needs_tiles:
-                    cut.append(cut_tiles(picture, grid, size))
+                    cut.append(self.resizing.cut(picture, grid))
             except ImageError as error:
-                tiles = grey_tiles(sum(g.num_tiles for g in grids), size) if self.needs_tiles else None
+                tiles = torch.cat([self.resizing.grey(g) for g in grids]) if self.needs_tiles else None
                 return tiles, f"{entry.file}: {error}"
         return (torch.cat(cut) if cut else None), None
 

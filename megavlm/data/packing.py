@@ -1,7 +1,7 @@
 """Streaming subset-sum packing: which samples share a sequence.
 
 A window of samples waits. The oldest seeds each pack; an exact subset-sum over the waiting lengths, oldest first, fills the rest of
-the token budget, under a second hard budget on tiles (vision work). Whenever some of the samples looked at add up to the budget
+the token budget, under a second hard budget on patches (vision work). Whenever some of the samples looked at add up to the budget
 exactly, they are found: with a window of 256 and real length mixes that is nearly every time.
 
 How long a sample can wait: every pack takes the oldest, and a sample joins the window behind at most `window - 1` others, so that it
@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 T = TypeVar("T")
 
-LOOK_AHEAD_TILES = 64
-"""Waiting samples that are tried where the tile budget decides: that search costs some 20 times the other one a sample."""
+LOOK_AHEAD_PATCHES = 64
+"""Waiting samples that are tried where the patch budget decides: that search costs some 20 times the other one a sample."""
 
 
 class PackingError(ValueError):
@@ -37,19 +37,19 @@ class Budget:
 
     length: int
     """Tokens (images, for vision_classification)."""
-    tiles: int | None = None
+    patches: int | None = None
     """None: no limit."""
 
     def __post_init__(self) -> None:
-        if self.length < 1 or (self.tiles is not None and self.tiles < 1):
-            raise PackingError(f"budgets of a pack must be at least 1: {self.length} tokens, {self.tiles} tiles")
+        if self.length < 1 or (self.patches is not None and self.patches < 1):
+            raise PackingError(f"budgets of a pack must be at least 1: {self.length} tokens, {self.patches} patches")
 
 
 class Waiting(NamedTuple, Generic[T]):
     """One sample that waits for a place."""
 
     length: int
-    tiles: int
+    patches: int
     sample: T
     """Whatever names it."""
 
@@ -72,7 +72,7 @@ class Packer(Generic[T]):
         """The next pack, in order of arrival; `draw` gives the next sample of the stream and is called until the window is full.
 
         Raises:
-            PackingError: a sample is longer than the budget, has more tiles, or has no length.
+            PackingError: a sample is longer than the budget, has more patches, or has no length.
         """
         if not self.packing:
             return [self._checked(draw())]
@@ -87,25 +87,25 @@ class Packer(Generic[T]):
     def _checked(self, new: Waiting[T]) -> Waiting[T]:
         if not 1 <= new.length <= self.budget.length:
             raise PackingError(f"sample {new.sample}: its length of {new.length} is not between 1 and the budget of {self.budget.length}")
-        if new.tiles < 0 or (self.budget.tiles is not None and new.tiles > self.budget.tiles):
-            raise PackingError(f"sample {new.sample}: its {new.tiles} tiles are not between 0 and the budget of {self.budget.tiles}")
+        if new.patches < 0 or (self.budget.patches is not None and new.patches > self.budget.patches):
+            raise PackingError(f"sample {new.sample}: its {new.patches} patches are not between 0 and the budget of {self.budget.patches}")
         return new
 
 
 def choose(waiting: Sequence[Waiting[T]], budget: Budget) -> list[int]:
     """Places in `waiting`, ascending and starting with 0 (the oldest), whose lengths come closest to the budget.
 
-    Exact: no other subset that holds the oldest and keeps both budgets is longer. Where the longest breaks the tile budget,
-    "other" are the subsets of the LOOK_AHEAD_TILES oldest.
+    Exact: no other subset that holds the oldest and keeps both budgets is longer. Where the longest breaks the patch budget,
+    "other" are the subsets of the LOOK_AHEAD_PATCHES oldest.
     """
     room = budget.length - waiting[0].length
     lengths = [w.length for w in waiting[1:]]
     chosen = _fill_length(lengths, room)
-    if budget.tiles is not None:
-        tiles = [w.tiles for w in waiting[1:]]
-        room_tiles = budget.tiles - waiting[0].tiles
-        if sum(tiles[i] for i in chosen) > room_tiles:
-            chosen = _fill_both(lengths[:LOOK_AHEAD_TILES], tiles[:LOOK_AHEAD_TILES], room, room_tiles)
+    if budget.patches is not None:
+        patches = [w.patches for w in waiting[1:]]
+        room_patches = budget.patches - waiting[0].patches
+        if sum(patches[i] for i in chosen) > room_patches:
+            chosen = _fill_both(lengths[:LOOK_AHEAD_PATCHES], patches[:LOOK_AHEAD_PATCHES], room, room_patches)
     return [0] + [i + 1 for i in chosen]
 
 
@@ -133,21 +133,21 @@ def _fill_length(lengths: Sequence[int], room: int) -> list[int]:
     return chosen[::-1]
 
 
-def _fill_both(lengths: Sequence[int], tiles: Sequence[int], room: int, room_tiles: int) -> list[int]:
-    """Subset with the largest sum of lengths <= room whose tiles are <= room_tiles.
+def _fill_both(lengths: Sequence[int], patches: Sequence[int], room: int, room_patches: int) -> list[int]:
+    """Subset with the largest sum of lengths <= room whose patches are <= room_patches.
 
-    `fewest[s]` is the least number of tiles with which some subset adds up to s: enough to know exactly which sums are possible.
+    `fewest[s]` is the least number of patches with which some subset adds up to s: enough to know exactly which sums are possible.
     """
-    # Small numbers make small arrays; more tiles than any sum may have mark a sum that no subset reaches.
-    dtype = np.int16 if room_tiles < 2**14 else np.int64
-    never = room_tiles + 1
+    # Small numbers make small arrays; more patches than any sum may have mark a sum that no subset reaches.
+    dtype = np.int16 if room_patches < 2**14 else np.int64
+    never = room_patches + 1
     fewest: npt.NDArray[np.signedinteger] = np.full(room + 1, never, dtype=dtype)
     fewest[0] = 0
     improved: list[npt.NDArray[np.bool_] | None] = []
-    for length, number in zip(lengths, tiles, strict=True):
-        if fewest[room] <= room_tiles:
+    for length, number in zip(lengths, patches, strict=True):
+        if fewest[room] <= room_patches:
             break
-        if length > room or number > room_tiles:
+        if length > room or number > room_patches:
             improved.append(None)
             continue
         taken = fewest[: room + 1 - length] + dtype(number)
@@ -155,7 +155,7 @@ def _fill_both(lengths: Sequence[int], tiles: Sequence[int], room: int, room_til
         np.less(taken, fewest[length:], out=better[length:])
         improved.append(better)
         np.minimum(fewest[length:], taken, out=fewest[length:])
-    total = int(np.flatnonzero(fewest <= room_tiles)[-1])
+    total = int(np.flatnonzero(fewest <= room_patches)[-1])
     chosen: list[int] = []
     for i in range(len(improved) - 1, -1, -1):
         better_or_none = improved[i]

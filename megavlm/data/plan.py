@@ -20,7 +20,7 @@ from megavlm.data.mixture import Draw, Mixture
 from megavlm.data.packing import Budget, Packer, Waiting
 from megavlm.data.types import PackPlan, SampleRef, StepPlan
 from megavlm.planner.balance import balance
-from megavlm.planner.flops import FlopsModel
+from megavlm.planner.flops import FlopsModel, VisionWork
 from megavlm.topology.table import human_count, text_table
 
 CURSOR_VERSION = 1
@@ -42,6 +42,10 @@ class Index(Protocol):
     def length_tokens(self) -> npt.NDArray[np.integer]: ...
     @property
     def num_tiles(self) -> npt.NDArray[np.integer]: ...
+    @property
+    def num_patches(self) -> npt.NDArray[np.integer]: ...
+    @property
+    def patch_pairs(self) -> npt.NDArray[np.integer]: ...
     @property
     def num_targets(self) -> npt.NDArray[np.integer]: ...
     @property
@@ -88,7 +92,7 @@ class StepPlanner:
                 f"but packs_per_step={stage.packs_per_step}"
             )
         self._stage, self._dp_size, self._num_microbatches, self._seed = stage, dp_size, num_microbatches, seed
-        weights = {name: weight for name, weight in stage.mixture.items() if weight != 0}
+        weights = {name: float(entry.weight) for name, entry in stage.mixture_entries.items() if not isinstance(entry.weight, dict | None)}
         if missing := sorted(set(weights) - set(indexes)):
             raise PlanError(f"stage {stage.name!r}: the mixture names sources without an index: {', '.join(missing)}")
         self._columns = {name: _Columns(name, indexes[name], stage, data) for name in sorted(weights)}
@@ -145,19 +149,19 @@ class StepPlanner:
 
     def _waiting(self, draw: Draw) -> Waiting[Draw]:
         columns = self._columns[draw.source]
-        return Waiting(int(columns.lengths[draw.row]), int(columns.tiles[draw.row]), draw)
+        return Waiting(int(columns.lengths[draw.row]), int(columns.patches[draw.row]), draw)
 
     def _next_pack(self) -> PackPlan:
         chosen = self._packer.next_pack(lambda: self._waiting(self._mixture.draw()))
         lengths = tuple(w.length for w in chosen)
-        num_tiles = sum(w.tiles for w in chosen)
+        work = VisionWork.total(self._columns[w.sample.source].work(w.sample.row) for w in chosen)
         num_targets = sum(int(self._columns[w.sample.source].targets[w.sample.row]) for w in chosen)
         return PackPlan(
             samples=tuple(SampleRef(w.sample.source, w.sample.row) for w in chosen),
             lengths_tokens=lengths,
-            num_tiles=num_tiles,
+            vision=work,
             num_targets=num_targets,
-            flops=float(self._flops.total(lengths, num_tiles, num_targets)),
+            flops=float(self._flops.total(lengths, work, num_targets)),
         )
 
     def _microbatches(self, packs: list[PackPlan]) -> tuple[tuple[PackPlan, ...], ...]:
@@ -204,11 +208,11 @@ class _Columns:
 
     def __init__(self, name: str, index: Index, stage: StageConfig, data: DataConfig) -> None:
         self.num_rows, self.fingerprint = len(index), str(index.fingerprint)
-        self.tiles = np.asarray(index.num_tiles)
+        self.tiles, self.patches, self.pairs = (np.asarray(c) for c in (index.num_tiles, index.num_patches, index.patch_pairs))
         self.targets = np.asarray(index.num_targets)
         images_only = stage.objective == "vision_classification"
         self.lengths = np.ones(self.num_rows, dtype=np.int64) if images_only else np.asarray(index.length_tokens)
-        for column in (self.lengths, self.tiles, self.targets):
+        for column in (self.lengths, self.tiles, self.patches, self.pairs, self.targets):
             assert column.shape == (self.num_rows,), f"index of {name!r}: a column has shape {column.shape}, not ({self.num_rows},)"
         where = f"stage {stage.name!r}, source {name!r}"
         if images_only:
@@ -226,9 +230,13 @@ class _Columns:
             _refuse(where, self.lengths > data.seq_len_tokens, self.lengths, over, advice)
         if stage.objective == "text":
             _refuse(where, self.tiles > 0, self.tiles, "have images, and objective text takes none", "filter by data.sources.*.tasks")
-        if (most := data.max_tiles_per_pack) is not None:
-            over = f"have more tiles than data.max_tiles_per_pack={most}"
-            _refuse(where, self.tiles > most, self.tiles, over, "raise it or lower data.image.max_tiles")
+        if (most := data.max_patches_per_pack) is not None:
+            over = f"have more patches than data.max_patches_per_pack={most}"
+            _refuse(where, self.patches > most, self.patches, over, "raise it or lower data.image.max_tokens_per_sample")
+
+    def work(self, row: int) -> VisionWork:
+        """Of one sample's pictures."""
+        return VisionWork(int(self.tiles[row]), int(self.patches[row]), int(self.pairs[row]))
 
 
 def _refuse(where: str, bad: npt.NDArray[np.bool_], values: npt.NDArray[np.integer], what: str, advice: str) -> None:
@@ -242,13 +250,9 @@ def _refuse(where: str, bad: npt.NDArray[np.bool_], values: npt.NDArray[np.integ
 def _budget(stage: StageConfig, data: DataConfig) -> Budget:
     """Hard budgets of one pack."""
     if stage.objective != "vision_classification":
-        return Budget(data.seq_len_tokens, data.max_tiles_per_pack)
-    if data.max_tiles_per_pack is not None and stage.images_per_pack > data.max_tiles_per_pack:
-        raise PlanError(
-            f"stage {stage.name!r}: packs of images_per_pack={stage.images_per_pack} images cannot keep "
-            f"data.max_tiles_per_pack={data.max_tiles_per_pack}: lower the first or raise the second"
-        )
-    return Budget(stage.images_per_pack, data.max_tiles_per_pack)
+        return Budget(data.seq_len_tokens, data.max_patches_per_pack)
+    # A fixed number of equal tiles: the budget on patches says nothing that images_per_pack does not.
+    return Budget(stage.images_per_pack)
 
 
 def _identity(
@@ -259,7 +263,7 @@ def _identity(
         "objective": stage.objective,
         "packs_per_step": stage.packs_per_step,
         "pack_window_samples": data.pack_window_samples,
-        "max_tiles_per_pack": data.max_tiles_per_pack,
+        "max_patches_per_pack": data.max_patches_per_pack,
         "packing": data.packing,
     }
     classification = stage.objective == "vision_classification"

@@ -46,6 +46,8 @@ class ImageEntry(_Strict):
     width: int = Field(gt=0)
     """Pixels after EXIF rotation."""
     height: int = Field(gt=0)
+    time_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Of a video's frame: seconds from its beginning."""
 
 
 class ObjectEntry(_Strict):
@@ -68,6 +70,10 @@ class Sample(_Strict):
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Loss weight of the sample's targets."""
     objects: list[ObjectEntry] | None = None
+    source: str = ""
+    """Where the sample came from, for people and reports; plans go by data.sources."""
+    scores: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
+    """Numbers about the sample (similarity, aesthetics, ...), for filtering."""
     meta: dict[str, Any] = Field(default_factory=dict)
     """Free; never read by training."""
 

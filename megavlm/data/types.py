@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 
+from megavlm.planner.flops import VisionWork
+
 
 @dataclass(frozen=True)
 class SampleRef:
@@ -27,10 +29,16 @@ class PackPlan:
     samples: tuple[SampleRef, ...]
     lengths_tokens: tuple[int, ...]
     """Exact length of each sample, visual tokens included; their sum is at most data.seq_len_tokens."""
-    num_tiles: int
+    vision: VisionWork
+    """Tiles and patches of all pictures."""
     num_targets: int
     flops: float
     """Forward + backward estimate; used to balance ranks."""
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles (native resolution: pictures) of the pack."""
+        return self.vision.tiles
 
 
 @dataclass(frozen=True)
@@ -76,9 +84,15 @@ class PackedBatch:
     image_positions_N: torch.Tensor
     """int64, ascending; rows of tokens_S that visual features replace, tile after tile."""
     num_tiles: int
-    """Tiles of this microbatch; known to every rank."""
+    """Tiles of this microbatch (native resolution: pictures); known to every rank."""
     tiles_TCHW: torch.Tensor | None = None
-    """uint8; None on ranks without an encoder and where num_tiles is 0."""
+    """uint8; None on ranks without an encoder, where num_tiles is 0 and with native resolution."""
+    pixels_X: torch.Tensor | None = None
+    """uint8, native resolution only: all pictures one after another, each (C, H, W) flattened. None as tiles_TCHW."""
+    tile_grids: list[tuple[int, int]] | None = None
+    """Native resolution only: (rows, columns) of patches of each picture; known to every rank."""
+    feature_rows_N: torch.Tensor | None = None
+    """int64: which row of the projector's output each visual token takes; -1 is the learned end of a row. None: all rows in order."""
     num_bad_samples: int = 0
     metadata: dict[str, object] = field(default_factory=dict)
 

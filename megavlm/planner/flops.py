@@ -15,9 +15,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from megavlm.config.schema import ModelConfig, ModuleTraining, StageConfig
 from megavlm.planner.parameters import first_trainable_layer, head_trains
+
+
+class VisionWork(NamedTuple):
+    """What pictures cost the encoder. A tile, or with native resolution a whole picture, is one segment of its attention."""
+
+    tiles: int = 0
+    patches: int = 0
+    """Over all tiles."""
+    patch_pairs: int = 0
+    """Sum over tiles of the square of their patches."""
+
+    @classmethod
+    def of(cls, patches_per_tile: Iterable[int]) -> VisionWork:
+        """Work of tiles with so many patches each."""
+        sizes = list(patches_per_tile)
+        return cls(len(sizes), sum(sizes), sum(n * n for n in sizes))
+
+    @classmethod
+    def uniform(cls, tiles: int, patches_per_tile: int) -> VisionWork:
+        """Work of equal tiles."""
+        return cls(tiles, tiles * patches_per_tile, tiles * patches_per_tile**2)
+
+    @classmethod
+    def total(cls, parts: Iterable[VisionWork]) -> VisionWork:
+        """Sum of several (`+` of tuples would join them)."""
+        columns = list(zip(*parts, strict=True))
+        return cls(*(sum(column) for column in columns)) if columns else cls()
 
 
 @dataclass(frozen=True)
@@ -63,7 +91,8 @@ class _Product:
     flops: int
     """Forward FLOPs per unit."""
     unit: str
-    """What it is paid for: tile, feature (a visual token), token, token_squared, target."""
+    """What it is paid for: patch, row (of the encoder: patches and class tokens), row_squared (within a tile), feature (what the
+    projector takes), token, token_squared, target."""
     trains: bool = False
     """Its own weight gets a gradient."""
     trains_below: bool = False
@@ -80,7 +109,7 @@ class _Product:
         return self.flops * (int(below) + int(self.trains))
 
 
-_UNITS = ("tile", "feature", "token", "token_squared", "target")
+_UNITS = ("patch", "row", "row_squared", "feature", "token", "token_squared", "target")
 _EVERYTHING = ModuleTraining(train="full")
 
 
@@ -91,7 +120,9 @@ class FlopsModel:
     """
 
     def __init__(self, model: ModelConfig, stage: StageConfig | None = None) -> None:
-        self._features_per_tile = model.visual_tokens_per_tile
+        self._class_tokens = int(model.vision.class_token)
+        self._kept_class_tokens = int(model.vision.class_token and model.vision.keep_class_token)
+        self._patches_per_feature = model.projector.pixel_shuffle**2
         products = list(_products(model, stage))
         self._objective = stage.objective if stage else "multimodal"
         self._forward: dict[str, dict[str, int]] = {}
@@ -102,28 +133,15 @@ class FlopsModel:
                 _accumulate(self._backward[has_tiles], product, product.backward(has_tiles))
         self._total = {has_tiles: self._coefficients(has_tiles) for has_tiles in (False, True)}
 
-    def total(self, lengths: Iterable[int], num_tiles: int, num_targets: int) -> int:
+    def total(self, lengths: Iterable[int], work: VisionWork, num_targets: int) -> int:
         """Forward + backward FLOPs of a pack of segments of `lengths` tokens; the cheap form for planning."""
-        lengths = () if self._objective == "vision_classification" else lengths
-        tile, feature, token, token_squared, target = self._total[num_tiles > 0]
-        tokens = squares = 0
-        for length in lengths:
-            tokens += length
-            squares += length * length
-        tiles = 0 if self._objective == "text" else num_tiles
-        return tiles * (tile + feature * self._features_per_tile) + tokens * token + squares * token_squared + num_targets * target
+        amounts = self._amounts(lengths, work, num_targets)
+        return sum(flops * amount for flops, amount in zip(self._total[work.tiles > 0], amounts, strict=True))
 
-    def pack(self, lengths: Sequence[int], num_tiles: int, num_targets: int) -> PackFlops:
+    def pack(self, lengths: Iterable[int], work: VisionWork, num_targets: int) -> PackFlops:
         """FLOPs of a pack, part by part."""
-        lengths = () if self._objective == "vision_classification" else lengths
-        amounts = {
-            "tile": num_tiles,
-            "feature": num_tiles * self._features_per_tile,
-            "token": sum(lengths),
-            "token_squared": sum(length * length for length in lengths),
-            "target": num_targets,
-        }
-        backward = self._backward[num_tiles > 0]
+        amounts = dict(zip(_UNITS, self._amounts(lengths, work, num_targets), strict=True))
+        backward = self._backward[work.tiles > 0]
         return PackFlops(
             {
                 part: Work(
@@ -134,6 +152,25 @@ class FlopsModel:
             }
         )
 
+    def _amounts(self, lengths: Iterable[int], work: VisionWork, num_targets: int) -> tuple[int, ...]:
+        """How much there is of each of _UNITS."""
+        tokens = squares = 0
+        if self._objective != "vision_classification":
+            for length in lengths:
+                tokens += length
+                squares += length * length
+        tiles, patches, pairs = work if self._objective != "text" else (0, 0, 0)
+        extra = self._class_tokens
+        return (
+            patches,
+            patches + extra * tiles,
+            pairs + 2 * extra * patches + extra * tiles,
+            patches // self._patches_per_feature + self._kept_class_tokens * tiles,
+            tokens,
+            squares,
+            num_targets,
+        )
+
     def _coefficients(self, has_tiles: bool) -> tuple[int, ...]:
         """Forward + backward FLOPs per unit, in the order of _UNITS."""
         tables = (self._forward, self._backward[has_tiles])
@@ -141,9 +178,9 @@ class FlopsModel:
 
 
 def pack_flops(
-    model: ModelConfig, segment_lengths: Sequence[int], num_tiles: int, num_targets: int, stage: StageConfig | None = None
+    model: ModelConfig, segment_lengths: Sequence[int], work: VisionWork, num_targets: int, stage: StageConfig | None = None
 ) -> PackFlops:
-    """FLOPs of one pack: `segment_lengths` tokens each (visual tokens included), `num_tiles` tiles, `num_targets` loss positions.
+    """FLOPs of one pack: `segment_lengths` tokens each (visual tokens included), its pictures' `work`, `num_targets` loss positions.
 
     `stage` says what trains and which part of the model runs; None: the whole model, everything training. For the objective
     vision_classification the lengths play no part. Where many packs are asked for, keep a `FlopsModel`.
@@ -151,7 +188,7 @@ def pack_flops(
     Raises:
         TrainingError: the stage's `last_layers` exceeds the layers that there are.
     """
-    return FlopsModel(model, stage).pack(segment_lengths, num_tiles, num_targets)
+    return FlopsModel(model, stage).pack(segment_lengths, work, num_targets)
 
 
 def _accumulate(table: dict[str, dict[str, int]], product: _Product, flops: int) -> None:
@@ -182,16 +219,15 @@ def _encoder(model: ModelConfig, training: ModuleTraining) -> Iterable[_Product]
     """Patch embedding (its input, pixels, needs no gradient) and the layers that run. Every trainable layer begins with a
     trainable norm, so that even the lowest needs the gradient of its first product's input."""
     config = model.vision
-    tokens = config.num_patches + int(config.class_token)
     width = config.hidden_size
     patch = config.num_channels * config.patch_size_px**2
-    yield _Product("vision.embedding", 2 * config.num_patches * patch * width, "tile", training.train == "full")
-    linear = 2 * tokens * width * (4 * width + 2 * config.ffn_hidden_size)
+    yield _Product("vision.embedding", 2 * patch * width, "patch", training.train == "full")
+    linear = 2 * width * (4 * width + 2 * config.ffn_hidden_size)
     first = first_trainable_layer(training, config.num_used_layers, "vision")
     for layer in range(config.num_used_layers):
         trains = layer >= first
-        yield _Product("vision.linear", linear, "tile", trains, trains)
-        yield _Product("vision.attention", 4 * tokens * tokens * width, "tile", False, trains, attention=True)
+        yield _Product("vision.linear", linear, "row", trains, trains)
+        yield _Product("vision.attention", 4 * width, "row_squared", False, trains, attention=True)
 
 
 def _projector(model: ModelConfig, trains: bool, encoder_trains: bool) -> Iterable[_Product]:

@@ -44,7 +44,7 @@ def estimate_memory(
 ) -> list[RankMemory]:
     """One estimate a pipeline rank (ranks that differ on other axes need the same), for the fullest microbatch that budgets allow.
 
-    Without data.max_tiles_per_pack a pack is taken to hold as many tiles as its tokens have room for.
+    Without data.max_patches_per_pack a pack is taken to hold as many tiles as its tokens have room for.
 
     Raises:
         PipelineError: the layers cannot be split over the grid. GridError: the batch cannot. TrainingError: see planner.parameters.
@@ -100,7 +100,8 @@ class _Load:
     def of(
         cls, model: ModelConfig, stage: StageConfig, data: DataConfig, grid: RankGrid, parallel: ParallelConfig, precision: PrecisionConfig
     ) -> _Load:
-        most_tiles = data.max_tiles_per_pack or max(data.seq_len_tokens // model.visual_tokens_per_tile, 1)
+        room = data.seq_len_tokens // model.visual_tokens_per_tile
+        most_tiles = max(room if data.max_patches_per_pack is None else data.max_patches_per_pack // model.vision.num_patches, 1)
         tokens, tiles = {
             "multimodal": (data.seq_len_tokens, most_tiles),
             "text": (data.seq_len_tokens, 0),

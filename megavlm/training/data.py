@@ -72,7 +72,7 @@ class RunData:
 
     def indexes(self, stage: StageConfig) -> dict[str, SampleIndex]:
         """Indexes of the stage's sources; rank 0 builds what is missing, the others read it."""
-        names = [name for name, weight in stage.mixture.items() if weight]
+        names = stage.sources
         return build_on_rank_zero_first(self.recipe, stage, names, self.tokenizer)
 
     def held_out(self, stage: StageConfig, ctx: ParallelContext) -> list[StepData]:

@@ -33,9 +33,7 @@ def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object]) -> N
         echo(_parameter_table(recipe, stage) + "\n")
         echo(memory_table(estimate_memory(recipe.model, stage, recipe.data, grid, layout, recipe.precision)) + "\n")
         indexes: dict[str, SampleIndex] = {
-            name: build_index(recipe.data.sources[name], recipe.data, recipe.model, stage.objective, tokenizer)
-            for name, weight in stage.mixture.items()
-            if weight
+            name: build_index(recipe.data.sources[name], recipe.data, recipe.model, stage.objective, tokenizer) for name in stage.sources
         }
         planner = StepPlanner(
             indexes,

@@ -167,7 +167,7 @@ def test_bf16_layouts_agree(layout: str, pool: RankPool, data_dir: Path, tmp_pat
 def test_tiles_thumbnail_and_pixel_shuffle(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
     """Pages cut into 2 x 2 tiles and a thumbnail, four patches merged into one token, in two layouts."""
     model = {"vision": {"image_size_px": 24, "patch_size_px": 4}, "projector": {"pixel_shuffle": 2, "input_norm": True}}
-    data = {"image": {"max_tiles": 4, "thumbnail": True}, "seq_len_tokens": 320}
+    data = {"image": {"policy": "tiles", "max_tiles": 4, "thumbnail": True}, "seq_len_tokens": 320}
     reference = run(pool, tmp_path / "one", data_dir, 1, tiny_stage(steps=3), model=model, data=data)
     assert reference[0]["tiles"] == 5 * reference[0]["images"] > 0
     for name, (world_size, parallel) in {"TP2": LAYOUTS["TP2"], "PP2": LAYOUTS["PP2"]}.items():

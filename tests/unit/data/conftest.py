@@ -16,6 +16,7 @@ from megavlm.data.shards import ShardWriter
 from megavlm.data.tokenizer import SentencePieceTokenizer, train_sentencepiece
 
 SPECIAL = ["<image>", "<|user|>", "<|assistant|>", "<|end|>", "<|system|>", "<|im_start|>", "<|im_end|>"]
+SPECIAL += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 CORPUS = [f"The number {i} stands {i * 7} times on the page. What do you see? Un été à Paris, ça va.\n" for i in range(300)]
 
 

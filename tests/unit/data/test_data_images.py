@@ -11,7 +11,7 @@ from PIL import Image
 
 from megavlm.config.schema import ImageConfig
 from megavlm.data.decode import NvImageCodecDecoder, PillowDecoder, make_decoder, nvimgcodec_available
-from megavlm.data.images import ImageError, TileGrid, cut_tiles, grey_tiles, measure_image, tile_grid
+from megavlm.data.images import ImageError, TileGrid, cut_tiles, measure_image, tile_grid
 
 ONE_TILE = TileGrid(1, 1, False)
 needs_nvimgcodec = pytest.mark.skipif(not nvimgcodec_available(), reason="nvidia-nvimgcodec is not installed")
@@ -71,11 +71,11 @@ def test_grid_is_intern_vls():
     for _ in range(300):
         width, height = (int(v) for v in rng.integers(10, 2000, 2))
         most = int(rng.integers(2, 13))
-        grid = tile_grid(width, height, ImageConfig(max_tiles=most, thumbnail=True), 448)
+        grid = tile_grid(width, height, ImageConfig(policy="tiles", max_tiles=most, thumbnail=True), 448)
         assert (grid.cols, grid.rows) == intern_vl_grid(width, height, most, 448)
         assert grid.num_tiles == grid.cols * grid.rows + (grid.cols * grid.rows > 1)
-    assert tile_grid(640, 480, ImageConfig(max_tiles=12, thumbnail=True), 448).num_tiles == 13
-    assert tile_grid(640, 480, ImageConfig(thumbnail=True), 448) == ONE_TILE
+    assert tile_grid(640, 480, ImageConfig(policy="tiles", max_tiles=12, thumbnail=True), 448).num_tiles == 13
+    assert tile_grid(640, 480, ImageConfig(policy="tiles", thumbnail=True), 448) == ONE_TILE
 
 
 def test_tiles_come_row_by_row_and_the_thumbnail_last():
@@ -88,7 +88,6 @@ def test_tiles_come_row_by_row_and_the_thumbnail_last():
     assert tiles.dtype == torch.uint8
     assert [int(t.float().mean()) for t in tiles[:6]] == [0, 10, 20, 30, 40, 50]
     assert abs(tiles[6].float().mean() - 25) < 1
-    assert grey_tiles(2, 16).shape == (2, 3, 16, 16)
 
 
 def exif(orientation):

@@ -61,7 +61,7 @@ def test_pictures_are_found_by_offset(build, png):
 
 def test_tiles_change_the_length(build):
     one = build()
-    many = build(data={"image": {"max_tiles": 4, "thumbnail": True}, "seq_len_tokens": 400})
+    many = build(data={"image": {"policy": "tiles", "max_tiles": 4, "thumbnail": True}, "seq_len_tokens": 400})
     wide = np.flatnonzero(one.num_tiles == 1)[0]
     # 24 x 16 pixels lie between 1:1 and 2:1; the picture has more than half of two tiles' pixels, so 2:1 wins. Plus the thumbnail.
     assert many.num_tiles[wide] == 2 + 1
@@ -81,7 +81,7 @@ def test_second_call_reads_the_cache_and_gives_the_same(build, scans):
     "change",
     [
         {"data": {"chat_template": "chatml"}},
-        {"data": {"image": {"max_tiles": 3}}},
+        {"data": {"image": {"policy": "tiles", "max_tiles": 3}}},
         {"source": {"tasks": ["text"]}},
         {"source": {"split": "heldout"}},
         {"objective": "text", "source": {"tasks": ["text"]}},
@@ -166,8 +166,8 @@ def test_too_long_samples_are_refused_with_the_longest(build):
     assert f"{longest.key(row)!r} with {longest.length_tokens[row]} tokens > data.seq_len_tokens={longest.length_tokens[row] - 1}" in str(
         error.value
     )
-    with pytest.raises(SampleIndexError, match="2 tiles > data.max_tiles_per_pack=1"):
-        build(data={"max_tiles_per_pack": 1})
+    with pytest.raises(SampleIndexError, match="patches > data.max_patches_per_pack"):
+        build(data={"max_patches_per_pack": 1})
 
 
 def test_nothing_left_says_what_is_there(build, tmp_path):

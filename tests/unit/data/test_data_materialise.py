@@ -158,7 +158,7 @@ def test_shards_changed_after_indexing_are_an_error(setup, shards):
 
 
 def test_tiles_of_a_cut_picture_match_the_plan(make_recipe, tokenizer):
-    recipe = make_recipe(data={"image": {"max_tiles": 4, "thumbnail": True}, "seq_len_tokens": 256})
+    recipe = make_recipe(data={"image": {"policy": "tiles", "max_tiles": 4, "thumbnail": True}, "seq_len_tokens": 256})
     indexes = indexes_of(recipe, tokenizer)
     batch = Materialiser(recipe, recipe.stages[0], indexes, tokenizer, needs_tiles=True)([pack(indexes, 1, 2)])
     assert batch.num_tiles == len(batch.tiles_TCHW) == int(indexes["a"].num_tiles[[1, 2]].sum()) > 3

@@ -14,8 +14,8 @@ def brute_force(waiting: list[Waiting], budget: Budget) -> int:
     for count in range(len(waiting)):
         for others in itertools.combinations(waiting[1:], count):
             pack = (waiting[0], *others)
-            length, tiles = sum(w.length for w in pack), sum(w.tiles for w in pack)
-            if length <= budget.length and (budget.tiles is None or tiles <= budget.tiles):
+            length, tiles = sum(w.length for w in pack), sum(w.patches for w in pack)
+            if length <= budget.length and (budget.patches is None or tiles <= budget.patches):
                 best = max(best, length)
     return best
 
@@ -29,8 +29,8 @@ def test_choice_is_optimal(with_tiles):
         budget = Budget(rng.randint(40, 90), rng.randint(4, 8) if with_tiles else None)
         chosen = choose(waiting, budget)
         assert chosen[0] == 0 and chosen == sorted(set(chosen))
-        total, tiles = sum(waiting[i].length for i in chosen), sum(waiting[i].tiles for i in chosen)
-        assert total <= budget.length and (budget.tiles is None or tiles <= budget.tiles)
+        total, tiles = sum(waiting[i].length for i in chosen), sum(waiting[i].patches for i in chosen)
+        assert total <= budget.length and (budget.patches is None or tiles <= budget.patches)
         assert total == brute_force(waiting, budget)
         improvable += total < brute_force(waiting, Budget(budget.length))
     assert (improvable > 0) == with_tiles, "the tile budget must have decided some of the cases"
@@ -88,7 +88,7 @@ def test_a_sample_that_fits_no_pack_is_refused():
     for bad, message in (
         (Waiting(11, 0, "x"), "sample x: its length of 11"),
         (Waiting(0, 0, "x"), "length of 0"),
-        (Waiting(5, 3, "x"), "3 tiles"),
+        (Waiting(5, 3, "x"), "3 patches"),
     ):
         with pytest.raises(PackingError, match=message):
             Packer(Budget(10, 2), 4).next_pack(lambda bad=bad: bad)

@@ -19,6 +19,8 @@ class FakeIndex:
     num_tiles: np.ndarray
     num_targets: np.ndarray
     fingerprint: str
+    num_patches: np.ndarray
+    patch_pairs: np.ndarray
 
     def __len__(self) -> int:
         return len(self.length_tokens)
@@ -28,7 +30,7 @@ def index(name: str, rows: int, most_tiles: int = 2) -> FakeIndex:
     rng = np.random.default_rng(sum(name.encode()))
     tiles = rng.integers(0, most_tiles + 1, rows)
     texts = rng.integers(5, 60, rows)
-    return FakeIndex(tiles * 36 + texts, tiles, texts // 2, f"{name}-{rows}")
+    return FakeIndex(tiles * 36 + texts, tiles, texts // 2, f"{name}-{rows}", tiles * 10, tiles * 100)
 
 
 INDEXES = {"pages": index("pages", 230), "texts": index("texts", 75, most_tiles=0), "talk": index("talk", 120)}
@@ -95,7 +97,7 @@ def test_a_cursor_before_the_first_step_and_a_small_one_after_many():
 
 
 def test_samples_keep_their_metadata_and_packs_their_budgets():
-    data = DATA.model_copy(update={"max_tiles_per_pack": 5})
+    data = DATA.model_copy(update={"max_patches_per_pack": 50})
     steps = planner(data=data)
     for _ in range(10):
         for pack in packs(steps.next()):
@@ -149,22 +151,19 @@ def test_statistics_and_table():
 
 
 def test_classification_packs_images_by_number():
-    pictures = {"pages": FakeIndex(np.full(90, 9999), np.ones(90, int), np.full(90, 36), "pictures")}
+    pictures = {"pages": FakeIndex(np.full(90, 9999), np.ones(90, int), np.full(90, 36), "pictures", np.full(90, 36), np.full(90, 36**2))}
     steps = planner(indexes=pictures, mixture={"pages": 1}, objective="vision_classification", num_classes=11, images_per_pack=6)
     for pack in packs(steps.next()):
         assert pack.lengths_tokens == (1,) * 6 and pack.num_tiles == 6 and pack.num_targets == 216
     with pytest.raises(PlanError, match="samples have no image"):
         planner(mixture={"texts": 1}, objective="vision_classification", num_classes=11)
-    data = DATA.model_copy(update={"max_tiles_per_pack": 4})
-    with pytest.raises(PlanError, match=r"images_per_pack=6 .*max_tiles_per_pack=4"):
-        planner(indexes=pictures, data=data, mixture={"pages": 1}, objective="vision_classification", num_classes=3, images_per_pack=6)
 
 
 def test_samples_that_cannot_be_planned_are_refused_and_counted():
     with pytest.raises(PlanError, match=r"'pages': \d+ of 230 samples are longer than data.seq_len_tokens=100 \(row \d+ has 129\)"):
         planner(data=DATA.model_copy(update={"seq_len_tokens": 100}))
-    with pytest.raises(PlanError, match=r"samples have more tiles than data.max_tiles_per_pack=1 \(row \d+ has 2\)"):
-        planner(data=DATA.model_copy(update={"max_tiles_per_pack": 1}))
+    with pytest.raises(PlanError, match=r"samples have more patches than data.max_patches_per_pack=10 \(row \d+ has 20\)"):
+        planner(data=DATA.model_copy(update={"max_patches_per_pack": 10}))
     with pytest.raises(PlanError, match="have images, and objective text takes none"):
         planner(objective="text")
     planner(objective="text", mixture={"texts": 1}).next()
@@ -180,7 +179,7 @@ def test_changed_data_are_refused_and_named():
         r"seed: 7 then, 8 now": {"seed": 8},
         r"fingerprints\.talk: 'talk-120' then, 'talk-121' now": {"indexes": {**INDEXES, "talk": index("talk", 121)}},
         r"budgets\.seq_len_tokens: 256 then, 300 now": {"data": DATA.model_copy(update={"seq_len_tokens": 300})},
-        r"budgets\.max_tiles_per_pack: None then, 4 now": {"data": DATA.model_copy(update={"max_tiles_per_pack": 4})},
+        r"budgets\.max_patches_per_pack: None then, 40 now": {"data": DATA.model_copy(update={"max_patches_per_pack": 40})},
         r"budgets\.packs_per_step: 8 then, 16 now": {"packs_per_step": 16},
         r"mixture\.texts: 1\.0 then, 'absent' now": {"mixture": {"pages": 3, "talk": 1.5}},
         r"mixture\.pages: 3\.0 then, 4\.0 now": {"mixture": {"pages": 4, "texts": 1, "talk": 1.5}},

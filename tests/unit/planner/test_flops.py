@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from megavlm.config.schema import LanguageConfig, ModelConfig, ModuleTraining, ProjectorConfig, StageConfig, VisionConfig
-from megavlm.planner.flops import FlopsModel, pack_flops
+from megavlm.planner.flops import FlopsModel, VisionWork, pack_flops
 from megavlm.planner.parameters import TrainingError
 
 MODEL = ModelConfig(
@@ -73,6 +73,10 @@ def freeze(model: LlavaForConditionalGeneration, stage: StageConfig) -> None:
     model.lm_head.requires_grad_(stage.language.train != "frozen")
 
 
+def tiles_of(number: int) -> VisionWork:
+    return VisionWork.uniform(number, MODEL.vision.num_patches)
+
+
 def measured(stage: StageConfig, samples: list[tuple[int, int]]) -> tuple[int, int]:
     """(forward, forward + backward) of samples (text tokens, tiles) run one by one, as torch counts them."""
     torch.manual_seed(0)
@@ -111,41 +115,41 @@ def test_flops_are_what_torch_counts(name, samples):
     vision, projector, language = STAGES[name]
     stage = StageConfig(name="s", steps=1, mixture={"a": 1}, vision=vision, projector=projector, language=language)
     lengths = [text + 16 * tiles for text, tiles in samples]
-    ours = pack_flops(MODEL, lengths, sum(tiles for _, tiles in samples), sum(lengths), stage)
+    ours = pack_flops(MODEL, lengths, tiles_of(sum(tiles for _, tiles in samples)), sum(lengths), stage)
     forward, both = measured(stage, samples)
     # Eager attention computes the masked half as well.
     half = ours.by_part["language.attention"]
     assert ours.forward + half.forward == forward
     assert ours.total + half.total == both
-    assert FlopsModel(MODEL, stage).total(lengths, sum(tiles for _, tiles in samples), sum(lengths)) == ours.total
+    assert FlopsModel(MODEL, stage).total(lengths, tiles_of(sum(tiles for _, tiles in samples)), sum(lengths)) == ours.total
 
 
 def test_a_pack_is_the_sum_of_its_segments():
-    parts = [pack_flops(MODEL, [length], tiles, targets) for length, tiles, targets in ((30, 1, 4), (12, 0, 5), (50, 2, 0))]
-    assert pack_flops(MODEL, [30, 12, 50], 3, 9).total == sum(part.total for part in parts)
-    assert pack_flops(MODEL, [92], 3, 9).total > sum(part.total for part in parts), "one long segment attends more"
+    parts = [pack_flops(MODEL, [length], tiles_of(tiles), targets) for length, tiles, targets in ((30, 1, 4), (12, 0, 5), (50, 2, 0))]
+    assert pack_flops(MODEL, [30, 12, 50], tiles_of(3), 9).total == sum(part.total for part in parts)
+    assert pack_flops(MODEL, [92], tiles_of(3), 9).total > sum(part.total for part in parts), "one long segment attends more"
 
 
 def test_head_is_paid_for_by_targets_only():
-    without, one = pack_flops(MODEL, [30], 1, 0), pack_flops(MODEL, [30], 1, 1)
+    without, one = pack_flops(MODEL, [30], tiles_of(1), 0), pack_flops(MODEL, [30], tiles_of(1), 1)
     assert one.total - without.total == 3 * 2 * 40 * 90
     assert without.by_part["language.head"].total == 0
 
 
 def test_objectives_run_their_part_of_the_model():
     text = StageConfig(name="t", steps=1, mixture={"a": 1}, objective="text")
-    assert set(pack_flops(MODEL, [20], 0, 5, text).by_part) == {"language.linear", "language.attention", "language.head"}
+    assert set(pack_flops(MODEL, [20], tiles_of(0), 5, text).by_part) == {"language.linear", "language.attention", "language.head"}
     image = StageConfig(name="c", steps=1, mixture={"a": 1}, objective="vision_classification", num_classes=11, vision=FULL)
-    flops = pack_flops(MODEL, [1, 1], 2, 32, image)
+    flops = pack_flops(MODEL, [1, 1], tiles_of(2), 32, image)
     assert set(flops.by_part) == {"vision.embedding", "vision.linear", "vision.attention", "vision.head"}
     assert flops.by_part["vision.head"].forward == 32 * 2 * 24 * 11 and flops.by_part["vision.head"].backward == 2 * 32 * 2 * 24 * 11
-    assert flops.total == FlopsModel(MODEL, image).total([1, 1], 2, 32)
+    assert flops.total == FlopsModel(MODEL, image).total([1, 1], tiles_of(2), 32)
 
 
 def test_unused_encoder_layers_and_pixel_shuffle():
     changes = {"feature_layer": -2, "class_token": False}
     fewer = ModelConfig(vision=MODEL.vision.model_copy(update=changes), projector=ProjectorConfig(pixel_shuffle=2), language=MODEL.language)
-    flops = pack_flops(fewer, [4], 1, 0)
+    flops = pack_flops(fewer, [4], tiles_of(1), 0)
     assert flops.by_part["vision.attention"].forward == 2 * 4 * 16 * 16 * 24
     assert flops.by_part["projector"].forward == 4 * 2 * (96 * 40 + 40 * 40)
 
@@ -159,6 +163,6 @@ def test_too_many_last_layers_are_refused():
 def test_text_beside_a_picture_gets_input_gradients_too():
     """With a frozen LLM a pack is one sequence: once a picture needs gradients, every row goes back through the layers."""
     stage = StageConfig(name="s", steps=1, mixture={"a": 1}, language=FROZEN)
-    alone = pack_flops(MODEL, [20], 0, 4, stage)
-    beside = pack_flops(MODEL, [20, 30], 1, 8, stage).backward - pack_flops(MODEL, [30], 1, 4, stage).backward
+    alone = pack_flops(MODEL, [20], tiles_of(0), 4, stage)
+    beside = pack_flops(MODEL, [20, 30], tiles_of(1), 8, stage).backward - pack_flops(MODEL, [30], tiles_of(1), 4, stage).backward
     assert alone.backward == 0 and beside == alone.forward + alone.by_part["language.attention"].forward

@@ -26,7 +26,7 @@ MODEL = ModelConfig(
     ),
     language=LanguageConfig(vocab_size=128, num_layers=4, hidden_size=64, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=96),
 )
-DATA = DataConfig(seq_len_tokens=256, max_tiles_per_pack=4)
+DATA = DataConfig(seq_len_tokens=256, max_patches_per_pack=4 * 16)
 FP32, BF16 = PrecisionConfig(dtype="fp32"), PrecisionConfig(dtype="bf16")
 FULL, FROZEN = ModuleTraining(), ModuleTraining(train="frozen")
 

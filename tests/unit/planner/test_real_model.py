@@ -13,7 +13,7 @@ from megavlm.config.schema import DataConfig, ModelConfig, ModuleTraining, Paral
 from megavlm.models.freezing import apply_freezing
 from megavlm.models.init import initialise
 from megavlm.parallel.context import enter_grid
-from megavlm.planner.flops import pack_flops
+from megavlm.planner.flops import VisionWork, pack_flops
 from megavlm.planner.memory import estimate_memory
 from megavlm.testing.pool import RankPool
 from megavlm.testing.tiny import tiny_batch, tiny_chunks, tiny_model_config
@@ -83,7 +83,7 @@ def count_flops(model: ModelConfig, stage: StageConfig, images: tuple[int, ...])
 def test_flops_of_a_packed_step(ranks, name):
     model, stage = tiny_model_config(vocab_size=VOCABULARY), stage_of(name)
     ((counted, lengths, tiles, targets),) = ranks.run(count_flops, model, stage, (1, 0, 2))
-    ours = pack_flops(model, lengths, tiles, targets, stage)
+    ours = pack_flops(model, lengths, VisionWork.uniform(tiles, model.vision.num_patches), targets, stage)
     # The general CPU kernel computes the masked half of causal attention as well.
     expected = ours.total + ours.by_part["language.attention"].total
     if stage.language.train != "frozen":
