@@ -8,7 +8,7 @@ any other. Everything else is JSON. See `folders` for what lies on the disk.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from megavlm.checkpoint.watchdog import watchdog
 from megavlm.models.weights import sharding_metadata
 from megavlm.parallel.context import ParallelContext
 from megavlm.parallel.mcore_fixes import in_process_save_strategy, install
+from megavlm.parallel.reductions import union_over_ranks
 
 __all__ = ["CheckpointError", "load", "module_folders", "newest", "prune", "read_state", "save"]
 FORMAT = 1
@@ -66,7 +67,7 @@ def save(
         if optimizer is not None:
             step = optimizer_state.read_step(optimizer)
             tensors += _optimizer_pieces(optimizer_state.collect(optimizer, for_loading=False), bases)
-        held = sorted(_anywhere(base.key.split(".", 1)[0] for base in bases.values()))
+        held = sorted(union_over_ranks(base.key.split(".", 1)[0] for base in bases.values()))
         strategy = FullyParallelSaveStrategyWrapper(in_process_save_strategy(), ctx.data_context_group)
         _everywhere(lambda: save_sharded(dict(enumerate(tensors)), str(unfinished), strategy), f"saving {path}")
         files = _checksums(unfinished)
@@ -205,13 +206,6 @@ def _finish(unfinished: Path, path: Path, state: dict[str, Any], files: dict[str
     folders.write_json(unfinished / folders.STATE, state)
     folders.write_json(unfinished / folders.MANIFEST, {"files": files})
     folders.publish(unfinished, path)
-
-
-def _anywhere(names: Iterable[str]) -> set[str]:
-    """Union over all ranks."""
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, set(names))
-    return set().union(*gathered)
 
 
 def _on_rank_zero(action: Any) -> None:

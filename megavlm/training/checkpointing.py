@@ -11,7 +11,7 @@ from megavlm.checkpoint.hf import load_hf
 from megavlm.config.schema import ParallelConfig, Recipe, StageConfig
 from megavlm.models.init import initialise
 from megavlm.parallel.context import ParallelContext
-from megavlm.parallel.reductions import from_rank_zero
+from megavlm.parallel.reductions import from_rank_zero, union_over_ranks
 from megavlm.training.build import StageModel, build_chunks, wrap_for_training
 from megavlm.training.state import RunState
 
@@ -66,17 +66,10 @@ def prepare_model(recipe: Recipe, stage: StageConfig, layout: ParallelConfig, st
         by_folder.setdefault(folder, set()).add(module)
     held = {name for chunk in modules for name, _ in chunk.named_children()}
     for folder, names in by_folder.items():
-        wanted = names & held_anywhere(held)
+        wanted = names & union_over_ranks(held)
         if wanted:
             store.load(root / folder, modules, None, ctx, modules=wanted)
     return wrap_for_training(modules, recipe, stage, layout)
-
-
-def held_anywhere(names: set[str]) -> set[str]:
-    """Union over ranks: every rank must take part in loading a module that any rank holds."""
-    gathered: list[set[str]] = [set() for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, names)
-    return set().union(*gathered)
 
 
 class Checkpointer:
@@ -88,7 +81,7 @@ class Checkpointer:
     def save(self, model: StageModel, stage: StageConfig, state: RunState) -> Path:
         """Save model, optimizer and state; the last checkpoint of every stage is kept."""
         folder = f"{state.step:08d}-{stage.name}"
-        held = held_anywhere({name for chunk in model.modules for name, _ in chunk.named_children()})
+        held = union_over_ranks({name for chunk in model.modules for name, _ in chunk.named_children()})
         state.modules.update(dict.fromkeys(sorted(held), folder))
         state.checkpoint = folder
         path = self.root / folder

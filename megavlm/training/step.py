@@ -1,13 +1,15 @@
 """One optimizer step, or one measurement: microbatches through megatron-core's schedule, losses summed and shared.
 
 Every microbatch returns (sum of weighted target losses, number of targets). megatron-core divides gradients once by the
-number of targets of the whole global batch, so the loss does not depend on how samples fall on ranks and microbatches.
+number of targets of the whole global batch, so the loss does not depend on how samples fall on ranks and microbatches. Weights are
+first scaled to a mean of 1 over the global batch: the loss is the weighted mean, sum(w x loss) / sum(w), and halving every weight
+changes nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megavlm.data.types import PackedBatch
 from megavlm.models.vlm import TargetLoss
 from megavlm.parallel.context import ParallelContext
-from megavlm.parallel.reductions import sum_over_data_then_share
+from megavlm.parallel.reductions import sum_over_data, sum_over_data_then_share
 from megavlm.training.build import StageModel
 
 
@@ -42,7 +44,7 @@ def forward_backward(
     forward_only: bool = False,
 ) -> StepLoss:
     """Run the schedule. Gradients are left in the chunks, reduced and normalised, unless `forward_only`."""
-    batches = [b.to(ctx.device) for b in microbatches]
+    batches = scale_weights([b.to(ctx.device) for b in microbatches], ctx)
     task_number = {task: i for i, task in enumerate(tasks)}
 
     def forward_step(iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[Any, Any]:
@@ -66,6 +68,18 @@ def forward_backward(
     for report in reports:
         sums += report
     return _to_loss(sum_over_data_then_share(sums, ctx).tolist(), tasks)
+
+
+def scale_weights(batches: Sequence[PackedBatch], ctx: ParallelContext) -> list[PackedBatch]:
+    """The microbatches of every data rank with weights whose mean over the targets that count (weight above 0) is 1."""
+    if not ctx.is_last_stage:
+        return list(batches)
+    weights = [b.target_weights_Q.double() for b in batches]
+    sums = torch.stack([torch.stack([w.sum(), (w > 0).sum().double()]) for w in weights]).sum(0)
+    # Context ranks hold the same batches: both sums count each of them as often.
+    total, number = sum_over_data(sums, ctx).tolist()
+    scale = number / total if total else 1.0
+    return [replace(b, target_weights_Q=b.target_weights_Q * scale) for b in batches] if scale != 1.0 else list(batches)
 
 
 def _report(batch: PackedBatch, output: TargetLoss, task_number: dict[str, int], ctx: ParallelContext) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,9 +121,11 @@ def measure(
     """Losses over several global batches, without gradients."""
     for chunk in chunks:
         chunk.eval()
-    losses = [forward_backward(chunks, batches, tasks, ctx, forward_only=True) for batches in steps]
-    for chunk in chunks:
-        chunk.train()
+    try:
+        losses = [forward_backward(chunks, batches, tasks, ctx, forward_only=True) for batches in steps]
+    finally:
+        for chunk in chunks:
+            chunk.train()
     total = sum(x.num_targets for x in losses)
     by_task = {t: [x.by_task[t] for x in losses if t in x.by_task] for t in tasks}
     return StepLoss(
