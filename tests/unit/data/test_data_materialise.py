@@ -14,6 +14,7 @@ from megavlm.data.index import build_index
 from megavlm.data.materialise import MaterialiseError, Materialiser, patch_labels
 from megavlm.data.shards import Sample, ShardWriter
 from megavlm.data.types import PackPlan, SampleRef
+from megavlm.planner.flops import VisionWork
 
 
 def indexes_of(recipe, tokenizer, objective="multimodal"):
@@ -23,8 +24,9 @@ def indexes_of(recipe, tokenizer, objective="multimodal"):
 def pack(indexes, *rows):
     index = indexes["a"]
     lengths = tuple(int(index.length_tokens[r]) for r in rows)
-    tiles, targets = (int(column[list(rows)].sum()) for column in (index.num_tiles, index.num_targets))
-    return PackPlan(tuple(SampleRef("a", r) for r in rows), lengths, tiles, targets, 0.0)
+    columns = (index.num_tiles, index.num_patches, index.patch_pairs, index.num_targets)
+    *work, targets = (int(column[list(rows)].sum()) for column in columns)
+    return PackPlan(tuple(SampleRef("a", r) for r in rows), lengths, VisionWork(*work), targets, 0.0)
 
 
 @pytest.fixture
