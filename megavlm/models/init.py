@@ -22,7 +22,8 @@ RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 def initialise(chunks: Sequence[torch.nn.Module], model: ModelConfig, seed: int, ctx: ParallelContext) -> None:
     """Norms to one, biases to zero, everything else normal with `model.init_std`.
 
-    Layers that write to the residual stream get init_std / sqrt(2 x layers), as GPT-2 does (section 2.3 of its report).
+    Layers that write to the residual stream get init_std / sqrt(2 x layers), as GPT-2 does (section 2.3 of its report); the
+    image_newline 1 / sqrt(width), as LLaVA-NeXT does (transformers, models/llava_next).
     """
     assign(chunks, random_provider(model, seed), ctx)
 
@@ -42,6 +43,8 @@ def random_provider(model: ModelConfig, seed: int) -> Provider:
         if key.endswith(RESIDUAL_OUTPUTS):
             layers = model.vision.num_used_layers if key.startswith("vision") else model.language.num_layers
             std /= math.sqrt(2 * layers)
+        if name == "image_newline":
+            std = 1 / math.sqrt(shape[0])
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{key}".encode()))
         return torch.randn(shape, generator=generator) * std
 

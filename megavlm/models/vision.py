@@ -1,21 +1,25 @@
-"""Vision encoder: a pre-LayerNorm vision transformer on megatron-core layers, tensor-parallel, tiles packed end to end.
+"""Vision encoder: a pre-LayerNorm vision transformer on megatron-core layers, tensor-parallel, pictures packed end to end.
 
-Shape legend: T tiles, C channels, P patches of a tile, E patches plus class token, D encoder width.
+Shape legend: T tiles, C channels, P patches of a tile, E patches plus class token, D encoder width, X pixels of all pictures,
+N patches of all pictures.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megavlm.config.schema import ParallelConfig, PrecisionConfig, VisionConfig
+from megavlm.models.native import Grid, interpolated_positions, split_pictures
 from megavlm.models.packing import pack
 from megavlm.models.specs import DTYPES, LayerNorm, block_spec, layer_spec, recompute_input, vision_transformer_config
 
 
 class VisionEncoder(MegatronModule):
-    """uint8 tiles (T, C, side, side) -> features (T, num_features, D).
+    """uint8 tiles (T, C, side, side) -> features (T, num_features, D); or, with `grids`, pictures in their own size -> (N, D).
 
     Weights that the configured feature layer never reads (layers above it, a pooling head) are `carried`: frozen, outside
     the computation, kept so that an imported checkpoint is exported again without loss. Their names and shapes come from
@@ -63,25 +67,48 @@ class VisionEncoder(MegatronModule):
         patches = pixels.unfold(2, size, size).unfold(3, size, size)  # T, C, rows, columns, size, size
         return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2).to(self.config.params_dtype)
 
-    def forward(self, tiles_TCHW: torch.Tensor) -> torch.Tensor:
-        """Features of every tile, in order. T must be at least 1."""
-        x = self.patch_embedding(self.patchify(tiles_TCHW))
+    def forward(self, pixels: torch.Tensor, grids: Sequence[Grid] | None = None) -> torch.Tensor:
+        """Features of every tile, in order. There must be at least one.
+
+        With `grids`, (rows, columns) of patches of each picture, `pixels` is flat (X,), each picture (C, height, width); the
+        features of all patches come end to end, without class tokens.
+        """
+        if grids is not None:
+            return self._native(pixels, grids)
+        x = self.patch_embedding(self.patchify(pixels))
         num_tiles = x.shape[0]
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.expand(num_tiles, 1, -1), x], dim=1)
         x = x + self.position_embedding
-        if self.pre_norm is not None:
-            x = self.pre_norm(x)
         length = x.shape[1]
-        packing = pack([length] * num_tiles, x.device, causal=False)
-        x = recompute_input(x.reshape(num_tiles * length, 1, -1), self.decoder)
-        x = self.decoder(x, None, packed_seq_params=packing)
-        x = x.view(num_tiles, length, -1)
-        if self.vision.final_norm:
-            x = self.final_norm(x)
+        x = self._layers(x.flatten(0, 1), [length] * num_tiles).view(num_tiles, length, -1)
         if self.class_embedding is not None and not self.vision.keep_class_token:
             x = x[:, 1:]
         return x
+
+    def _native(self, pixels_X: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        """Each picture one segment, with positions interpolated to its grid."""
+        pictures = split_pictures(pixels_X, grids, self.vision.num_channels, self.vision.patch_size_px)
+        patches = torch.cat([self.patchify(picture.unsqueeze(0))[0] for picture in pictures])
+        extra = int(self.class_embedding is not None)
+        table = self.position_embedding[extra:]
+        positions = {grid: interpolated_positions(table, *grid) for grid in set(grids)}
+        x_ND = self.patch_embedding(patches) + torch.cat([positions[grid] for grid in grids])
+        lengths = [rows * columns for rows, columns in grids]
+        if self.class_embedding is None:
+            return self._layers(x_ND, lengths)
+        first = (self.class_embedding + self.position_embedding[0]).unsqueeze(0)
+        x = torch.cat([part for picture in x_ND.split(lengths) for part in (first, picture)])
+        lengths = [length + 1 for length in lengths]
+        return torch.cat([picture[1:] for picture in self._layers(x, lengths).split(lengths)])
+
+    def _layers(self, x: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Everything after the embeddings: rows of segments of `lengths`, which do not see each other."""
+        if self.pre_norm is not None:
+            x = self.pre_norm(x)
+        packing = pack(lengths, x.device, causal=False)
+        x = self.decoder(recompute_input(x.unsqueeze(1), self.decoder), None, packed_seq_params=packing).squeeze(1)
+        return self.final_norm(x) if self.vision.final_norm else x
 
     def untrained_parameters(self) -> set[torch.nn.Parameter]:
         """Parameters that no gradient can reach: they are frozen whatever the recipe says."""

@@ -93,15 +93,21 @@ class VisionLanguageModel(MegatronModule):
             return x + self._untouched_encoder() if self.touch_encoder and self.vision is not None else x
         if self.vision is None or self.projector is None:
             raise ValueError(f"this batch has {batch.num_tiles} image tiles, but the stage's objective is text: use samples without images")
-        assert batch.tiles_TCHW is not None, "the first pipeline stage needs the tiles of its batch"
-        features_ND = self.projector(self.vision(batch.tiles_TCHW))
+        features_ND = self._visual_tokens(batch, self.vision, self.projector)
         if features_ND.shape[0] != batch.image_positions_N.numel():
             raise ValueError(
                 f"{batch.image_positions_N.numel()} image placeholders, but {features_ND.shape[0]} visual features "
-                f"({batch.num_tiles} tiles x {self.model.visual_tokens_per_tile}): the data were prepared for another "
-                "model.vision or model.projector"
+                f"of {batch.num_tiles} tiles or pictures: the data were prepared for another model.vision or model.projector"
             )
         return x.index_put((batch.image_positions_N,), features_ND.unsqueeze(1).to(x.dtype))
+
+    @staticmethod
+    def _visual_tokens(batch: PackedBatch, vision: VisionEncoder, projector: Projector) -> torch.Tensor:
+        """(N, D), by whichever policy of data.image made the batch."""
+        pixels, grids = (batch.pixels_X, batch.tile_grids) if batch.tile_grids is not None else (batch.tiles_TCHW, None)
+        assert pixels is not None, "the first pipeline stage needs the pixels of its batch"
+        features: torch.Tensor = projector(vision(pixels, grids), grids, batch.feature_rows_N)
+        return features
 
     def _untouched_encoder(self) -> torch.Tensor:
         """A zero that depends on every weight of encoder and projector, by way of one grey tile.

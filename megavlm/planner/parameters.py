@@ -126,7 +126,7 @@ def _vision(config: VisionConfig, training: ModuleTraining, tensor: int) -> Iter
 def _projector(model: ModelConfig, trains: bool, tensor: int) -> ParameterBlock:
     config, width_out = model.projector, model.language.hidden_size
     width_in = model.vision.hidden_size * config.pixel_shuffle**2
-    whole = 2 * width_in if config.input_norm else 0
+    whole = (2 * width_in if config.input_norm else 0) + (width_out if config.image_newline else 0)
     if config.num_layers == 1:
         split = (width_in + int(config.bias)) * width_out
     else:
