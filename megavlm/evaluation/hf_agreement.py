@@ -161,7 +161,7 @@ def _compare(loaded: LoadedModel, hf_model: Any, processor: Any, question: Quest
 def prompt_logits(loaded: LoadedModel, prompt: Prompt) -> torch.Tensor:
     """Logits (L, V) in fp32 at every position of a prompt."""
     model = loaded.model
-    batch = prompt_batch([prompt], loaded.tokenizer.image_token_id).to(model.ctx.device)
+    batch = prompt_batch([prompt], loaded.tokenizer.image_token_id, model.model).to(model.ctx.device)
     return model.language.logits(model.transform(batch, model.packing(batch)))
 
 

@@ -1,20 +1,21 @@
-"""Generation: prompts (token ids with expanded placeholders, image tiles) in, token ids out.
+"""Generation: prompts (token ids with expanded placeholders, pixels) in, token ids out.
 
 All prompts of a call run together: one packed forward pass over the prompts, then one token per sequence a step until each
 has met a stop token or its limit. Works on any tensor-parallel size; the model must be one pipeline stage.
 
-Shape legend: L tokens of a prompt, T tiles, C channels, B sequences, V vocabulary.
+Shape legend: L tokens of a prompt, T tiles, C channels, X pixels of all pictures, N visual tokens, B sequences, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
+from megavlm.config.schema import ModelConfig
 from megavlm.data.types import PackedBatch, SampleRef
 from megavlm.inference.cache import KVCache
 from megavlm.inference.sampling import GenerationError, Sampler, Sampling
@@ -35,7 +36,26 @@ class Prompt:
     ids: Sequence[int]
     """Token ids; each picture's placeholder stands there once per visual token (`Chat.encode_prompt` does this)."""
     tiles_TCHW: torch.Tensor | None = None
-    """uint8 tiles of all pictures of the prompt, in order; None: no picture."""
+    """uint8 tiles of all pictures of the prompt, in order; None: no picture, or native resolution."""
+    pixels_X: torch.Tensor | None = None
+    """Native resolution only: uint8, all pictures one after another, each (C, H, W) flattened."""
+    tile_grids: list[tuple[int, int]] | None = None
+    """Native resolution only: (rows, columns) of patches of each picture."""
+    feature_rows_N: torch.Tensor | None = None
+    """int64: row of this prompt's projected features that each visual token takes, -1 the image_newline; None: all rows in order."""
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles, or with native resolution pictures."""
+        if self.tile_grids is not None:
+            return len(self.tile_grids)
+        return 0 if self.tiles_TCHW is None else len(self.tiles_TCHW)
+
+    def num_feature_rows(self, model: ModelConfig) -> int:
+        """Rows that the projector makes of the pictures."""
+        if self.tile_grids is not None:
+            return sum(rows * columns for rows, columns in self.tile_grids) // model.projector.pixel_shuffle**2
+        return self.num_tiles * model.visual_tokens_per_tile
 
 
 @torch.no_grad()
@@ -71,7 +91,7 @@ def generate(
     answers: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))
     with _evaluating(model):
-        batch = prompt_batch(prompts, image_token_id).to(model.ctx.device)
+        batch = prompt_batch(prompts, image_token_id, model.model).to(model.ctx.device)
         while True:
             logits_BV = _last_logits(model, batch, cache)
             tokens = _agree(model, sampler.next_tokens(logits_BV, running)).tolist()
@@ -88,25 +108,48 @@ def generate(
             batch = _token_batch([tokens[b] for b in keep], cache.lengths).to(model.ctx.device)
 
 
-def prompt_batch(prompts: Sequence[Prompt], image_token_id: int) -> PackedBatch:
+def prompt_batch(prompts: Sequence[Prompt], image_token_id: int, model: ModelConfig) -> PackedBatch:
     """All prompts end to end in one `PackedBatch` without targets; what generation and logit comparisons feed the model."""
     ids = [torch.as_tensor(list(p.ids), dtype=torch.int64) for p in prompts]
-    tiles = [p.tiles_TCHW for p in prompts if p.tiles_TCHW is not None and len(p.tiles_TCHW)]
     tokens_S = torch.cat(ids)
-    positions_S = torch.cat([torch.arange(len(i)) for i in ids])
-    images_N = torch.nonzero(tokens_S == image_token_id).squeeze(1)
-    tiles_TCHW = torch.cat(tiles) if tiles else None
-    return _batch(tokens_S, positions_S, [len(i) for i in ids], images_N, tiles_TCHW)
+    batch = _batch(tokens_S, torch.cat([torch.arange(len(i)) for i in ids]), [len(i) for i in ids])
+    return replace(
+        batch,
+        image_positions_N=torch.nonzero(tokens_S == image_token_id).squeeze(1),
+        num_tiles=sum(p.num_tiles for p in prompts),
+        tiles_TCHW=_joined([p.tiles_TCHW for p in prompts]),
+        pixels_X=_joined([p.pixels_X for p in prompts]),
+        tile_grids=[grid for p in prompts for grid in p.tile_grids or ()] if any(p.tile_grids for p in prompts) else None,
+        feature_rows_N=_joined(_feature_rows(prompts, model)),
+    )
+
+
+def _joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    present = [part for part in parts if part is not None and len(part)]
+    return torch.cat(present) if present else None
+
+
+def _feature_rows(prompts: Sequence[Prompt], model: ModelConfig) -> list[torch.Tensor | None]:
+    """Rows of the whole batch's projected features instead of each prompt's own."""
+    if all(p.feature_rows_N is None for p in prompts):
+        return []
+    found: list[torch.Tensor | None] = []
+    start = 0
+    for prompt in prompts:
+        made = prompt.num_feature_rows(model)
+        rows = torch.arange(made) if prompt.feature_rows_N is None else prompt.feature_rows_N
+        found.append(torch.where(rows < 0, rows, rows + start))
+        start += made
+    return found
 
 
 def _token_batch(tokens: list[int], positions: list[int]) -> PackedBatch:
     """One token of each sequence."""
-    return _batch(torch.tensor(tokens), torch.tensor(positions), [1] * len(tokens), torch.empty(0, dtype=torch.int64), None)
+    return _batch(torch.tensor(tokens), torch.tensor(positions), [1] * len(tokens))
 
 
-def _batch(
-    tokens_S: torch.Tensor, positions_S: torch.Tensor, lengths: list[int], images_N: torch.Tensor, tiles_TCHW: torch.Tensor | None
-) -> PackedBatch:
+def _batch(tokens_S: torch.Tensor, positions_S: torch.Tensor, lengths: list[int]) -> PackedBatch:
+    """Tokens without pictures or targets."""
     none = torch.empty(0, dtype=torch.int64)
     return PackedBatch(
         tokens_S=tokens_S,
@@ -118,9 +161,8 @@ def _batch(
         target_ids_Q=none,
         target_weights_Q=torch.empty(0),
         target_segments_Q=none,
-        image_positions_N=images_N,
-        num_tiles=0 if tiles_TCHW is None else len(tiles_TCHW),
-        tiles_TCHW=tiles_TCHW,
+        image_positions_N=none,
+        num_tiles=0,
     )
 
 
@@ -177,17 +219,34 @@ def _check_prompt(model: VisionLanguageModel, number: int, prompt: Prompt, max_n
             f"prompt {number} holds token ids from {min(prompt.ids)} to {highest}, but the model's vocabulary has "
             f"{model.model.language.vocab_size} rows: is this the model's tokenizer?"
         )
-    tiles, per_tile = prompt.tiles_TCHW, model.model.visual_tokens_per_tile
+    _check_pictures(model.model, number, prompt, image_token_id)
+
+
+def _check_pictures(model: ModelConfig, number: int, prompt: Prompt, image_token_id: int) -> None:
     placeholders = sum(1 for i in prompt.ids if i == image_token_id)
-    num_tiles = 0 if tiles is None else len(tiles)
-    if placeholders != num_tiles * per_tile:
+    made, rows = prompt.num_feature_rows(model), prompt.feature_rows_N
+    if placeholders != (made if rows is None else len(rows)):
+        what = f"{prompt.num_tiles} pictures" if prompt.tile_grids is not None else f"{prompt.num_tiles} tiles"
         raise PromptError(
-            f"prompt {number} has {placeholders} image placeholders (id {image_token_id}), but {num_tiles} tiles x {per_tile} visual "
-            f"tokens = {num_tiles * per_tile}"
+            f"prompt {number} has {placeholders} image placeholders (id {image_token_id}), but {what} make {made} visual tokens"
+            + (f", of which {len(rows)} places are filled" if rows is not None else "")
         )
-    side, channels = model.model.vision.image_size_px, model.model.vision.num_channels
-    if tiles is not None and num_tiles and (tiles.dtype != torch.uint8 or tuple(tiles.shape[1:]) != (channels, side, side)):
+    if rows is not None and len(rows):
+        lowest = -1 if model.projector.image_newline else 0
+        if int(rows.min()) < lowest or int(rows.max()) >= made:
+            raise PromptError(
+                f"prompt {number}: feature rows from {int(rows.min())} to {int(rows.max())}, but there are {made} rows"
+                f"{' and -1' if lowest else ', and model.projector.image_newline is false'}"
+            )
+    side, channels = model.vision.image_size_px, model.vision.num_channels
+    tiles, pixels = prompt.tiles_TCHW, prompt.pixels_X
+    if tiles is not None and len(tiles) and (tiles.dtype != torch.uint8 or tuple(tiles.shape[1:]) != (channels, side, side)):
         raise PromptError(
             f"prompt {number}: tiles are {tiles.dtype} of shape {tuple(tiles.shape)}, "
             f"the encoder takes uint8 (T, {channels}, {side}, {side})"
         )
+    if prompt.tile_grids:
+        expected = channels * model.vision.patch_size_px**2 * sum(r * c for r, c in prompt.tile_grids)
+        if pixels is None or pixels.dtype != torch.uint8 or pixels.numel() != expected:
+            got = "no pixels" if pixels is None else f"{pixels.numel()} values of {pixels.dtype}"
+            raise PromptError(f"prompt {number}: {got}, but its grids {prompt.tile_grids} need {expected} of uint8")

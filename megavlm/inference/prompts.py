@@ -1,6 +1,6 @@
 """From messages and pictures to a `Prompt`, by the very code that made the training samples.
 
-Shape legend: T tiles, C channels, H height, W width.
+Shape legend: C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from PIL import Image
 from megavlm.config.schema import DataConfig, ModelConfig
 from megavlm.data.chat import Chat
 from megavlm.data.decode import make_decoder, to_rgb
-from megavlm.data.images import ImageError, cut_tiles, tile_grid
+from megavlm.data.images import ImageError
+from megavlm.data.resizing import PictureGrid, Resizing, make_resizing, plan_pictures
 from megavlm.data.tokenizer import IMAGE_TOKEN
 from megavlm.inference.generate import Prompt
 
@@ -37,18 +38,35 @@ def make_prompt(
     Raises:
         ChatError: number of "<image>" and of pictures differ, or the template cannot render the messages.
         ImageError: a picture that cannot be read; names the file.
+        ResizingError: pictures that no plan fits into data.image.max_tokens_per_sample.
     """
-    tiles = [picture_tiles(p, data, model) for p in pictures]
-    ids = chat.encode_prompt(messages, [len(t) * model.visual_tokens_per_tile for t in tiles])
-    return Prompt(ids.tolist(), torch.cat(tiles) if tiles else None)
+    decoded = [_decode(picture, data) for picture in pictures]
+    sizes = [(pixels_HWC.shape[1], pixels_HWC.shape[0]) for pixels_HWC in decoded]
+    resizing = make_resizing(data.image, model)
+    grids = plan_pictures(sizes, resizing, data.image)
+    ids = chat.encode_prompt(messages, [grid.tokens for grid in grids]).tolist()
+    if not decoded:
+        return Prompt(ids)
+    cut = torch.cat([resizing.cut(pixels_HWC, grid) for pixels_HWC, grid in zip(decoded, grids, strict=True)])
+    if resizing.native:
+        return Prompt(ids, pixels_X=cut, tile_grids=[(grid.rows, grid.cols) for grid in grids])
+    return Prompt(ids, cut, feature_rows_N=_feature_rows(sizes, grids, resizing, model.visual_tokens_per_tile))
 
 
-def picture_tiles(picture: Picture, data: DataConfig, model: ModelConfig) -> torch.Tensor:
-    """uint8 tiles (T, C, side, side) of one picture. Raises ImageError when it cannot be read."""
-    pixels_HWC = _decode(picture, data)
-    height, width = pixels_HWC.shape[:2]
-    side = model.vision.image_size_px
-    return cut_tiles(pixels_HWC, tile_grid(width, height, data.image, side), side)
+def _feature_rows(
+    sizes: Sequence[tuple[int, int]], grids: Sequence[PictureGrid], resizing: Resizing, tokens_per_tile: int
+) -> torch.Tensor | None:
+    """Rows of all pictures' projected features; None: all in order."""
+    rows = [resizing.feature_rows(grid, width, height) for grid, (width, height) in zip(grids, sizes, strict=True)]
+    if all(own is None for own in rows):
+        return None
+    found, start = [], 0
+    for own, grid in zip(rows, grids, strict=True):
+        made = grid.work.tiles * tokens_per_tile
+        own = np.arange(made) if own is None else own
+        found.append(np.where(own < 0, own, own + start))
+        start += made
+    return torch.from_numpy(np.concatenate(found)).to(torch.int64)
 
 
 def _decode(picture: Picture, data: DataConfig) -> np.ndarray:

@@ -44,7 +44,8 @@ def estimate_memory(
 ) -> list[RankMemory]:
     """One estimate a pipeline rank (ranks that differ on other axes need the same), for the fullest microbatch that budgets allow.
 
-    Without data.max_patches_per_pack a pack is taken to hold as many tiles as its tokens have room for.
+    Without a hard data.max_patches_per_pack a pack is taken to hold as many tiles as its tokens have room for (with policy=native
+    one picture as large as that; with policy=anyres tiles that keep all their features).
 
     Raises:
         PipelineError: the layers cannot be split over the grid. GridError: the batch cannot. TrainingError: see planner.parameters.
@@ -89,6 +90,8 @@ class _Load:
     tokens: int
     """LLM rows of this context rank."""
     tiles: int
+    """Tiles, or pictures in their own size."""
+    patches: int
     tensor: int
     sequence_split: int
     """Ranks over which rows outside attention and MLP are split: tensor with sequence parallelism, else 1."""
@@ -100,16 +103,15 @@ class _Load:
     def of(
         cls, model: ModelConfig, stage: StageConfig, data: DataConfig, grid: RankGrid, parallel: ParallelConfig, precision: PrecisionConfig
     ) -> _Load:
-        room = data.seq_len_tokens // model.visual_tokens_per_tile
-        most_tiles = max(room if data.max_patches_per_pack is None else data.max_patches_per_pack // model.vision.num_patches, 1)
-        tokens, tiles = {
-            "multimodal": (data.seq_len_tokens, most_tiles),
-            "text": (data.seq_len_tokens, 0),
-            "vision_classification": (0, stage.images_per_pack),
+        tokens, tiles, patches = {
+            "multimodal": (data.seq_len_tokens, *_most_pictures(model, data)),
+            "text": (data.seq_len_tokens, 0, 0),
+            "vision_classification": (0, stage.images_per_pack, stage.images_per_pack * model.vision.num_patches),
         }[stage.objective]
         return cls(
             tokens=math.ceil(tokens * stage.micro_batch_packs / grid.context),
             tiles=tiles * stage.micro_batch_packs,
+            patches=patches * stage.micro_batch_packs,
             tensor=grid.tensor,
             sequence_split=grid.tensor if parallel.sequence else 1,
             # Recomputing only the core attention saves nothing where its scores are never stored.
@@ -121,6 +123,25 @@ class _Load:
     @property
     def element_bytes(self) -> int:
         return 4 if self.precision.dtype == "fp32" else 2
+
+    def encoder_rows(self, model: ModelConfig) -> int:
+        """Patches and class tokens."""
+        return self.patches + self.tiles * int(model.vision.class_token)
+
+    def features(self, model: ModelConfig) -> int:
+        """Rows that the projector takes."""
+        kept = int(model.vision.class_token and model.vision.keep_class_token)
+        return self.patches // model.projector.pixel_shuffle**2 + self.tiles * kept
+
+
+def _most_pictures(model: ModelConfig, data: DataConfig) -> tuple[int, int]:
+    """(tiles, patches) of the fullest pack."""
+    budget = data.max_patches_per_pack if data.patch_budget == "hard" else None
+    if data.image.policy == "native":
+        return 1, data.seq_len_tokens * model.projector.pixel_shuffle**2 if budget is None else budget
+    room = data.seq_len_tokens // model.visual_tokens_per_tile
+    tiles = max(room if budget is None else budget // model.vision.num_patches, 1)
+    return tiles, tiles * model.vision.num_patches
 
 
 def _rank_memory(
@@ -201,7 +222,7 @@ def _layer_elements(block: ParameterBlock, load: _Load, model: ModelConfig) -> f
         split = load.sequence_split
     else:
         vision = model.vision
-        rows, width = load.tiles * (vision.num_patches + int(vision.class_token)), vision.hidden_size
+        rows, width = load.encoder_rows(model), vision.hidden_size
         attention, before_activation, ffn, split = 4 * width, 1, vision.ffn_hidden_size, 1
     outside = (4 if block.trains else 2) * width / split
     inside = attention + (before_activation + int(block.trains)) * ffn
@@ -212,12 +233,12 @@ def _checkpoint_elements(load: _Load, model: ModelConfig, is_language: bool) -> 
     """Elements that a recomputed layer keeps: its input."""
     if is_language:
         return load.tokens * model.language.hidden_size / load.sequence_split
-    return load.tiles * (model.vision.num_patches + int(model.vision.class_token)) * model.vision.hidden_size
+    return load.encoder_rows(model) * model.vision.hidden_size
 
 
 def _projector_elements(load: _Load, model: ModelConfig) -> float:
     """Elements that the projector keeps: its input, and what stands before and after the GELU."""
-    features = load.tiles * model.visual_tokens_per_tile
+    features = load.features(model)
     width_in = model.vision.hidden_size * model.projector.pixel_shuffle**2
     hidden = model.projector.hidden_size or model.language.hidden_size
     middle = 2 * hidden / load.tensor if model.projector.num_layers == 2 else 0

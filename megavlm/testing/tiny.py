@@ -5,6 +5,8 @@ Shape legend: S packed sequence, Q targets, T tiles.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -113,3 +115,18 @@ def tiny_batch(
         num_tiles=num_tiles,
         tiles_TCHW=torch.randint(0, 256, (num_tiles, 3, side, side), generator=generator, dtype=torch.uint8) if num_tiles else None,
     )
+
+
+def tiny_native_batch(model: ModelConfig, grids: Sequence[Sequence[tuple[int, int]]], *, seed: int = 0, **options: Any) -> PackedBatch:
+    """As `tiny_batch`, with pictures in their own size: (rows, columns) of patches of each picture of each sample.
+
+    The patches of a sample must be a multiple of a tile's. `options` are those of `tiny_batch`.
+    """
+    per_tile = model.vision.num_patches
+    counts = [sum(rows * columns for rows, columns in sample) for sample in grids]
+    assert all(count % per_tile == 0 for count in counts), f"{counts} patches are no multiples of {per_tile}"
+    batch = tiny_batch(model, seed=seed, images_per_sample=tuple(count // per_tile for count in counts), **options)
+    every = [grid for sample in grids for grid in sample]
+    num_values = model.vision.num_channels * model.vision.patch_size_px**2 * sum(counts)
+    pixels = torch.randint(0, 256, (num_values,), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return replace(batch, num_tiles=len(every), tiles_TCHW=None, pixels_X=pixels if every else None, tile_grids=every)

@@ -38,7 +38,7 @@ def prompts(model, num_images=(0, 1, 2, 0, 1)) -> list[Prompt]:
 
 @torch.no_grad()
 def next_logits(model, prompt: Prompt, answer: list[int]) -> torch.Tensor:
-    batch = prompt_batch([Prompt([*prompt.ids, *answer], prompt.tiles_TCHW)], IMAGE)
+    batch = prompt_batch([Prompt([*prompt.ids, *answer], prompt.tiles_TCHW)], IMAGE, model.model)
     # Placeholders may only stand in the prompt: an answer may contain the image token's id as plain text.
     batch.image_positions_N = batch.image_positions_N[batch.image_positions_N < len(prompt.ids)]
     return model.language.logits(model.transform(batch, model.packing(batch)))[-1]
@@ -133,7 +133,7 @@ def test_prompts_that_do_not_fit_are_refused(ctx):
         run(model, [good[0], Prompt([])])
     with pytest.raises(PromptError, match=r"together 265, but model.language.max_positions=256"):
         run(model, [Prompt([7] * 225)])
-    with pytest.raises(PromptError, match="5 image placeholders .* 1 tiles x 4"):
+    with pytest.raises(PromptError, match="5 image placeholders .* 1 tiles make 4 visual tokens"):
         run(model, [Prompt([7, *[IMAGE] * 5], good[1].tiles_TCHW)])
     with pytest.raises(PromptError, match=r"shape \(1, 3, 9, 9\)"):
         run(model, [Prompt([7, *[IMAGE] * 4], torch.zeros(1, 3, 9, 9, dtype=torch.uint8))])

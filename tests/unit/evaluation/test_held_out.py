@@ -8,7 +8,6 @@ import json
 import types
 
 import pytest
-import torch
 from PIL import Image
 
 from megavlm.config.schema import DataConfig, ImageConfig, ModelConfig, Recipe, RunConfig, SourceConfig
@@ -18,8 +17,8 @@ from megavlm.data.index import build_index
 from megavlm.data.tokenizer import load_tokenizer
 from megavlm.evaluation.held_out import evaluate, folder_sources, held_out_sources
 from megavlm.evaluation.questions import EvaluationError, load_questions, swap_partners
+from megavlm.inference import prompts
 from megavlm.inference.load import LoadedModel
-from megavlm.inference.prompts import picture_tiles
 
 PAGE_PX = 48
 
@@ -65,6 +64,7 @@ def recipe(demo):
 def reader(recipe):
     """Knows every held-out page by its pixels: the model that looks, and reads without mistake."""
     tokenizer = load_tokenizer(recipe.data.tokenizer)
+    chat = Chat(recipe.data.chat_template, tokenizer)
     known = {}
     for name in ("pages", "multi"):
         source = recipe.data.sources[name].model_copy(update={"split": "heldout"})
@@ -72,7 +72,8 @@ def reader(recipe):
         for row in range(len(index)):
             sample = index.sample(row)
             pictures = [index.image(row, i) for i in range(len(sample.images))]
-            seen = torch.cat([picture_tiles(p, recipe.data, recipe.model) for p in pictures]).numpy().tobytes()
+            prompt = prompts.make_prompt(prompts.question("?", len(pictures)), pictures, chat=chat, data=recipe.data, model=recipe.model)
+            seen = prompt.tiles_TCHW.numpy().tobytes()
             for asked, said in itertools.pairwise(sample.messages):
                 known[asked.content.replace("<image>\n", ""), seen] = said.content
 
