@@ -10,8 +10,9 @@ import time
 import pytest
 import torch
 
+from megavlm.data.bad_samples import BadDataError
 from megavlm.data.index import build_index
-from megavlm.data.loader import BadDataError, StageData
+from megavlm.data.loader import StageData
 from megavlm.data.plan import StepPlanner
 
 
