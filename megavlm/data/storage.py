@@ -349,3 +349,14 @@ def remove(path: AnyPath) -> None:
     files, inner = _filesystem(place)
     if files.exists(inner):
         files.rm_file(inner)
+
+
+@_explained
+def rename(source: AnyPath, target: AnyPath) -> None:
+    """Move a file inside one place, replacing what is there; in an object store it is copied by the store itself."""
+    place, to = as_path(source), as_path(target)
+    if isinstance(place, Path):
+        os.replace(place, str(to))
+        return
+    files, inner = _filesystem(place)
+    files.mv(inner, _filesystem(Url(str(to)))[1])

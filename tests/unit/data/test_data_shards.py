@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import tarfile
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from megavlm.data.shards import ShardError, ShardReader, ShardWriter, parse_sample, scan_shard, shard_paths
+from megavlm.data.shards import ShardError, ShardReader, ShardWriter, content_hash, parse_sample, scan_shard, shard_paths
+from megavlm.data.storage import list_files
+from tests.unit.data.s3_server import s3_server
+
+__all__ = ["s3_server"]
 
 TALK = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "42"}]
 ONE = {"task": "read", "split": "train", "messages": TALK}
@@ -24,7 +31,7 @@ def test_written_shards_are_plain_webdataset_tars(tmp_path, png):
         assert tar.getnames() == ["k0.json", "k0.0.png", "k1.json", "k1.0.png"]
         assert tar.extractfile("k0.0.png").read() == picture
         sample = json.loads(tar.extractfile("k0.json").read())
-    assert sample == {**ONE, "images": [{"file": "k0.0.png", "width": 24, "height": 16}]}
+    assert sample == {**ONE, "images": [{"file": "k0.0.png", "width": 24, "height": 16, "sha256": hashlib.sha256(picture).hexdigest()}]}
 
 
 def test_size_is_that_of_the_upright_picture(tmp_path, png):
@@ -123,3 +130,108 @@ def test_files_of_a_sample_must_be_together(tmp_path):
             tar.addfile(tarfile.TarInfo(name))
     with pytest.raises(ShardError, match="not together"):
         list(scan_shard(path))
+
+
+def _pax_shard(path, names):
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = 3, 1.5  # a fractional time makes a PAX record, as webdataset's writer does
+            tar.addfile(info, io.BytesIO(b"abc"))
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_every_kind_of_header_is_read_as_tarfile_reads_it(tmp_path, long):
+    path = tmp_path / "shard-00000.tar"
+    names = [f"{'deep/' * 30 if long else ''}k{i}.{e}" for i in range(5) for e in ("json", "0.png")]
+    for fmt in (tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(path, "w", format=fmt) as tar:
+            for i, name in enumerate(names):
+                info = tarfile.TarInfo(name)
+                info.size, info.mtime = 700 * i, i
+                tar.addfile(info, io.BytesIO(bytes(700 * i)))
+        with tarfile.open(path) as tar:
+            expected = [(m.name, m.offset_data, m.size) for m in tar]
+        found = [m for raw in scan_shard(path) for m in (raw.json, *raw.files.values())]
+        assert [(m.name, m.offset, m.size_bytes) for m in found] == expected
+    _pax_shard(path, names)
+    assert [raw.text for raw in scan_shard(path, with_json=True)] == [b"abc"] * 5
+
+
+@pytest.mark.parametrize("pax", [False, True])
+def test_a_shard_cut_anywhere_is_told(tmp_path, png, pax):
+    path = tmp_path / "shard-00000.tar"
+    if pax:
+        _pax_shard(path, [f"k{i}.json" for i in range(4)])
+    else:
+        with ShardWriter(tmp_path) as writer:
+            for i in range(4):
+                writer.write(f"k{i}", ONE, [png(8, 8)])
+    whole = path.read_bytes()
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
+    for at in [*range(0, end, 512), 100, 700]:
+        path.write_bytes(whole[:at])
+        with pytest.raises(ShardError, match="not a whole tar file"):
+            list(scan_shard(path))
+    path.write_bytes(whole[:2048] + b"x" * 512 + whole[2560:])
+    if not pax:
+        with pytest.raises(ShardError, match="wrong checksum|no end mark"):
+            list(scan_shard(path))
+
+
+def test_video_times_are_kept_and_hashes_are_of_the_pictures(tmp_path, png):
+    frames = [png(8, 8, seed=i) for i in range(2)]
+    talk = [{"role": "user", "content": "<image><image>What?"}, {"role": "assistant", "content": "x"}]
+    given = [{"file": f"v.{i}.png", "width": 8, "height": 8, "time_s": i / 2} for i in range(2)]
+    with ShardWriter(tmp_path) as writer:
+        writer.write("v", {**ONE, "messages": talk, "images": given}, frames)
+    (raw,) = scan_shard(shard_paths(tmp_path)[0], with_json=True)
+    images = parse_sample(raw.text, "v").images
+    assert [i.time_s for i in images] == [0.0, 0.5]
+    assert [i.sha256 for i in images] == [hashlib.sha256(f).hexdigest() for f in frames]
+
+
+def test_content_hash_is_of_content_alone():
+    base = {"task": "t", "split": "s", "messages": TALK, "images": [{"file": "a.0.png", "width": 8, "height": 8, "sha256": "0" * 64}]}
+
+    def of(size=5, **change):
+        return content_hash(parse_sample(json.dumps({**base, **change}), "x"), [size])
+
+    assert of() == of(size=6) == of(task="u", split="v", weight=2.0, scores={"a": 1.0}, source="z", meta={"b": 1})
+    assert of()[1] is True
+    other = [
+        of(messages=[TALK[0], {"role": "assistant", "content": "43"}]),
+        of(images=[{**base["images"][0], "sha256": "1" * 64}]),
+        of(images=[{**base["images"][0], "sha256": ""}]),
+        of(size=6, images=[{**base["images"][0], "sha256": ""}]),
+        of(objects=[{"image": 0, "label": 1, "box_px": [0, 0, 8, 8]}]),
+    ]
+    assert len({of()[0], *(h for h, _ in other)}) == 6
+    assert [whole for _, whole in other] == [True, True, False, False, True]
+
+
+@pytest.mark.parametrize("url", ["memory://shards-test", "s3://data/shards"])
+def test_shards_in_an_object_store(url, s3_server, png):
+    folder = f"{url}/{uuid.uuid4().hex}"
+    with ShardWriter(folder, samples_per_shard=2) as writer:
+        for i in range(3):
+            writer.write(f"k{i}", ONE, [png(24, 16, seed=i)])
+    paths = shard_paths(folder)
+    assert [p.name for p in paths] == ["shard-00000.tar", "shard-00001.tar"]
+    raws = list(scan_shard(paths[0], with_json=True))
+    assert [r.key for r in raws] == ["k0", "k1"]
+    reader = ShardReader(folder, [p.name for p in paths])
+    picture = raws[1].files["k1.0.png"]
+    assert reader.read(0, picture.offset, picture.size_bytes) == png(24, 16, seed=1)
+    assert reader.read_many(0, [(r.json.offset, r.json.size_bytes) for r in raws]) == [r.text for r in raws]
+    with pytest.raises(ShardError, match="ends before byte"):
+        reader.read(1, picture.offset, 1 << 20)
+    with pytest.raises(ShardError, match="already holds 2 shards"):
+        ShardWriter(folder)
+    with pytest.raises(ShardError, match="cannot read shard"):
+        ShardReader(folder, ["shard-00009.tar"]).read(0, 0, 1)
+    with pytest.raises(RuntimeError), ShardWriter(f"{folder}/b", samples_per_shard=1) as writer:
+        writer.write("a", ONE, [png(8, 8)])
+        writer.write("b", ONE, [png(8, 8)])
+        raise RuntimeError
+    assert list_files(f"{folder}/b", "*") == []

@@ -10,39 +10,15 @@ import pytest
 
 from megavlm.data import storage
 from megavlm.data.storage import StorageError, Url
+from tests.unit.data.s3_server import s3_server
 
-
-@pytest.fixture(scope="module")
-def s3_endpoint():
-    """An S3 server in this process, with bucket "data"."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    patch = pytest.MonkeyPatch()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        patch.setenv(name, value)
-    import boto3
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
-    boto3.client("s3").create_bucket(Bucket="data")
-    yield
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
-    patch.undo()
+__all__ = ["s3_server"]
 
 
 @pytest.fixture(params=["disk", "file", "memory", "s3"])
 def folder(request, tmp_path):
     if request.param == "s3":
-        request.getfixturevalue("s3_endpoint")
+        request.getfixturevalue("s3_server")
     unique = uuid.uuid4().hex[:8]
     return {"disk": str(tmp_path), "file": f"file://{tmp_path}", "memory": f"memory://{unique}", "s3": f"s3://data/{unique}/deep"}[
         request.param
@@ -74,8 +50,9 @@ def test_a_changed_file_has_another_stamp(folder):
     storage.write_bytes(path, b"two")
     assert before.size_bytes == storage.stamp(path).size_bytes
     assert before.stamp != storage.stamp(path).stamp
-    storage.remove(path)
+    storage.rename(path, path.parent / "b.bin")
     assert not storage.exists(path)
+    assert storage.read_bytes(path.parent / "b.bin") == b"two"
     storage.remove(path)
 
 
@@ -106,7 +83,7 @@ def test_a_missing_file_is_named(folder, read):
         read(path)
 
 
-def test_missing_buckets_are_named(s3_endpoint):
+def test_missing_buckets_are_named(s3_server):
     with pytest.raises(StorageError, match="there is no bucket 'nowhere'"):
         storage.list_files("s3://nowhere/folder", "*")
     with pytest.raises(StorageError, match="s3://nowhere: there is no such bucket"):
@@ -136,7 +113,7 @@ def test_a_missing_package_names_the_extra(monkeypatch):
         storage.read_bytes("gs://data/x")
 
 
-def test_missing_credentials_are_told(s3_endpoint, monkeypatch, tmp_path):
+def test_missing_credentials_are_told(s3_server, monkeypatch, tmp_path):
     import s3fs
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
