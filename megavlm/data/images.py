@@ -1,4 +1,4 @@
-"""From a picture to tiles: measuring, the tile grid (from metadata alone), resizing and cutting.
+"""Pictures as arrays: measuring from the header alone, the tile grid (from metadata alone), resizing and cutting.
 
 Shape legend: T tiles, C channels, H height, W width.
 """
@@ -7,30 +7,96 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as functional
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from megavlm.config.schema import ImageConfig
 
 GREY = 127
+MAX_PIXELS = 178_956_970
+"""More are refused by the header, before memory is taken for them. Pillow's own limit for decompression bombs: half a GiB of RGB."""
+MAX_SIDE_PX = 65_535
+"""Longest side; JPEG has no longer. A line of pixels a million long would be a bomb to anything that makes it square."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+"""What is read (JPEG with MPO). Pillow's other plugins are for formats nobody trains on, and some start a program (EPS: Ghostscript)."""
 _EXIF_ORIENTATION = 0x0112
-_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}
+_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}
+_NAMES = {
+    "heic": "a HEIC picture",
+    "jxl": "a JPEG XL picture",
+    "svg": "an SVG drawing",
+    "pdf": "a PDF document",
+    "html": "a web page, not a picture",
+    "eps": "an EPS drawing",
+    "psd": "a Photoshop document",
+}
+
+
+# Pillow warns at half of MAX_PIXELS, once for each picture that is simply large.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class ImageError(ValueError):
     """A picture that cannot be read."""
 
 
-def reason(error: Exception) -> str:
+def reason(error: Exception, data: bytes = b"") -> str:
     """Why Pillow failed, without the object address in its message, so that logs of two runs compare equal."""
     if isinstance(error, UnidentifiedImageError):
-        return "not a picture of a known format"
+        if not data:
+            return "the file is empty"
+        for codec, magic in (("webp", b"RIFF"), ("avif", b"ftypavi")):
+            if magic in data[:12] and not features.check(codec):
+                return f"perhaps a {codec.upper()} picture, which this Pillow was built without: install a Pillow wheel"
+        if name := _NAMES.get(_foreign(data)):
+            return f"{name}: convert it to JPEG, PNG or WebP"
+        return "not a picture of a known format, or its header is damaged"
     return str(error) if isinstance(error, ImageError) else f"{type(error).__name__}: {error}"
+
+
+def _foreign(data: bytes) -> str:
+    """Which known format that is not read these bytes have; "" for none."""
+    head = data[:512].lstrip().lower()
+    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"):
+        return "heic"
+    if data[:2] == b"\xff\x0a" or data[:12] == b"\x00\x00\x00\x0cJXL \x0d\x0a\x87\x0a":
+        return "jxl"
+    if head.startswith(b"<svg") or (head.startswith(b"<?xml") and b"<svg" in head):
+        return "svg"
+    if head.startswith((b"<!doctype", b"<html", b"<head", b"<body")):
+        return "html"
+    return {b"%pdf": "pdf", b"%!ps": "eps", b"8bps": "psd"}.get(head[:4], "")
+
+
+@contextmanager
+def open_picture(data: bytes) -> Iterator[Image.Image]:
+    """Pillow's picture, its header read and its size allowed; whatever goes wrong inside becomes an ImageError with the reason.
+
+    The format comes from the bytes, never from a file's name.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            check_pixels(*picture.size)
+            yield picture
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"more than {MAX_PIXELS} pixels: refused before memory is taken for them") from error
+    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error, zlib.error, EOFError, MemoryError, ...
+        raise ImageError(reason(error, data)) from error
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Raises ImageError for a picture too large to be one, told from its header."""
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE_PX:
+        raise ImageError(
+            f"{width}x{height} pixels, more than {MAX_PIXELS} or a side longer than {MAX_SIDE_PX}: refused before memory is taken for them"
+        )
 
 
 @dataclass(frozen=True)
@@ -45,16 +111,11 @@ class Measured:
 
 
 def measure_image(data: bytes) -> Measured:
-    """Size and format from the header alone. Raises ImageError for what Pillow cannot open."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as picture:
-                width, height = picture.size
-                turned = picture.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-                name = picture.format or "img"
-    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, struct.error, DecompressionBombError, ...
-        raise ImageError(reason(error)) from error
+    """Size and format from the header alone. Raises ImageError for what is not read, by name."""
+    with open_picture(data) as picture:
+        width, height = picture.size
+        turned = picture.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+        name = picture.format or "img"
     if turned:
         width, height = height, width
     return Measured(width, height, _EXTENSIONS.get(name, name.lower()))
@@ -73,49 +134,105 @@ class TileGrid:
         return self.cols * self.rows + int(self.thumbnail)
 
 
-@lru_cache(maxsize=64)
-def _ratios(max_tiles: int) -> tuple[tuple[int, int], ...]:
-    pairs = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles + 1) if c * r <= max_tiles]
+@lru_cache(maxsize=256)
+def _ratios(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
+    pairs = [(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles + 1) if min_tiles <= c * r <= max_tiles]
     return tuple(sorted(pairs, key=lambda p: p[0] * p[1]))
 
 
-def tile_grid(width: int, height: int, image: ImageConfig, tile_px: int) -> TileGrid:
-    """The grid whose aspect ratio is nearest to the picture's, among all of at most `image.max_tiles` tiles.
-
-    On equal distance the larger grid wins when the picture has more than half of its pixels (InternVL,
-    `dynamic_preprocess` / `find_closest_aspect_ratio`; grids of equal size are tried columns first here, in a fixed order).
-    """
-    if image.policy == "fixed" or image.max_tiles == 1:
-        return TileGrid(1, 1, False)
+@lru_cache(maxsize=65536)
+def _nearest_grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_px: int) -> tuple[int, int]:
     aspect, area = width / height, width * height
     best, best_distance = (1, 1), float("inf")
-    for cols, rows in _ratios(image.max_tiles):
+    for cols, rows in _ratios(min_tiles, max_tiles):
         distance = abs(aspect - cols / rows)
         if distance < best_distance or (distance == best_distance and area > 0.5 * tile_px * tile_px * cols * rows):
             best, best_distance = (cols, rows), distance
-    cols, rows = best
+    return best
+
+
+def tile_grid(width: int, height: int, image: ImageConfig, tile_px: int, max_tiles: int | None = None) -> TileGrid:
+    """The grid whose aspect ratio is nearest to the picture's, among all of image.min_tiles to image.max_tiles tiles.
+
+    On equal distance the larger grid wins when the picture has more than half of its pixels (InternVL,
+    `dynamic_preprocess` / `find_closest_aspect_ratio`; grids of equal size are tried in Hugging Face's order, fewest columns first).
+    `max_tiles`: a lower limit than the recipe's, which goes before min_tiles.
+    """
+    most = image.max_tiles if max_tiles is None else min(max_tiles, image.max_tiles)
+    if image.policy == "fixed" or most == 1:
+        return TileGrid(1, 1, False)
+    cols, rows = _nearest_grid(width, height, min(image.min_tiles, most), most, tile_px)
     return TileGrid(cols, rows, image.thumbnail and cols * rows > 1)
+
+
+def as_CHW(picture_HWC: np.ndarray) -> torch.Tensor:
+    """A decoded picture as uint8 tensor (3, H, W), without a copy where the memory may be written."""
+    if not picture_HWC.flags.writeable:
+        picture_HWC = picture_HWC.copy()
+    owner, (height, width, _) = picture_HWC.base, picture_HWC.shape
+    if picture_HWC.strides == (4 * width, 4, 1) and isinstance(owner, np.ndarray) and owner.nbytes == 4 * height * width:
+        return torch.from_numpy(owner.reshape(height, width, 4)).permute(2, 0, 1)[:3]  # its storage holds the fourth byte too
+    return torch.from_numpy(picture_HWC).permute(2, 0, 1)
 
 
 def resize(picture_CHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Antialiased bicubic resize of a uint8 picture; untouched, bit for bit, when the size is right already.
 
-    torch's uint8 kernel on channels-last memory: what torchvision (and so Hugging Face's image processors) runs, 2 to 6
+    torch's uint8 kernel on channels-last memory: what torchvision (and so Hugging Face's image processors) runs, 4 to 9
     times as fast as Pillow's and within 2 of its 256 levels.
     """
     if tuple(picture_CHW.shape[-2:]) == (height, width):
         return picture_CHW
+    channels, rows, columns = picture_CHW.shape
+    if picture_CHW.stride() == (1, 4 * columns, 4) and picture_CHW.untyped_storage().nbytes() == 4 * rows * columns:
+        # Three of the four bytes that Pillow keeps for each pixel: resizing all four is cheaper than packing three first.
+        picture_CHW = picture_CHW.as_strided((4, rows, columns), (1, 4 * columns, 4))
     batch = picture_CHW.unsqueeze(0).contiguous(memory_format=torch.channels_last)
-    return functional.interpolate(batch, size=(height, width), mode="bicubic", antialias=True)[0]
+    return functional.interpolate(batch, size=(height, width), mode="bicubic", antialias=True)[0, :channels]
+
+
+def split_tiles(whole_CHW: torch.Tensor, tile_px: int) -> torch.Tensor:
+    """(T, 3, tile_px, tile_px) of a picture of whole tiles, row by row."""
+    rows, cols = whole_CHW.shape[1] // tile_px, whole_CHW.shape[2] // tile_px
+    split = whole_CHW.reshape(3, rows, tile_px, cols, tile_px)
+    return split.permute(1, 3, 0, 2, 4).reshape(-1, 3, tile_px, tile_px)
 
 
 def cut_tiles(picture_HWC: np.ndarray, grid: TileGrid, tile_px: int) -> torch.Tensor:
     """uint8 tiles (T, 3, tile_px, tile_px) of a uint8 RGB picture: resized to the whole grid, cut row by row, thumbnail last."""
-    if not picture_HWC.flags.writeable:
-        picture_HWC = picture_HWC.copy()
-    picture = torch.from_numpy(picture_HWC).permute(2, 0, 1)
-    whole = resize(picture, grid.rows * tile_px, grid.cols * tile_px).contiguous()
-    tiles = whole.view(3, grid.rows, tile_px, grid.cols, tile_px).permute(1, 3, 0, 2, 4).reshape(-1, 3, tile_px, tile_px)
+    picture = as_CHW(picture_HWC)
+    tiles = split_tiles(resize(picture, grid.rows * tile_px, grid.cols * tile_px), tile_px)
     if grid.thumbnail:
-        tiles = torch.cat([tiles, resize(picture, tile_px, tile_px).contiguous().unsqueeze(0)])
+        tiles = torch.cat([tiles, resize(picture, tile_px, tile_px).unsqueeze(0)])
     return tiles.contiguous()
+
+
+def crop_to_square(picture_HWC: np.ndarray, side: int) -> torch.Tensor:
+    """(3, side, side): the shortest side resized to `side`, the middle of the other kept (Hugging Face's CLIPImageProcessor)."""
+    height, width = picture_HWC.shape[:2]
+    long_side = int(side * max(height, width) / min(height, width))
+    new_width, new_height = (side, long_side) if width <= height else (long_side, side)
+    left, top = (new_width - side) // 2, (new_height - side) // 2
+    if long_side > 8 * side:  # Pillow computes the middle alone, where the resized whole could be thousands of times as long as wide
+        box = (left * width / new_width, top * height / new_height, (left + side) * width / new_width, (top + side) * height / new_height)
+        middle = Image.fromarray(np.ascontiguousarray(picture_HWC)).resize((side, side), Image.Resampling.BICUBIC, box=box)
+        return as_CHW(np.array(middle)).contiguous()
+    return resize(as_CHW(picture_HWC), new_height, new_width)[:, top : top + side, left : left + side].contiguous()
+
+
+def pad_to_square(picture_HWC: np.ndarray, side: int, colour: tuple[int, int, int]) -> torch.Tensor:
+    """(3, side, side): padded to a square with `colour`, the picture in the middle, then resized (LLaVA's expand2square).
+
+    The resize is done a dimension at a time, the long one first, so that the large square never exists.
+    """
+    height, width = picture_HWC.shape[:2]
+    picture, longest = as_CHW(picture_HWC), max(height, width)
+    narrow = resize(picture, side, width) if height > width else resize(picture, height, side)
+    padding = torch.tensor(colour, dtype=torch.uint8)[:, None, None]
+    square = padding.repeat(1, *((side, longest) if height > width else (longest, side)))
+    start = (longest - min(height, width)) // 2
+    if height > width:
+        square[:, :, start : start + width] = narrow
+    else:
+        square[:, start : start + height] = narrow
+    return resize(square, side, side).contiguous()
