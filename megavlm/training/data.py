@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 
+import numpy as np
+import torch
 import torch.distributed as dist
 
 from megavlm.config.schema import Recipe, StageConfig
@@ -11,7 +15,7 @@ from megavlm.data.index import SampleIndex, build_index
 from megavlm.data.loader import StageData
 from megavlm.data.plan import StepPlanner
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer
-from megavlm.data.types import StepData, StepPlan
+from megavlm.data.types import SampleRef, StepData, StepPlan
 from megavlm.parallel.context import ParallelContext
 from megavlm.training.layout import held_out_stage
 from megavlm.training.state import RunState
@@ -41,16 +45,18 @@ class StageStream:
 
     def count_images(self, plan: StepPlan) -> int:
         """Images of a step over all ranks."""
-        samples = [s for rank in plan.assignment for microbatch in rank for pack in microbatch for s in pack.samples]
-        return sum(_num_images(self._indexes[s.source], s.row) for s in samples)
+        rows: dict[str, list[int]] = {}
+        for sample in _samples(plan):
+            rows.setdefault(sample.source, []).append(sample.row)
+        starts = {name: self._indexes[name].image_start for name in rows}
+        return sum(int((starts[name][np.add(r, 1)] - starts[name][r]).sum()) for name, r in rows.items())
 
     def count_sources(self, plan: StepPlan) -> dict[str, int]:
         """Samples of each source in a step over all ranks."""
-        samples = [s for rank in plan.assignment for microbatch in rank for pack in microbatch for s in pack.samples]
-        return dict(sorted(Counter(s.source for s in samples).items()))
+        return dict(sorted(Counter(s.source for s in _samples(plan)).items()))
 
     def close(self) -> None:
-        """End the loading threads."""
+        """End the loading threads and processes."""
         self._data.close()
 
 
@@ -108,7 +114,7 @@ def open_stream(
     seed: int,
     cursor: dict[str, object] | None,
 ) -> StageData:
-    """Plan and load a stage's data for this rank."""
+    """Plan and load a stage's data for this rank. All ranks call its `next` together: they agree on when too many samples are bad."""
     planner = StepPlanner(
         indexes,
         stage,
@@ -119,6 +125,7 @@ def open_stream(
         num_microbatches=ctx.grid.num_microbatches(stage),
         cursor=cursor,
     )
+    has_pictures = any(bool(index.num_tiles.any()) for index in indexes.values())  # the same on every rank
     return StageData(
         recipe,
         stage,
@@ -130,8 +137,15 @@ def open_stream(
         check_images=ctx.is_last_stage,
         log_bad_samples=ctx.is_last_stage and ctx.tensor_rank == 0 and ctx.context_rank == 0,
         device=ctx.device,
+        sum_over_ranks=partial(_sum_over_ranks, device=ctx.device) if has_pictures else None,
     )
 
 
-def _num_images(index: SampleIndex, row: int) -> int:
-    return int(index.image_start[row + 1] - index.image_start[row])
+def _sum_over_ranks(number: int, device: torch.device) -> int:
+    value = torch.tensor([number], device=device)
+    dist.all_reduce(value)
+    return int(value.item())
+
+
+def _samples(plan: StepPlan) -> Iterator[SampleRef]:
+    return (s for rank in plan.assignment for microbatch in rank for pack in microbatch for s in pack.samples)
