@@ -20,16 +20,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megavlm.data.sentencepiece_export import SPACE, SPECIAL_TYPES, TokenizerError, is_marker, to_tokenizers
+
 IMAGE_TOKEN = "<image>"
-_SPACE = "\u2581"
-_SPM_NORMAL, _SPM_UNKNOWN, _SPM_CONTROL, _SPM_USER_DEFINED = 1, 2, 3, 4
-_SPM_SPECIAL = (_SPM_UNKNOWN, _SPM_CONTROL, _SPM_USER_DEFINED)
+"""What stands for a picture in the data's messages; also the name of our own tokenizers' placeholder."""
+_HF_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _HF_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 log = logging.getLogger(__name__)
-
-
-class TokenizerError(ValueError):
-    """A tokenizer file that cannot be used, or a token it lacks."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,11 @@ class Tokenizer(ABC):
     """"" where the tokenizer has none."""
     eos_token: str
     pad_token: str
+    named_tokens: dict[str, str]
+    """Those of bos_token, eos_token, unk_token, sep_token, pad_token, cls_token and mask_token that there are: what Hugging Face's chat
+    templates may use."""
+    image_token: str
+    """Special token that visual features replace; recipe.data.image_token."""
     fingerprint: str
     """Changes whenever the ids of some text could change."""
 
@@ -70,7 +72,7 @@ class Tokenizer(ABC):
     @property
     def image_token_id(self) -> int:
         """Id of the image placeholder."""
-        return self.token_id(IMAGE_TOKEN)
+        return self.token_id(self.image_token)
 
     @property
     def bos_id(self) -> int | None:
@@ -115,7 +117,7 @@ class SentencePieceTokenizer(Tokenizer):
         TokenizerError: the model changes text before encoding it, so that ids could not be mapped back to characters.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, image_token: str = IMAGE_TOKEN) -> None:
         import sentencepiece as spm
         from sentencepiece import sentencepiece_model_pb2 as spm_proto
 
@@ -145,12 +147,15 @@ class SentencePieceTokenizer(Tokenizer):
         self._spm = spm.SentencePieceProcessor()
         self._spm.LoadFromSerializedProto(model.SerializeToString())
         self.vocab_size = len(model.pieces)
-        self.special_ids = {p.piece: i for i, p in enumerate(model.pieces) if p.type in _SPM_SPECIAL and p.piece}
+        self.special_ids = {p.piece: i for i, p in enumerate(model.pieces) if p.type in SPECIAL_TYPES and p.piece}
         self.bos_token, self.eos_token, self.pad_token = (
             self._piece(i) for i in (self._spm.bos_id(), self._spm.eos_id(), self._spm.pad_id())
         )
+        names = {"bos": self.bos_token, "eos": self.eos_token, "unk": self._piece(self._spm.unk_id()), "pad": self.pad_token}
+        self.named_tokens = {f"{name}_token": token for name, token in names.items() if token}
         self._special_texts = {i: t for t, i in self.special_ids.items()}
-        self.fingerprint = hashlib.sha256(b"spm-1" + raw).hexdigest()[:16]
+        self.image_token = image_token
+        self.fingerprint = _fingerprint(b"spm-1" + raw, image_token)
 
     def _piece(self, index: int) -> str:
         return str(self._model.pieces[index].piece) if index >= 0 else ""
@@ -171,7 +176,7 @@ class SentencePieceTokenizer(Tokenizer):
         if not text:
             return
         # As Hugging Face's Metaspace: a text that begins with a space has its prefix already.
-        prefix = 1 if self._dummy_prefix and start == 0 and text[0] not in (" ", _SPACE) else 0
+        prefix = 1 if self._dummy_prefix and start == 0 and text[0] not in (" ", SPACE) else 0
         encoded = self._spm.encode(" " * prefix + text, return_type="offset_mapping")
         ids.extend(encoded["ids"])
         for begin, end in encoded["offsets"]:
@@ -194,11 +199,11 @@ class SentencePieceTokenizer(Tokenizer):
         from tokenizers import AddedToken
         from transformers import PreTrainedTokenizerFast
 
-        backend = _spm_to_tokenizers(self._model, self._dummy_prefix)
+        backend = to_tokenizers(self._model, self._dummy_prefix)
         # A user-defined piece may be ordinary text (runs of spaces, HTML tags): generation must not drop it as "special".
         kinds = {p.piece: p.type for p in self._model.pieces}
-        backend.add_tokens([AddedToken(t, normalized=False, special=False) for t in self.special_ids if not _is_marker(t, kinds[t])])
-        markers = [t for t in self.special_ids if _is_marker(t, kinds[t])]
+        markers = [t for t in self.special_ids if t == self.image_token or is_marker(t, kinds[t])]
+        backend.add_tokens([AddedToken(t, normalized=False, special=False) for t in self.special_ids if t not in markers])
         backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in markers])
         named = {k: v for k, v in (("bos_token", self.bos_token), ("eos_token", self.eos_token), ("pad_token", self.pad_token)) if v}
         unknown = self._piece(self._spm.unk_id())
@@ -213,62 +218,16 @@ class SentencePieceTokenizer(Tokenizer):
         _write_chat_template(folder, chat_template)
 
 
-def _is_marker(token: str, kind: int) -> bool:
-    return kind in (_SPM_UNKNOWN, _SPM_CONTROL) or token == IMAGE_TOKEN or re.fullmatch(r"<\|.*\|>|\[[A-Z_]+\]", token) is not None
-
-
-def _spm_to_tokenizers(model: Any, dummy_prefix: bool) -> Any:
-    """The `tokenizers` pipeline equal to a SentencePiece model with identity normalisation.
-
-    Source of the BPE merge order: a pair merges by the score of the piece it makes (sentencepiece/src/bpe_model.cc), which is
-    minus the rank; Hugging Face's SentencePieceExtractor derives merges the same way.
-    """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-    pieces, spec = model.pieces, model.trainer_spec
-    unknown = next((p.piece for p in pieces if p.type == _SPM_UNKNOWN), None)
-    core: Any
-    if spec.model_type == 1:
-        unk_id = next((i for i, p in enumerate(pieces) if p.type == _SPM_UNKNOWN), None)
-        core = models.Unigram([(p.piece, p.score) for p in pieces], unk_id=unk_id, byte_fallback=spec.byte_fallback)
-    elif spec.model_type == 2:
-        vocab = {p.piece: i for i, p in enumerate(pieces)}
-        mergeable = {p.piece: p.score for p in pieces if p.type == _SPM_NORMAL}
-        core = models.BPE(vocab, _bpe_merges(mergeable, vocab), unk_token=unknown, fuse_unk=True, byte_fallback=spec.byte_fallback)
-    else:
-        raise TokenizerError(
-            f"SentencePiece model type {spec.model_type} (word or char) has no Hugging Face equal: train type unigram or bpe"
-        )
-    tokenizer = Tokenizer(core)
-    if dummy_prefix:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="first", split=False)
-    else:
-        tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
-    steps: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence(steps)
-    return tokenizer
-
-
-def _bpe_merges(scores: dict[str, float], ids: dict[str, int]) -> list[tuple[str, str]]:
-    merges: list[tuple[float, int, int, str, str]] = []
-    for piece, score in scores.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in scores and right in scores:
-                merges.append((-score, ids[left], ids[right], left, right))
-    return [(left, right) for *_, left, right in sorted(merges)]
-
-
 class HuggingFaceTokenizer(Tokenizer):
     """A folder with `tokenizer.json` (and `tokenizer_config.json` for the names of bos, eos and pad).
 
     A tokenizer without "<image>" gets it as one more token: its embedding row is never read, since visual features replace it.
 
     Raises:
-        TokenizerError: the folder has no tokenizer.json.
+        TokenizerError: the folder has no tokenizer.json, or its tokenizer lacks an `image_token` of another name.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, image_token: str = IMAGE_TOKEN) -> None:
         import tokenizers
 
         self.folder = Path(folder)
@@ -280,22 +239,27 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tok.no_padding()
         config_file = self.folder / "tokenizer_config.json"
         self._config: dict[str, Any] = json.loads(config_file.read_text()) if config_file.is_file() else {}
-        if self._tok.token_to_id(IMAGE_TOKEN) is None or IMAGE_TOKEN not in {
-            t.content for t in self._tok.get_added_tokens_decoder().values()
-        }:
-            self._tok.add_special_tokens([tokenizers.AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
-            log.info("%s has no %s token: added as id %d", folder, IMAGE_TOKEN, self._tok.token_to_id(IMAGE_TOKEN))
+        self.image_token = image_token
+        if image_token == IMAGE_TOKEN and image_token not in {t.content for t in self._tok.get_added_tokens_decoder().values()}:
+            self._tok.add_special_tokens([tokenizers.AddedToken(image_token, normalized=False, special=True)])
+            log.info("%s has no %s token: added as id %d", folder, image_token, self._tok.token_to_id(image_token))
         added = self._tok.get_added_tokens_decoder()
         self.special_ids = {t.content: i for i, t in added.items()}
         self.vocab_size = max(self._tok.get_vocab(with_added_tokens=True).values()) + 1
-        self.bos_token, self.eos_token, self.pad_token = (self._named(k) for k in ("bos_token", "eos_token", "pad_token"))
+        self.named_tokens = {name: token for name in _HF_NAMES if (token := self._named(name))}
+        self.bos_token, self.eos_token, self.pad_token = (self.named_tokens.get(k, "") for k in ("bos_token", "eos_token", "pad_token"))
+        if image_token not in self.special_ids:
+            raise TokenizerError(
+                f"data.image_token={image_token!r} is no special token of {folder}: name the one that stands for a picture's features"
+                f" (it has: {', '.join(list(self.special_ids)[:30])})"
+            )
         names = json.dumps([self.bos_token, self.eos_token, self.pad_token])
-        self.fingerprint = hashlib.sha256(("hf-1" + self._tok.to_str() + names).encode()).hexdigest()[:16]
+        self.fingerprint = _fingerprint(("hf-1" + self._tok.to_str() + names).encode(), image_token)
 
     def _named(self, key: str) -> str:
         value = self._config.get(key)
         text = value.get("content", "") if isinstance(value, dict) else (value or "")
-        if text and text not in self.special_ids:
+        if text and text not in self.special_ids and key in ("bos_token", "eos_token", "pad_token"):
             raise TokenizerError(
                 f"{self.folder}/tokenizer_config.json names {key}={text!r}, which tokenizer.json does not have as an added token"
             )
@@ -312,7 +276,7 @@ class HuggingFaceTokenizer(Tokenizer):
             kept = [i for i in kept if i not in special]
         # Many decoders strip the first space of a text; behind a special token nothing is "first".
         text: str = self._tok.decode([self.image_token_id, *kept], skip_special_tokens=False)
-        return text.removeprefix(IMAGE_TOKEN)
+        return text.removeprefix(self.image_token)
 
     def save_hf(self, folder: str | Path, chat_template: str | None = None) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -331,19 +295,27 @@ def _write_chat_template(folder: str | Path, template: str | None) -> None:
         (Path(folder) / "chat_template.jinja").write_text(template)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def _fingerprint(content: bytes, image_token: str) -> str:
+    return hashlib.sha256(content + (b"" if image_token == IMAGE_TOKEN else image_token.encode())).hexdigest()[:16]
+
+
+def load_tokenizer(path: str | Path, image_token: str = IMAGE_TOKEN) -> Tokenizer:
     """Tokenizer of recipe.data.tokenizer: a *.model file (SentencePiece) or a folder (Hugging Face).
 
+    Args:
+        path: the file or folder.
+        image_token: recipe.data.image_token, the special token that visual features replace.
+
     Raises:
-        TokenizerError: the path is empty, missing or neither.
+        TokenizerError: the path is empty, missing or neither; or the tokenizer has no such image token.
     """
     if not str(path):
         raise TokenizerError("data.tokenizer is empty: give a SentencePiece *.model file or a Hugging Face folder with tokenizer.json")
     where = Path(path)
     if where.is_dir():
-        return HuggingFaceTokenizer(where)
+        return HuggingFaceTokenizer(where, image_token)
     if where.is_file():
-        return SentencePieceTokenizer(where)
+        return SentencePieceTokenizer(where, image_token)
     raise TokenizerError(f"data.tokenizer={str(path)!r} does not exist")
 
 
