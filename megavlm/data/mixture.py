@@ -1,26 +1,28 @@
 """Sample order: which source gives the next sample, and which of its rows.
 
-Both are pure functions of (seed, weights, number of draws so far), so that the state of an endless stream is one counter a source.
+Both are pure functions of (seed, mixture, number of draws so far), so that the state of an endless stream is one counter a source.
 """
 
 from __future__ import annotations
 
-import hashlib
+import heapq
 from collections.abc import Mapping
 from fractions import Fraction
-from math import lcm
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
+from megavlm.config.data import MixtureEntry
+from megavlm.data.order import OrderError, SourceOrder
+from megavlm.data.shares import NEVER, MixtureError, Rate, Source, Target
+
+__all__ = ["Draw", "Mixture", "MixtureEnd", "MixtureError", "Source", "SourceOrder"]
 
 
-class MixtureError(ValueError):
-    """Weights or sources that cannot be drawn from."""
+class MixtureEnd(MixtureError):
+    """Every source has given all that its max_epochs allows."""
 
 
 class Draw(NamedTuple):
-    """One sample of the endless stream."""
+    """One sample of the stream."""
 
     source: str
     number: int
@@ -31,71 +33,46 @@ class Draw(NamedTuple):
     """How many samples of all sources came before."""
 
 
-class SourceOrder:
-    """The endless order of one source: every epoch is another permutation of its rows, each row exactly once.
-
-    The permutation is the argsort of 64-bit words of PCG64 seeded by (seed, source name, epoch). It uses bit-generator output
-    alone, whose stream NumPy keeps stable over versions (NEP 19), which its `permutation` does not promise: a cursor stays valid
-    after an upgrade. Adding or removing another source does not change this one's order.
-
-    Memory: 8 bytes a row for the epochs in use.
-
-    Raises:
-        MixtureError: the source has no row.
-    """
-
-    def __init__(self, name: str, num_rows: int, seed: int) -> None:
-        if num_rows < 1:
-            raise MixtureError(f"source {name!r} has no sample, so none can be drawn: remove it from the mixture or set its weight to 0")
-        self.name, self.num_rows, self.seed = name, num_rows, seed
-        self._permutations: dict[int, npt.NDArray[np.int64]] = {}
-
-    def row(self, number: int) -> int:
-        """Row of the source's `number`-th draw (counted from 0, over all epochs); random access."""
-        epoch, position = divmod(number, self.num_rows)
-        permutation = self._permutations.get(epoch)
-        if permutation is None:
-            permutation = self._shuffle(epoch)
-            # Samples of the epoch before may still wait in the packer's window; older ones are made again when asked for.
-            self._permutations = {e: p for e, p in self._permutations.items() if e == epoch - 1}
-            self._permutations[epoch] = permutation
-        return int(permutation[position])
-
-    def _shuffle(self, epoch: int) -> npt.NDArray[np.int64]:
-        key = hashlib.sha256(f"megavlm order 1|{self.seed}|{self.name}|{epoch}".encode()).digest()
-        words = np.random.PCG64(int.from_bytes(key, "little")).random_raw(self.num_rows)
-        return np.argsort(words, kind="stable")
-
-
 class Mixture:
-    """Draws sources in proportion to their weights, deterministically, never one sample or more from the exact share.
+    """Draws sources so that no count is ever one sample or more from its target (`megavlm.data.shares.Target`).
 
-    The choice is Tijdeman's ("The chairman assignment problem", Discrete Mathematics 32, 1980): of the sources whose deficit
-    (share due after this draw - samples given) is at least 1/(2k-2), the one that would first fall 1 - 1/(2k-2) behind. For k sources
-    no count is ever further than 1 - 1/(2k-2) from weight x draws. The plain rule of the largest deficit has no
-    such bound: with weights 1, 5, 13, 56, 56 it is 1.07 samples off after 68 draws. Weights are exact fractions: no float drift.
+    The choice is Tijdeman's ("The chairman assignment problem", Discrete Mathematics 32, 1980), which holds for any shares as long as
+    they are known ahead: with k sources and c = 1/(2k-2), sample j of source i may be given from the first draw with T_i >= j + c on,
+    and has to be before T_i exceeds j + 1 - c; of those that may, the one that has to soonest is given. Every one is in time, and no
+    count is further than 1 - c from its target. The plain rule of the largest deficit has no such bound: with weights 1, 5,
+    13, 56, 56 it is 1.07 samples off after 68 draws. All numbers are whole: no float drift.
+
+    `entries`: each source's part in the stage. `sources`: its rows and mean length. `rate`: summed length of the samples of one step,
+    for given shares of the sources (asked only where weights change). `counters`: what `counters` said; the stream goes on there.
 
     Raises:
-        MixtureError: no weight above 0, a negative or infinite weight, or a weight above 0 on a source without samples.
+        MixtureError: no weight above 0 at some step, a source without rows, a cap below one sample.
     """
 
     def __init__(
-        self, weights: Mapping[str, float], num_rows: Mapping[str, int], seed: int, counters: Mapping[str, int] | None = None
+        self,
+        entries: Mapping[str, MixtureEntry],
+        sources: Mapping[str, Source],
+        seed: int,
+        counters: Mapping[str, int] | None = None,
+        rate: Rate = lambda shares: Fraction(1),
     ) -> None:
-        used = {name: weight for name, weight in sorted(weights.items()) if weight != 0}
-        for name, weight in used.items():
-            if not 0 < weight < float("inf"):
-                raise MixtureError(f"mixture weight of {name!r} is {weight}: it must be a finite number, 0 or more")
-        if not used:
+        self.sources: tuple[str, ...] = tuple(sorted(name for name, entry in entries.items() if entry.is_used))
+        if not self.sources:
             raise MixtureError("mixture has no source with a weight above 0")
-        self.sources: tuple[str, ...] = tuple(used)
-        self.orders = {name: SourceOrder(name, num_rows[name], seed) for name in used}
-        fractions = [Fraction(weight) for weight in used.values()]
-        common = lcm(*(f.denominator for f in fractions))
-        self._shares = [int(f * common) for f in fractions]
-        self._whole = sum(self._shares)
-        self._counts = [int((counters or {}).get(name, 0)) for name in used]
+        try:
+            self.orders = {name: SourceOrder(name, sources[name].num_rows, seed) for name in self.sources}
+        except OrderError as error:
+            raise MixtureError(str(error)) from None
+        self.target = Target(self.sources, [entries[name] for name in self.sources], [sources[name] for name in self.sources], rate)
+        self._margin = self.target.unit // max(2 * len(self.sources) - 2, 2)
+        self._counts = [int((counters or {}).get(name, 0)) for name in self.sources]
         self._draws = sum(self._counts)
+        # (deadline, source) of samples that may be given now; (release, source, deadline) of those that may not yet.
+        self._ready: list[tuple[int, int]] = []
+        self._later: list[tuple[int, int, int]] = []
+        for i in range(len(self.sources)):
+            self._queue(i)
 
     @property
     def counters(self) -> dict[str, int]:
@@ -113,32 +90,37 @@ class Mixture:
         return {name: count / self.orders[name].num_rows for name, count in self.counters.items()}
 
     def draw(self) -> Draw:
-        """The next sample."""
-        chosen = self._choose()
-        name, number = self.sources[chosen], self._counts[chosen]
-        drawn = Draw(name, number, self.orders[name].row(number), self._draws)
+        """The next sample.
+
+        Raises:
+            MixtureEnd: every source has reached its cap.
+        """
+        ordinal = self._draws
+        if self.target.end_draws is not None and ordinal >= self.target.end_draws:
+            raise MixtureEnd(f"all sources have reached mixture.*.max_epochs after {ordinal} samples: {self.counters}")
+        later, ready = self._later, self._ready
+        while later and later[0][0] <= ordinal + 1:
+            _, source, deadline = heapq.heappop(later)
+            heapq.heappush(ready, (deadline, source))
+        # The deficits add up to 1, so that one of k is at least 1/k >= 1/(2k-2).
+        assert ready, "no source is due"
+        deadline, chosen = heapq.heappop(ready)
+        assert deadline > ordinal, "a sample is too late"
+        number = self._counts[chosen]
         self._counts[chosen] += 1
         self._draws += 1
-        return drawn
+        self._queue(chosen)
+        name = self.sources[chosen]
+        return Draw(name, number, self.orders[name].row(number), ordinal)
 
     def row(self, source: str, number: int) -> int:
         """Row of the `number`-th draw of `source`."""
         return self.orders[source].row(number)
 
-    def _choose(self) -> int:
-        """Index of the next source. Everything is scaled by the sum of the weights, times 2k-2: exact integers."""
-        if len(self.sources) == 1:
-            return 0
-        scale = 2 * len(self.sources) - 2
-        best, best_room = -1, 0
-        for i, (share, count) in enumerate(zip(self._shares, self._counts, strict=True)):
-            deficit = scale * (share * (self._draws + 1) - count * self._whole)
-            if deficit < self._whole:
-                continue
-            room = (scale - 1) * self._whole - deficit
-            # room / share = draws until this source is too far behind; compare fractions by their cross products.
-            if best < 0 or room * self._shares[best] < best_room * share:
-                best, best_room = i, room
-        # The deficits add up to 1, so that one of k is at least 1/k >= 1/(2k-2).
-        assert best >= 0, "no source is due"
-        return best
+    def _queue(self, source: int) -> None:
+        """Reckon when the source's next sample may and has to be given."""
+        level = self._counts[source] * self.target.unit
+        release = self.target.first_at_least(source, level + self._margin)
+        if release < NEVER:
+            deadline = self.target.first_above(source, level + self.target.unit - self._margin)
+            heapq.heappush(self._later, (release, source, deadline))

@@ -8,69 +8,50 @@ Computed from metadata alone, identically on every rank, without communication. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Protocol
-
-import numpy as np
-import numpy.typing as npt
+from fractions import Fraction
+from typing import Any
 
 from megavlm.config.schema import DataConfig, ModelConfig, StageConfig
-from megavlm.data.mixture import Draw, Mixture
-from megavlm.data.packing import Budget, Packer, Waiting
+from megavlm.data.mixture import Draw, Mixture, MixtureEnd, Source
+from megavlm.data.packing import Packer, Waiting
+from megavlm.data.plan_columns import Columns, Index, PlanError, expected_fill, pack_budget
+from megavlm.data.plan_cursor import CursorError, Stream, check_cursor, identity
 from megavlm.data.types import PackPlan, SampleRef, StepPlan
-from megavlm.planner.balance import balance
+from megavlm.planner.balance import deal
 from megavlm.planner.flops import FlopsModel, VisionWork
 from megavlm.topology.table import human_count, text_table
 
-CURSOR_VERSION = 1
-"""Raised whenever the same cursor would lead to other packs: order, mixture rule, packing."""
+__all__ = ["CursorError", "Index", "PlanError", "StepPlanner", "step_table"]
 
-
-class PlanError(ValueError):
-    """Data, stage and layout do not fit together."""
-
-
-class CursorError(ValueError):
-    """A cursor that belongs to other data or another plan."""
-
-
-class Index(Protocol):
-    """What planning needs of a source's SampleIndex: a row a sample, metadata only."""
-
-    @property
-    def length_tokens(self) -> npt.NDArray[np.integer]: ...
-    @property
-    def num_tiles(self) -> npt.NDArray[np.integer]: ...
-    @property
-    def num_patches(self) -> npt.NDArray[np.integer]: ...
-    @property
-    def patch_pairs(self) -> npt.NDArray[np.integer]: ...
-    @property
-    def num_targets(self) -> npt.NDArray[np.integer]: ...
-    @property
-    def fingerprint(self) -> str: ...
-    def __len__(self) -> int: ...
+ESTIMATE_MARGIN = 1.01
+"""A stage is refused before it starts if its sources are expected to end this much too early."""
 
 
 class StepPlanner:
-    """The endless stream of steps of one stage.
+    """The stream of steps of one stage.
 
     `indexes`: source name -> index; sources of the mixture with weight 0 may be missing. `cursor`: a `StepPlan.cursor_after` of the
     same stage; the stream goes on behind that step, with any data-parallel size. For the objective vision_classification a sample
     counts 1 and the budget is `stage.images_per_pack`: `lengths_tokens` of its packs are ones.
 
     Each plan's `statistics`:
-        pack_fill            tokens in the step's packs / their budget
-        samples              samples in the step
-        oldest_wait_samples  samples drawn since the oldest waiting one was
-        flops_imbalance      FLOPs of the busiest rank / mean over ranks: 1 is perfect
-        epochs/<source>      passes over the source so far, samples that wait included
+        pack_fill             tokens in the step's packs / their budget
+        samples               samples in the step
+        oldest_wait_samples   samples drawn since the oldest waiting one was
+        flops_imbalance       FLOPs of the busiest rank / mean over ranks: 1 is perfect
+        vision_imbalance      the same of the FLOPs of encoder and projector, which may have pipeline stages of their own
+        microbatch_imbalance  FLOPs if all ranks waited for each other at every microbatch / mean over ranks
+        curriculum_lag_steps  only where weights change: how many steps later than the recipe says the shares of this step are due
+                              (they are planned ahead from expected numbers of samples a step)
+        epochs/<source>       passes over the source so far, samples that wait included
 
     Raises:
         PlanError: packs_per_step is not dp_size x num_microbatches x micro_batch_packs; a source is missing; samples that break a
-            budget or that the objective cannot use (how many, and which is the worst).
-        CursorError: the cursor was made with other indexes, seed, budgets or mixture: all differences are named.
+            budget or that the objective cannot use (how many, and which is the worst); max_epochs that end before the stage does.
+        MixtureError: a mixture that cannot be drawn from.
+        CursorError: the cursor was made with other indexes, tokenizer, settings, seed, budgets or mixture: all differences are named.
     """
 
     def __init__(
@@ -83,7 +64,7 @@ class StepPlanner:
         seed: int,
         dp_size: int,
         num_microbatches: int,
-        cursor: Mapping[str, object] | None = None,
+        cursor: Mapping[str, Any] | None = None,
     ) -> None:
         if dp_size * num_microbatches * stage.micro_batch_packs != stage.packs_per_step:
             raise PlanError(
@@ -91,21 +72,20 @@ class StepPlanner:
                 f"micro_batch_packs={stage.micro_batch_packs} = {dp_size * num_microbatches * stage.micro_batch_packs} packs, "
                 f"but packs_per_step={stage.packs_per_step}"
             )
-        self._stage, self._dp_size, self._num_microbatches, self._seed = stage, dp_size, num_microbatches, seed
-        weights = {name: float(entry.weight) for name, entry in stage.mixture_entries.items() if not isinstance(entry.weight, dict | None)}
-        if missing := sorted(set(weights) - set(indexes)):
+        self._stage, self._data, self._dp_size, self._num_microbatches, self._seed = stage, data, dp_size, num_microbatches, seed
+        if missing := sorted(set(stage.sources) - set(indexes)):
             raise PlanError(f"stage {stage.name!r}: the mixture names sources without an index: {', '.join(missing)}")
-        self._columns = {name: _Columns(name, indexes[name], stage, data) for name in sorted(weights)}
+        self._columns = {name: Columns(name, indexes[name], stage, data) for name in sorted(stage.sources)}
         self._flops = FlopsModel(model, stage)
-        self._identity = _identity(self._columns, weights, stage, data, seed)
+        self._identity = identity(self._columns, stage, data, model, seed)
         if cursor is not None:
-            _check_cursor(cursor, self._identity)
-        counters = dict(cursor["counters"]) if cursor is not None else None  # type: ignore[call-overload]
-        self._step = int(cursor["step"]) if cursor is not None else 0  # type: ignore[call-overload]
-        self._mixture = Mixture(weights, {name: columns.num_rows for name, columns in self._columns.items()}, seed, counters)
-        self._packer: Packer[Draw] = Packer(_budget(stage, data), data.pack_window_samples, packing=data.packing)
-        if cursor is not None:
-            self._packer.waiting = self._restore_waiting(cursor["waiting"])  # type: ignore[arg-type]
+            check_cursor(cursor, self._identity)
+        self._step = int(cursor["step"]) if cursor is not None else 0
+        self._stream = Stream(self._open_mixture, cursor)
+        self._mixture = self._stream.mixture
+        self._refuse_early_end()
+        waiting = [self._waiting(draw) for draw in self._stream.held]
+        self._packer: Packer[Draw] = Packer(pack_budget(stage, data), data.pack_window_samples, packing=data.packing, waiting=waiting)
 
     @property
     def step(self) -> int:
@@ -113,46 +93,67 @@ class StepPlanner:
         return self._step
 
     def next(self) -> StepPlan:
-        """Plan one step."""
+        """Plan one step.
+
+        Raises:
+            PlanError: every source has reached its max_epochs and what is left does not fill the step's packs.
+        """
         packs = [self._next_pack() for _ in range(self._stage.packs_per_step)]
-        ranks = balance([pack.flops for pack in packs], self._dp_size)
-        assignment = tuple(self._microbatches([packs[i] for i in items]) for items in ranks)
+        vision = [self._flops.total((), pack.vision, 0) for pack in packs]
+        costs = [(pack.flops, float(part)) for pack, part in zip(packs, vision, strict=True)]
+        dealt = deal(costs, self._dp_size, self._num_microbatches)
+        assignment = tuple(tuple(tuple(packs[i] for i in items) for items in rank) for rank in dealt)
         step, self._step = self._step, self._step + 1
-        return StepPlan(step=step, assignment=assignment, cursor_after=self.cursor(), statistics=self._statistics(packs, assignment))
+        return StepPlan(step=step, assignment=assignment, cursor_after=self.cursor(), statistics=self._statistics(packs, costs, dealt))
 
     def cursor(self) -> dict[str, object]:
-        """JSON-serialisable state from which `next` goes on.
+        """JSON-serialisable state from which `next` goes on: what the plan depends on, `step`, and `Stream.position`."""
+        return {**deepcopy(self._identity), "step": self._step, **self._stream.position(w.arrival for w in self._packer.waiting)}
 
-        Waiting samples are stored as three lists: source (place in `sources`), draws of that source since, draws of all since.
-        """
-        counters, draws, waiting = self._mixture.counters, self._mixture.num_draws, self._packer.waiting
-        place = {name: i for i, name in enumerate(self._mixture.sources)}
-        return {
-            **deepcopy(self._identity),
-            "step": self._step,
-            "counters": counters,
-            "waiting": {
-                "source": [place[w.sample.source] for w in waiting],
-                "behind": [counters[w.sample.source] - w.sample.number for w in waiting],
-                "age": [draws - w.sample.ordinal for w in waiting],
-            },
+    def _open_mixture(self, counters: Mapping[str, int]) -> Mixture:
+        """The stage's mixture at given counters."""
+        stage, data, entries = self._stage, self._data, self._stage.mixture_entries
+        budget = pack_budget(stage, data)
+        # Lengths only matter for when something changes.
+        changes = any(isinstance(entry.weight, dict) or entry.max_epochs is not None for entry in entries.values())
+        counts_tokens = changes and data.packing
+        sources = {
+            name: Source(columns.num_rows, columns.mean_length) if counts_tokens and columns.num_rows else Source(columns.num_rows)
+            for name, columns in self._columns.items()
         }
 
-    def _restore_waiting(self, stored: Mapping[str, list[int]]) -> list[Waiting[Draw]]:
-        sources, counters, draws = self._mixture.sources, self._mixture.counters, self._mixture.num_draws
-        waiting = []
-        for place, behind, age in zip(stored["source"], stored["behind"], stored["age"], strict=True):
-            source = sources[place]
-            number = counters[source] - behind
-            waiting.append(self._waiting(Draw(source, number, self._mixture.row(source, number), draws - age)))
-        return waiting
+        def tokens_per_step(shares: Mapping[str, Fraction]) -> Fraction:
+            if not counts_tokens:
+                return Fraction(stage.packs_per_step)
+            return stage.packs_per_step * budget.length * expected_fill(self._columns, shares, budget, data.pack_window_samples)
+
+        return Mixture(entries, sources, self._seed, counters, tokens_per_step)
+
+    def _refuse_early_end(self) -> None:
+        end = self._mixture.target.end_step
+        if end is not None and end * ESTIMATE_MARGIN < self._stage.steps:
+            raise PlanError(
+                f"stage {self._stage.name!r}: all sources reach mixture.*.max_epochs after {self._mixture.target.end_draws} samples, about "
+                f"{end:.0f} steps, but steps={self._stage.steps}: raise max_epochs, or set steps to about {int(end)}"
+            )
 
     def _waiting(self, draw: Draw) -> Waiting[Draw]:
         columns = self._columns[draw.source]
-        return Waiting(int(columns.lengths[draw.row]), int(columns.patches[draw.row]), draw)
+        return Waiting(int(columns.lengths[draw.row]), int(columns.patches[draw.row]), draw, draw.ordinal)
+
+    def _draw(self) -> Waiting[Draw] | None:
+        try:
+            return self._waiting(self._stream.draw())
+        except MixtureEnd:
+            return None
 
     def _next_pack(self) -> PackPlan:
-        chosen = self._packer.next_pack(lambda: self._waiting(self._mixture.draw()))
+        chosen = self._packer.next_pack(self._draw)
+        if not chosen:
+            raise PlanError(
+                f"stage {self._stage.name!r}: the data end in step {self._step} of {self._stage.steps}: all sources have reached "
+                f"mixture.*.max_epochs after {self._mixture.num_draws} samples. Raise max_epochs, or set steps to {self._step}"
+            )
         lengths = tuple(w.length for w in chosen)
         work = VisionWork.total(self._columns[w.sample.source].work(w.sample.row) for w in chosen)
         num_targets = sum(int(self._columns[w.sample.source].targets[w.sample.row]) for w in chosen)
@@ -164,21 +165,31 @@ class StepPlanner:
             flops=float(self._flops.total(lengths, work, num_targets)),
         )
 
-    def _microbatches(self, packs: list[PackPlan]) -> tuple[tuple[PackPlan, ...], ...]:
-        """One rank's packs as microbatches of about equal cost, costliest first."""
-        groups = [[packs[i] for i in items] for items in balance([pack.flops for pack in packs], self._num_microbatches)]
-        return tuple(tuple(group) for group in sorted(groups, key=lambda group: -sum(pack.flops for pack in group)))
-
-    def _statistics(self, packs: list[PackPlan], assignment: tuple[tuple[tuple[PackPlan, ...], ...], ...]) -> dict[str, float]:
-        flops = [sum(pack.flops for group in rank for pack in group) for rank in assignment]
-        draws = self._mixture.num_draws
-        return {
+    def _statistics(self, packs: list[PackPlan], costs: Sequence[tuple[float, float]], dealt: list[list[list[int]]]) -> dict[str, float]:
+        draws, waiting = self._mixture.num_draws, self._packer.waiting
+        # Indexed by part, rank, microbatch.
+        work = [[[sum(costs[i][part] for i in items) for items in rank] for rank in dealt] for part in (0, 1)]
+        statistics = {
             "pack_fill": sum(sum(pack.lengths_tokens) for pack in packs) / (len(packs) * self._packer.budget.length),
             "samples": float(sum(len(pack.samples) for pack in packs)),
-            "oldest_wait_samples": float(max((draws - w.sample.ordinal for w in self._packer.waiting), default=0)),
-            "flops_imbalance": max(flops) * len(flops) / sum(flops) if sum(flops) else 1.0,
-            **{f"epochs/{name}": epochs for name, epochs in self._mixture.epochs.items()},
+            "oldest_wait_samples": float(max((draws - w.arrival for w in waiting), default=0)),
+            "flops_imbalance": _over_mean([sum(rank) for rank in work[0]]),
+            "vision_imbalance": _over_mean([sum(rank) for rank in work[1]]),
+            "microbatch_imbalance": _lockstep(work[0]),
         }
+        if self._mixture.target.has_steps:
+            statistics["curriculum_lag_steps"] = self._step - self._mixture.target.step_at(draws - len(waiting))
+        return statistics | {f"epochs/{name}": epochs for name, epochs in self._mixture.epochs.items()}
+
+
+def _over_mean(loads: Sequence[float]) -> float:
+    return max(loads) * len(loads) / sum(loads) if sum(loads) else 1.0
+
+
+def _lockstep(work: Sequence[Sequence[float]]) -> float:
+    """Summed cost of the costliest of each microbatch / mean over ranks of their sums; `work` is [rank][microbatch]."""
+    mean = sum(map(sum, work)) / len(work)
+    return sum(map(max, zip(*work, strict=True))) / mean if mean else 1.0
 
 
 def step_table(plan: StepPlan) -> str:
@@ -201,99 +212,3 @@ def step_table(plan: StepPlan) -> str:
     header = ("data rank", "microbatches", "packs", "samples", "tokens", "tiles", "targets", "FLOPs")
     statistics = ", ".join(f"{name} {value:.4g}" for name, value in plan.statistics.items())
     return text_table(header, rows, f"step {plan.step}: {statistics}")
-
-
-class _Columns:
-    """The columns of one source that planning reads, checked against the stage's budgets."""
-
-    def __init__(self, name: str, index: Index, stage: StageConfig, data: DataConfig) -> None:
-        self.num_rows, self.fingerprint = len(index), str(index.fingerprint)
-        self.tiles, self.patches, self.pairs = (np.asarray(c) for c in (index.num_tiles, index.num_patches, index.patch_pairs))
-        self.targets = np.asarray(index.num_targets)
-        images_only = stage.objective == "vision_classification"
-        self.lengths = np.ones(self.num_rows, dtype=np.int64) if images_only else np.asarray(index.length_tokens)
-        for column in (self.lengths, self.tiles, self.patches, self.pairs, self.targets):
-            assert column.shape == (self.num_rows,), f"index of {name!r}: a column has shape {column.shape}, not ({self.num_rows},)"
-        where = f"stage {stage.name!r}, source {name!r}"
-        if images_only:
-            _refuse(
-                where,
-                self.tiles < 1,
-                self.tiles,
-                "have no image, and vision_classification trains on images",
-                "filter by data.sources.*.tasks",
-            )
-        else:
-            _refuse(where, self.lengths < 1, self.lengths, "have no token", "remove them from the shards")
-            advice = "raise it, lower data.image.max_tiles, or remove them from the shards: megavlm never truncates"
-            over = f"are longer than data.seq_len_tokens={data.seq_len_tokens}"
-            _refuse(where, self.lengths > data.seq_len_tokens, self.lengths, over, advice)
-        if stage.objective == "text":
-            _refuse(where, self.tiles > 0, self.tiles, "have images, and objective text takes none", "filter by data.sources.*.tasks")
-        if (most := data.max_patches_per_pack) is not None:
-            over = f"have more patches than data.max_patches_per_pack={most}"
-            _refuse(where, self.patches > most, self.patches, over, "raise it or lower data.image.max_tokens_per_sample")
-
-    def work(self, row: int) -> VisionWork:
-        """Of one sample's pictures."""
-        return VisionWork(int(self.tiles[row]), int(self.patches[row]), int(self.pairs[row]))
-
-
-def _refuse(where: str, bad: npt.NDArray[np.bool_], values: npt.NDArray[np.integer], what: str, advice: str) -> None:
-    """Raise PlanError when any row is bad, naming how many there are and the worst of them."""
-    if count := int(np.count_nonzero(bad)):
-        rows = np.flatnonzero(bad)
-        worst = int(rows[int(np.argmax(values[rows]))])
-        raise PlanError(f"{where}: {count} of {len(bad)} samples {what} (row {worst} has {int(values[worst])}): {advice}")
-
-
-def _budget(stage: StageConfig, data: DataConfig) -> Budget:
-    """Hard budgets of one pack."""
-    if stage.objective != "vision_classification":
-        return Budget(data.seq_len_tokens, data.max_patches_per_pack)
-    # A fixed number of equal tiles: the budget on patches says nothing that images_per_pack does not.
-    return Budget(stage.images_per_pack)
-
-
-def _identity(
-    columns: Mapping[str, _Columns], weights: Mapping[str, float], stage: StageConfig, data: DataConfig, seed: int
-) -> dict[str, object]:
-    """Everything that the global packs depend on, besides the position in the stream."""
-    budgets: dict[str, object] = {
-        "objective": stage.objective,
-        "packs_per_step": stage.packs_per_step,
-        "pack_window_samples": data.pack_window_samples,
-        "max_patches_per_pack": data.max_patches_per_pack,
-        "packing": data.packing,
-    }
-    classification = stage.objective == "vision_classification"
-    budgets |= {"images_per_pack": stage.images_per_pack} if classification else {"seq_len_tokens": data.seq_len_tokens}
-    return {
-        "version": CURSOR_VERSION,
-        "seed": seed,
-        "budgets": budgets,
-        "mixture": {name: float(weights[name]) for name in sorted(weights)},
-        "fingerprints": {name: columns[name].fingerprint for name in sorted(columns)},
-    }
-
-
-def _check_cursor(cursor: Mapping[str, object], identity: Mapping[str, object]) -> None:
-    """Refuse a cursor that would lead to other packs than it promises, naming every difference."""
-    if absent := [key for key in (*identity, "step", "counters", "waiting") if key not in cursor]:
-        raise CursorError(f"this is no data cursor: it lacks {', '.join(absent)}")
-    changes = []
-    for key, now in identity.items():
-        then = cursor[key]
-        if not isinstance(now, Mapping) or not isinstance(then, Mapping):
-            if then != now:
-                changes.append(f"{key}: {then!r} then, {now!r} now")
-            continue
-        for name in sorted(set(now) | set(then)):
-            if then.get(name, "absent") != now.get(name, "absent"):
-                changes.append(f"{key}.{name}: {then.get(name, 'absent')!r} then, {now.get(name, 'absent')!r} now")
-    if changes:
-        raise CursorError(
-            "cannot resume the data stream, because what it depends on has changed:\n  "
-            + "\n  ".join(changes)
-            + "\nset these back, or start the changed data as a new stage"
-        )

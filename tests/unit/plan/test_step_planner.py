@@ -117,10 +117,11 @@ def test_one_source_is_drawn_exactly_once_an_epoch(packing):
         seen.update(s.row for pack in packs(plan) for s in pack.samples)
         waiting = plan.cursor_after["waiting"]
         drawn = plan.cursor_after["counters"]["pages"]
-        assert sum(seen.values()) + len(waiting["source"]) == drawn
+        held = [drawn - sum(waiting["behind"].values()) + i for i in range(5000) if int(waiting["held"], 16) >> i & 1]
+        assert sum(seen.values()) + len(held) == drawn
         assert plan.statistics["epochs/pages"] == drawn / 230
         # Trained and waiting together: every row once an epoch, and once more for part of the last.
-        together = seen + Counter(steps._mixture.row("pages", drawn - behind) for behind in waiting["behind"])
+        together = seen + Counter(steps._mixture.row("pages", number) for number in held)
         assert {together[row] for row in range(230)} <= {drawn // 230, -(-drawn // 230)}
         if not packing:
             assert max(seen.values()) - min(seen[row] for row in range(230)) <= 1
@@ -145,7 +146,7 @@ def test_statistics_and_table():
         ranks = [sum(pack.flops for group in rank for pack in group) for rank in plan.assignment]
         assert plan.statistics["flops_imbalance"] == pytest.approx(max(ranks) / np.mean(ranks))
         assert plan.statistics["flops_imbalance"] < 1.1
-        assert 30 <= plan.statistics["oldest_wait_samples"] <= 48 * 8
+        assert 20 <= plan.statistics["oldest_wait_samples"] <= 48 * 8
     lines = step_table(plans[0]).splitlines()
     assert "pack_fill" in lines[0] and len(lines) == 5 and lines[-1].split()[:3] == ["1", "4", "4"]
 
