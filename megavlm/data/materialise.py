@@ -20,6 +20,7 @@ from megavlm.data.collate import Piece, collate
 from megavlm.data.decode import ImageDecoder, make_decoder
 from megavlm.data.images import ImageError
 from megavlm.data.index import SampleIndex, sample_grids
+from megavlm.data.loss_weights import target_weights
 from megavlm.data.resizing import PictureGrid, make_resizing
 from megavlm.data.shards import Sample
 from megavlm.data.tokenizer import Tokenizer
@@ -146,7 +147,9 @@ class Materialiser:
         )
 
     def _target_weight(self, source: str, sample: Sample, num_targets: int) -> float:
-        return sample.weight * self.recipe.data.sources[source].loss_weight * self.stage.loss.task_weights.get(sample.task, 1.0)
+        loss = self.stage.loss
+        source_weight = self.recipe.data.sources[source].loss_weight
+        return target_weights(num_targets, sample.weight, source_weight, loss.task_weights.get(sample.task, 1.0), loss.averaging)
 
     def _pixels(self, index: SampleIndex, row: int, sample: Sample, grids: list[PictureGrid]) -> tuple[list[torch.Tensor], str | None]:
         """uint8 pixels of each picture (empty without `needs_tiles`), and why one of them could not be read."""

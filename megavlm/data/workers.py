@@ -29,7 +29,7 @@ from megavlm.data.bad_samples import BadDataError
 from megavlm.data.batch_memory import read_batch
 from megavlm.data.index import SampleIndex
 from megavlm.data.materialise import Materialiser
-from megavlm.data.tokenizer import Tokenizer, load_tokenizer
+from megavlm.data.tokenizer import load_tokenizer
 from megavlm.data.types import PackedBatch, PackPlan, SampleRef
 
 MAX_ATTEMPTS = 3
@@ -56,7 +56,7 @@ class WorkerSetup:
     def open(self) -> Materialiser:
         """The worker's own Materialiser. Raises WorkerError when the tokenizer's files changed since the run began."""
         torch.set_num_threads(1)
-        tokenizer: Tokenizer = load_tokenizer(self.recipe.data.tokenizer)
+        tokenizer = load_tokenizer(self.recipe.data.tokenizer, self.recipe.data.image_token)
         if tokenizer.fingerprint != self.tokenizer_fingerprint:
             raise WorkerError(f"{self.recipe.data.tokenizer} changed while the run was going on: start the run again")
         return Materialiser(self.recipe, self.stage, self.indexes, tokenizer, needs_tiles=self.needs_tiles, check_images=self.check_images)

@@ -65,7 +65,7 @@ class RunData:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.tokenizer = load_tokenizer(recipe.data.tokenizer)
+        self.tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.data.image_token)
         if self.tokenizer.vocab_size > recipe.model.language.vocab_size:
             raise ValueError(
                 f"{recipe.data.tokenizer} has {self.tokenizer.vocab_size} tokens, but model.language.vocab_size is "

@@ -96,6 +96,33 @@ def test_image_rows_hold_the_pictures_of_the_samples_in_order(setup, tokenizer, 
         np.testing.assert_array_equal(tile.permute(1, 2, 0).numpy(), original)
 
 
+@pytest.mark.parametrize(("averaging", "power"), [("token", 0), ("square", -0.5), ("sample", -1)])
+def test_a_targets_weight_is_the_samples_times_sources_times_tasks(make_recipe, tokenizer, averaging, power):
+    loss = {"averaging": averaging, "task_weights": {"read": 0.25, "absent": 9.0}}
+    recipe = make_recipe(stage={"loss": loss}, source={"loss_weight": 3.0})
+    indexes = indexes_of(recipe, tokenizer)
+    batch = Materialiser(recipe, recipe.stages[0], indexes, tokenizer, needs_tiles=True)([pack(indexes, 0, 1, 2)])
+    for segment, weight in enumerate((3.0, 0.5 * 3.0 * 0.25, 3.0)):  # s001 has weight 0.5 and task "read"
+        found = batch.target_weights_Q[batch.target_segments_Q == segment]
+        torch.testing.assert_close(found, torch.full_like(found, weight * len(found) ** power))
+
+
+@pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP"])
+def test_targets_of_a_picture_cut_short_do_not_count(make_recipe, tokenizer, tmp_path, png, fmt):
+    """Its header is whole, so it is indexed; a decoder may fill the rest with grey, and the text would be learned without its picture."""
+    whole, other = png(64, 48, fmt=fmt), png(16, 16, fmt=fmt)
+    talk = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "a"}]
+    with ShardWriter(tmp_path / "b") as writer:
+        writer.write("cut", {"task": "t", "split": "train", "messages": talk}, [whole[: len(whole) * 2 // 3]])
+        writer.write("whole", {"task": "t", "split": "train", "messages": talk}, [other])
+    recipe = make_recipe(source={"path": str(tmp_path / "b")})
+    indexes = indexes_of(recipe, tokenizer)
+    batch = Materialiser(recipe, recipe.stages[0], indexes, tokenizer, needs_tiles=True)([pack(indexes, 0, 1)])
+    assert [r["key"] for r in batch.metadata["bad_samples"]] == ["cut"]
+    assert (batch.target_weights_Q > 0).tolist() == (batch.target_segments_Q == 1).tolist()
+    assert set(batch.target_segments_Q.tolist()) == {0, 1}
+
+
 def test_ranks_without_encoder_get_everything_but_tiles(setup, tokenizer):
     recipe, indexes, with_tiles = setup
     plan = [pack(indexes, 2, 1)]
