@@ -107,10 +107,9 @@ def test_a_targets_weight_is_the_samples_times_sources_times_tasks(make_recipe, 
         torch.testing.assert_close(found, torch.full_like(found, weight * len(found) ** power))
 
 
-@pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP"])
-def test_targets_of_a_picture_cut_short_do_not_count(make_recipe, tokenizer, tmp_path, png, fmt):
+def test_targets_of_a_picture_cut_short_do_not_count(make_recipe, tokenizer, tmp_path, png):
     """Its header is whole, so it is indexed; a decoder may fill the rest with grey, and the text would be learned without its picture."""
-    whole, other = png(64, 48, fmt=fmt), png(16, 16, fmt=fmt)
+    whole, other = png(64, 48, fmt="JPEG"), png(16, 16)
     talk = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "a"}]
     with ShardWriter(tmp_path / "b") as writer:
         writer.write("cut", {"task": "t", "split": "train", "messages": talk}, [whole[: len(whole) * 2 // 3]])
