@@ -91,7 +91,8 @@ def count_tokens(catalog: Catalog, rows: np.ndarray, chat: Chat, progress: bool 
     problems: dict[bytes, str] = {}
     if absent.any():
         positions = np.flatnonzero(absent)
-        _, first = np.unique(np.array(hashes.take(pa.array(positions)).to_pylist(), dtype="V16"), return_index=True)
+        codes = hashes.take(pa.array(positions)).dictionary_encode().indices.to_numpy()
+        _, first = np.unique(codes, return_index=True)  # equal content is tokenised once
         new, problems = _tokenise(catalog, rows[np.sort(positions[first])], chat, progress, num_workers)
         table = pa.concat_tables([table, new]).combine_chunks()
         if new.num_rows:
@@ -99,8 +100,8 @@ def count_tokens(catalog: Catalog, rows: np.ndarray, chat: Chat, progress: bool 
         at = pc.index_in(hashes, value_set=table["content_hash"].combine_chunks())
     taken = table.select(["num_tokens", "num_targets", "ids_hash"]).take(at)
     columns = [pc.fill_null(taken[c], v).to_numpy() for c, v in (("num_tokens", -1), ("num_targets", 0), ("ids_hash", 0))]
-    bad = np.flatnonzero(at.is_null().to_numpy(zero_copy_only=False)) if problems else []
-    return TokenCounts(*columns, {int(p): problems[hashes[int(p)].as_py()] for p in bad})
+    bad = np.flatnonzero(at.is_null().to_numpy(zero_copy_only=False)).tolist()
+    return TokenCounts(columns[0], columns[1], columns[2], {p: problems[hashes[p].as_py()] for p in bad})
 
 
 def table_key(chat: Chat) -> str:

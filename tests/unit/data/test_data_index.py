@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from megavlm.data import catalog, token_table
 from megavlm.data import index as index_module
 from megavlm.data.index import SampleIndexError, build_index
+from megavlm.data.sample_index import COLUMN_TYPES
 from megavlm.data.shards import ShardWriter
 from megavlm.data.tokenizer import train_sentencepiece
 
@@ -29,10 +32,24 @@ def build(make_recipe, tokenizer):
 
 @pytest.fixture
 def scans(monkeypatch):
-    """Counts real scans."""
+    """Counts how often an index is put together instead of opened."""
     count = []
-    real = index_module._scan
-    monkeypatch.setattr(index_module, "_scan", lambda *a, **k: count.append(1) or real(*a, **k))
+    real = index_module._assemble
+    monkeypatch.setattr(index_module, "_assemble", lambda *a, **k: count.append(1) or real(*a, **k))
+    return count
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """Counts scanned shards and tokenised conversations."""
+    count = Counter()
+
+    def counted(module, name):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: count.update([name]) or real(*a, **k))
+
+    counted(catalog, "shard_table")
+    counted(token_table, "encode_text")
     return count
 
 
@@ -72,7 +89,7 @@ def test_second_call_reads_the_cache_and_gives_the_same(build, scans):
     first, second = build(), build()
     assert len(scans) == 1
     assert first.fingerprint == second.fingerprint
-    for name in index_module._COLUMNS:
+    for name in ("keys", *COLUMN_TYPES):
         np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
     assert second.sample(7) == first.sample(7)
 
@@ -118,7 +135,7 @@ def test_fingerprint_survives_a_copy_of_the_data(build, shards, tmp_path):
 
 def test_damaged_cache_is_built_again(build, shards, scans):
     first = build()
-    (cache,) = (shards / ".megavlm-index").iterdir()
+    (cache,) = (shards / ".megavlm-index").glob("*.arrow")
     cache.write_bytes(cache.read_bytes()[:500])
     assert build().fingerprint == first.fingerprint
     assert len(scans) == 2
@@ -130,14 +147,15 @@ def test_read_only_data_are_cached_in_the_users_folder(build, shards, scans, tmp
     build()
     build()
     assert len(scans) == 1
-    assert len(list((tmp_path / "cache/megavlm/index").iterdir())) == 1
+    (place,) = (tmp_path / "cache/megavlm/index").iterdir()
+    assert sorted(p.suffix for p in place.iterdir()) == [".arrow", ".parquet"]
 
 
 def test_ranks_may_build_at_once(build, shards):
     with ThreadPoolExecutor(4) as pool:
         prints = {f.result().fingerprint for f in [pool.submit(build) for _ in range(4)]}
     assert len(prints) == 1
-    assert len(list((shards / ".megavlm-index").iterdir())) == 1, "no partial file stays"
+    assert sorted(p.suffix for p in (shards / ".megavlm-index").iterdir()) == [".arrow", ".parquet"], "no partial file stays"
 
 
 def test_text_objective_refuses_pictures_by_name(build):
