@@ -101,11 +101,15 @@ class Stream:
         Raises:
             CursorError: the cursor's counters do not lead where it says.
         """
-        behind = cursor["waiting"]["behind"] if cursor else {}
-        counters = cursor["counters"] if cursor else {}
-        self.mixture = open_mixture({name: count - behind[name] for name, count in counters.items()})
+        counters: dict[str, int] = cursor["counters"] if cursor else {}
+        behind: list[int] = cursor["waiting"]["behind"] if cursor else []
+        before = {name: count - less for (name, count), less in zip(sorted(counters.items()), behind, strict=True)}
+        self.mixture = open_mixture(before)
+        target = self.mixture.target.at(sum(before.values()))
+        if any(count < 0 or abs(count - target[name]) >= 1 for name, count in before.items()):
+            raise CursorError(f"this data cursor is damaged: no draws of its mixture lead to {before}")
         self._since: deque[str] = deque()
-        again = [self.draw() for _ in range(sum(behind.values()))]
+        again = [self.draw() for _ in range(sum(behind))]
         if cursor and self.mixture.counters != counters:
             raise CursorError(f"this data cursor is damaged: it says {counters}, and its mixture leads to {self.mixture.counters}")
         held = int(cursor["waiting"]["held"], 16) if cursor else 0
@@ -121,8 +125,8 @@ class Stream:
     def position(self, waiting: Iterable[int]) -> dict[str, object]:
         """Where the stream stands: `counters` (samples drawn from each source) and `waiting`; given the ordinals that wait.
 
-        waiting.behind: draws of each source since just before the oldest waiting sample came. waiting.held: those draws in order, as
-        the bits of a hexadecimal number from the lowest on; set where the sample still waits.
+        waiting.behind: draws of each source, by name, since just before the oldest waiting sample came. waiting.held: those draws in
+        order, as the bits of a hexadecimal number from the lowest on; set where the sample still waits.
         """
         ordinals = list(waiting)
         oldest = min(ordinals, default=self.mixture.num_draws)
@@ -130,7 +134,7 @@ class Stream:
             self._since.popleft()
         behind = Counter(self._since)
         held = sum(1 << (ordinal - oldest) for ordinal in ordinals)
-        waits = {"behind": {name: behind[name] for name in self.mixture.sources}, "held": f"{held:x}"}
+        waits = {"behind": [behind[name] for name in self.mixture.sources], "held": f"{held:x}"}
         return {"counters": self.mixture.counters, "waiting": waits}
 
 

@@ -2,38 +2,15 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
 from megavlm.config.schema import DataConfig, ModelConfig, SourceConfig, StageConfig
 from megavlm.data.plan import CursorError, PlanError, StepPlanner, step_table
+from tests.unit.plan.conftest import FakeIndex, make_index
 
-
-@dataclass
-class FakeIndex:
-    """Random metadata in the shape of a SampleIndex."""
-
-    length_tokens: np.ndarray
-    num_tiles: np.ndarray
-    num_targets: np.ndarray
-    fingerprint: str
-    num_patches: np.ndarray
-    patch_pairs: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.length_tokens)
-
-
-def index(name: str, rows: int, most_tiles: int = 2) -> FakeIndex:
-    rng = np.random.default_rng(sum(name.encode()))
-    tiles = rng.integers(0, most_tiles + 1, rows)
-    texts = rng.integers(5, 60, rows)
-    return FakeIndex(tiles * 36 + texts, tiles, texts // 2, f"{name}-{rows}", tiles * 10, tiles * 100)
-
-
-INDEXES = {"pages": index("pages", 230), "texts": index("texts", 75, most_tiles=0), "talk": index("talk", 120)}
+INDEXES = {"pages": make_index("pages", 230), "texts": make_index("texts", 75, most_tiles=0), "talk": make_index("talk", 120)}
 DATA = DataConfig(sources={name: SourceConfig(path=name) for name in INDEXES}, seq_len_tokens=256, pack_window_samples=48)
 MODEL = ModelConfig()
 
@@ -117,7 +94,7 @@ def test_one_source_is_drawn_exactly_once_an_epoch(packing):
         seen.update(s.row for pack in packs(plan) for s in pack.samples)
         waiting = plan.cursor_after["waiting"]
         drawn = plan.cursor_after["counters"]["pages"]
-        held = [drawn - sum(waiting["behind"].values()) + i for i in range(5000) if int(waiting["held"], 16) >> i & 1]
+        held = [drawn - sum(waiting["behind"]) + i for i in range(5000) if int(waiting["held"], 16) >> i & 1]
         assert sum(seen.values()) + len(held) == drawn
         assert plan.statistics["epochs/pages"] == drawn / 230
         # Trained and waiting together: every row once an epoch, and once more for part of the last.
@@ -178,7 +155,7 @@ def test_changed_data_are_refused_and_named():
     cursor = planner().next().cursor_after
     cases = {
         r"seed: 7 then, 8 now": {"seed": 8},
-        r"fingerprints\.talk: 'talk-120' then, 'talk-121' now": {"indexes": {**INDEXES, "talk": index("talk", 121)}},
+        r"fingerprints\.talk: 'talk-120' then, 'talk-121' now": {"indexes": {**INDEXES, "talk": make_index("talk", 121)}},
         r"budgets\.seq_len_tokens: 256 then, 300 now": {"data": DATA.model_copy(update={"seq_len_tokens": 300})},
         r"budgets\.max_patches_per_pack: None then, 40 now": {"data": DATA.model_copy(update={"max_patches_per_pack": 40})},
         r"budgets\.packs_per_step: 8 then, 16 now": {"packs_per_step": 16},
