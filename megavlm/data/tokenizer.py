@@ -69,6 +69,10 @@ class Tokenizer(ABC):
     def save_hf(self, folder: str | Path, chat_template: str | None = None) -> None:
         """Write a Hugging Face tokenizer that gives the same ids, with `chat_template` (Jinja) where given."""
 
+    def chat_template(self) -> str | None:
+        """The Jinja chat template that came with the tokenizer; None where there is none."""
+        return None
+
     @property
     def image_token_id(self) -> int:
         """Id of the image placeholder."""
@@ -264,6 +268,29 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"{self.folder}/tokenizer_config.json names {key}={text!r}, which tokenizer.json does not have as an added token"
             )
         return str(text)
+
+    def chat_template(self) -> str | None:
+        """The folder's chat template: chat_template.jinja, else the processor's chat_template.json, else tokenizer_config.json; where
+        several are named, "default" (transformers, `PreTrainedTokenizerBase.get_chat_template`).
+
+        Raises:
+            TokenizerError: several templates, none of them "default".
+        """
+        file = self.folder / "chat_template.jinja"
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        file = self.folder / "chat_template.json"
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else self._config
+        found = config.get("chat_template")
+        if isinstance(found, list):
+            found = {t["name"]: t["template"] for t in found}
+        if isinstance(found, dict):
+            if "default" not in found:
+                raise TokenizerError(
+                    f'{self.folder} has the chat templates {", ".join(found)} and none named "default": give a *.jinja file'
+                )
+            found = found["default"]
+        return found
 
     def encode(self, text: str) -> Encoding:
         encoded = self._tok.encode(text, add_special_tokens=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,5 +82,42 @@ def make_recipe(shards: Path, tokenizer: SentencePieceTokenizer, tmp_path: Path)
                 "stages": [{"name": "s", "steps": 4, "packs_per_step": 4, "mixture": {"a": 1}, **(stage or {})}],
             }
         )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A Hugging Face tokenizer folder: byte-level BPE (as Qwen's and Llama 3's) or SentencePiece-like with a dummy prefix (Llama 2's)."""
+
+    def make(special: list[str], template: str | None = None, byte_level: bool = True, rstrip: bool = False, **names: str | None) -> Path:
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        tok: Any
+        corpus = iter(CORPUS)
+        if byte_level:
+            tok = Tokenizer(models.BPE())
+            tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tok.decoder = decoders.ByteLevel()
+            alphabet = pre_tokenizers.ByteLevel.alphabet()
+            tok.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+        else:
+            tok = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+            tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+            tok.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+            fixed = ["<unk>", *(f"<0x{i:02X}>" for i in range(256))]
+            tok.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=600, special_tokens=fixed, show_progress=False))
+            # The trainer makes the byte pieces special; they are ordinary ones.
+            state = json.loads(tok.to_str())
+            state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] == "<unk>"]
+            tok = Tokenizer.from_str(json.dumps(state))
+        tok.add_special_tokens([AddedToken(t, special=True, normalized=False, rstrip=rstrip) for t in special])
+        folder = tmp_path_factory.mktemp("hf")
+        tok.save(str(folder / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template)
+        return folder
 
     return make
