@@ -19,10 +19,10 @@ from megavlm.data.chat import Chat
 from megavlm.data.collate import Piece, collate
 from megavlm.data.decode import ImageDecoder, make_decoder
 from megavlm.data.images import ImageError
-from megavlm.data.index import SampleIndex, sample_grids
+from megavlm.data.index import SampleIndex
 from megavlm.data.loss_weights import target_weights
 from megavlm.data.resizing import PictureGrid, make_resizing
-from megavlm.data.shards import Sample
+from megavlm.data.sample import Sample
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.data.types import PackedBatch, PackPlan, SampleRef
 from megavlm.planner.flops import VisionWork
@@ -108,13 +108,13 @@ class Materialiser:
         if work != pack.vision:
             where = self.indexes[pack.samples[0].source].where(pack.samples[0].row)
             raise MaterialiseError(
-                f"the pack that begins with {where} has pictures of {work}, the plan says {pack.vision}: the shards changed since"
+                f"the pack that begins with {where} has pictures of {work}, the plan says {pack.vision}: it was made for another index"
             )
 
     def _piece(self, ref: SampleRef, planned_length: int) -> Piece:
         index = self.indexes[ref.source]
         sample = index.sample(ref.row)
-        grids = sample_grids(sample, self.recipe.data, self.recipe.model, self.stage.objective)
+        grids = index.grids(ref.row)
         if self.classifies:
             size, patch = self.recipe.model.vision.image_size_px, self.recipe.model.vision.patch_size_px
             targets = patch_labels(sample, size, patch, background=int(self.stage.num_classes or 0) - 1)
@@ -130,6 +130,9 @@ class Materialiser:
             rows = np.flatnonzero(encoded.supervised_L) - 1
             targets = ids[rows + 1]
             image_rows = np.flatnonzero(ids == self.tokenizer.image_token_id)
+        feature_rows = [self.resizing.feature_rows(g, i.width, i.height) for g, i in zip(grids, sample.images, strict=True)]
+        if any(rows is not None and len(rows) != g.tokens for rows, g in zip(feature_rows, grids, strict=True)):
+            raise MaterialiseError(f"{index.where(ref.row)} has pictures of other sizes than when it was indexed: the shards changed since")
         pixels, problem = self._pixels(index, ref.row, sample, grids)
         return Piece(
             ref=ref,
@@ -141,7 +144,7 @@ class Materialiser:
             weight=0.0 if problem is not None else self._target_weight(ref.source, sample, len(targets)),
             image_rows_N=image_rows,
             grids=grids,
-            feature_rows=[self.resizing.feature_rows(g, i.width, i.height) for g, i in zip(grids, sample.images, strict=True)],
+            feature_rows=feature_rows,
             pixels=pixels,
             problem=problem,
         )
