@@ -8,6 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from megavlm.cli._parts import Finding
+    from megavlm.data.decode import DecoderReport
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False) -> None:
@@ -28,13 +29,25 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON object
             findings.append(_parts.examine(part))
             if part.name == "torch":
                 findings.append(_parts.examine_cuda())
+        status.update("decoding a picture ...")
+        decoders = _decoders()
     if as_json:
-        typer.echo(json.dumps(_parts.as_json(findings), indent=2))
+        typer.echo(json.dumps({**_parts.as_json(findings), "decoders": [d._asdict() for d in decoders]}, indent=2))
     else:
-        _print(findings, _parts.machine())
+        _print(findings, _parts.machine(), decoders)
 
 
-def _print(findings: list[Finding], machine: dict[str, str]) -> None:
+def _decoders() -> list[DecoderReport]:
+    """Nothing where torch itself does not load: the table of parts says that already."""
+    try:
+        from megavlm.data.decode import decoders_here
+
+        return decoders_here()
+    except Exception:
+        return []
+
+
+def _print(findings: list[Finding], machine: dict[str, str], decoders: list[DecoderReport]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -48,6 +61,10 @@ def _print(findings: list[Finding], machine: dict[str, str]) -> None:
         if finding.status != "ok":
             remarks.append(("needed: " if finding.required else "") + finding.without)
         table.add_row(finding.name, f"[{colour}]{finding.status}[/]", finding.version, "; ".join(remarks))
+    console.print(table)
+    table = Table("picture decoder", "", "remarks", title_justify="left")
+    for decoder in decoders:
+        table.add_row(decoder.name, "[green]ok[/]" if decoder.usable else "[yellow]not here[/]", decoder.remark)
     console.print(table)
     lacking = [f.name for f in findings if f.required and f.status != "ok"]
     if lacking:

@@ -1,6 +1,6 @@
 """Picture decoders behind one interface: encoded bytes in, uint8 RGB of the upright picture out.
 
-Pillow reads everything. nvImageCodec is taken for the formats where it gives the same pixels and can use a GPU; the rest
+Pillow reads everything, on the CPU. nvImageCodec is taken for the formats where it gives the same pixels and can use a GPU; the rest
 (16 bits, palettes, CMYK, transparency, GIF) goes through Pillow either way, so that both decoders agree on what a picture is.
 Nothing here holds order or state: the plan feeds it.
 """
@@ -12,13 +12,13 @@ import threading
 from abc import ABC, abstractmethod
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
 import torch.utils.dlpack
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from megavlm.data.images import ImageError, open_picture
 
@@ -98,6 +98,8 @@ def _from_16_bits(picture: Image.Image) -> Image.Image:
 class NvImageCodecDecoder(ImageDecoder):
     """NVIDIA nvImageCodec; one codec per thread. `device_id` None: on the CPU.
 
+    The header is always read by Pillow first, so that both decoders refuse the same formats and sizes with the same words.
+
     Raises:
         ImageError: nvImageCodec is not installed.
     """
@@ -111,7 +113,6 @@ class NvImageCodecDecoder(ImageDecoder):
             )
         self.device_id = device_id
         self._local = threading.local()
-        self._pillow = PillowDecoder()
 
     def _codec(self) -> tuple[Any, Any]:
         if not hasattr(self._local, "codec"):
@@ -125,25 +126,27 @@ class NvImageCodecDecoder(ImageDecoder):
         return codec
 
     def decode(self, data: bytes) -> np.ndarray:
-        if not _is_plain(data):
-            return self._pillow.decode(data)
+        with open_picture(data) as header:
+            if not _is_plain(header, data):
+                return pixels_of(to_rgb(header))
         decoder, params = self._codec()
-        picture = decoder.decode(data, params=params)
-        if picture is None:
-            raise ImageError("nvImageCodec could not decode it")
-        array = np.asarray(picture.cpu())
+        try:
+            picture = decoder.decode(data, params=params)
+            array = None if picture is None else np.asarray(picture.cpu())
+        except RuntimeError as error:
+            raise ImageError(f"nvImageCodec could not decode it: {error}") from error
+        if array is None:
+            raise ImageError("nvImageCodec could not decode it: it is damaged or cut short")
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
             raise ImageError(f"nvImageCodec gave {array.dtype} {array.shape}, expected uint8 (H, W, 3)")
         return array
 
 
-def _is_plain(data: bytes) -> bool:
+def _is_plain(picture: Image.Image, data: bytes) -> bool:
     """8-bit grey or RGB of a common format, told from the header."""
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            return picture.format in _PLAIN_FORMATS and picture.mode in ("RGB", "L") and "transparency" not in picture.info
-    except Exception:  # not even a header: let Pillow say why
+    if picture.format == "PNG" and data[24] == 16:  # bits a channel; Pillow calls 16-bit RGB simply RGB
         return False
+    return picture.format in _PLAIN_FORMATS and picture.mode in ("RGB", "L") and "transparency" not in picture.info
 
 
 @lru_cache(maxsize=1)
@@ -166,3 +169,44 @@ def make_decoder(name: Literal["auto", "pillow", "nvimgcodec"], device: torch.de
     if name == "nvimgcodec" or (name == "auto" and device_id is not None and nvimgcodec_available()):
         return NvImageCodecDecoder(device_id)
     return PillowDecoder()
+
+
+class DecoderReport(NamedTuple):
+    """What one decoder can do on this machine."""
+
+    name: str
+    usable: bool
+    remark: str
+
+
+def decoders_here() -> list[DecoderReport]:
+    """Every decoder, tried on a small picture, and which one data.image.decoder=auto takes. For `megavlm doctor`."""
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (200, 100, 50)).save(file, "JPEG")
+    has_gpu = torch.cuda.is_available()
+    chosen = make_decoder("auto", "cuda" if has_gpu else "cpu")
+    reports = []
+    for name, setting, device in (
+        ("nvImageCodec, GPU", "nvimgcodec", 0),
+        ("nvImageCodec, CPU", "nvimgcodec", None),
+        ("Pillow", "pillow", None),
+    ):
+        if setting == "nvimgcodec" and not nvimgcodec_available():
+            reports.append(DecoderReport(name, False, "nvidia-nvimgcodec is not installed"))
+            continue
+        if device is not None and not has_gpu:
+            reports.append(DecoderReport(name, False, "no GPU can be used"))
+            continue
+        try:
+            decoder = PillowDecoder() if setting == "pillow" else NvImageCodecDecoder(device)
+            decoder.decode(file.getvalue())
+        except Exception as error:  # whatever a broken library raises: that is what is to be reported
+            reports.append(DecoderReport(name, False, f"{type(error).__name__}: {error}"))
+            continue
+        taken = chosen.name == setting and (setting == "pillow" or device is not None)
+        remarks = [f"data.image.decoder={setting}" + (", and what auto takes" if taken else "")]
+        if setting == "pillow":
+            lacking = [codec for codec in ("webp", "avif", "jpg_2000") if not features.check(codec)]
+            remarks.append("cannot read " + ", ".join(lacking) if lacking else "reads every format")
+        reports.append(DecoderReport(name, True, "; ".join(remarks)))
+    return reports
