@@ -13,6 +13,8 @@ _BLOCK_BYTES = 1 << 20
 _MAX_ELEMENT_CHARS = 1 << 28
 _NEAR_END = 16
 """An error so close to the window's end may come from the cut: no JSON token but a string is longer."""
+_NUMBER_TAIL = 4
+"""A number so close to the window's end may go on: "1", "1.", "1e" and "1e+" are all read as 1."""
 _SPACE = " \t\r\n"
 
 
@@ -60,7 +62,7 @@ class JsonStream:
                 if not cut or len(self._text) - self._at > _MAX_ELEMENT_CHARS or not self._more():
                     raise self._error(error.msg, error.pos) from None
                 continue
-            if end == len(self._text) and self._more():  # a number may go on in the next block
+            if isinstance(value, int | float) and end > len(self._text) - _NUMBER_TAIL and self._more():
                 continue
             self._at = end
             return value
