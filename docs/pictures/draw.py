@@ -134,7 +134,7 @@ def draw_pack() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_demo(folder, num_train=200, num_held_out=20)
         recipe = _recipe(folder)
-        tokenizer = load_tokenizer(recipe.data.tokenizer)
+        tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.data.image_token)
         batch = _interesting(recipe, tokenizer)
     with mpl.rc_context({"font.family": "DejaVu Sans"}):
         figure = Figure(figsize=(15.6, 9.4))

@@ -23,7 +23,7 @@ def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object]) -> N
             samples over the budget.
     """
     check_layouts(recipe, world_size)
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.data.image_token)
     for number, stage in enumerate(recipe.stages):
         layout = stage_layout(recipe.parallel, stage)
         grid = RankGrid.from_config(layout, world_size)
