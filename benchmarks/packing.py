@@ -1,18 +1,26 @@
-"""Pack fill and planning time: megavlm's streaming subset-sum packer against next-fit and offline best-fit-decreasing.
+"""Pack fill and packing time: megavlm's streaming subset-sum packer and the algorithms of its peers, on the same samples.
 
-    python benchmarks/packing.py [--samples 20000] [--output benchmarks/results/packing.json]
+    python benchmarks/packing.py [--samples 20000] [--out benchmarks/results/packing.json]
 
-CPU microseconds a sample on a busy 2-core box (the last run, with hardware and versions: results/packing.json): subset-sum 3-13
-where lengths allow a full pack and up to 140 where they do not (it then looks through the whole window), next-fit 0.2-1.3,
-best-fit-decreasing 1-18. Fill: subset-sum 100.0 % on llava, tiles and text at 4096 and 8192 tokens, with and without a tile budget;
-next-fit 79-95 %; best-fit-decreasing, which sees the whole data set at once and forgets its order, 96.5-99.98 %.
+CPU microseconds a sample on a busy 2-core box; the last run, with hardware and versions: results/packing.json.
 
-Length mixes (tokens, tiles), seeded:
+Length mixes (tokens, patches), seeded; the shapes of facts that papers and data sets publish:
     llava     a picture of 576 tokens in nine of ten samples, log-normal text
-    tiles     0-13 tiles of 256 tokens (InternVL's aspect-ratio grids), log-normal text
+    tiles     0-13 tiles of 256 tokens and 1024 patches (InternVL's aspect-ratio grids), log-normal text
+    native    pictures of 4-3000 tokens, 4 patches each (Qwen2-VL), log-normal text
     text      log-normal text alone
-    long      normal around 2600 tokens: at 4096 hardly two fit together, and no packer can fill (best-fit-decreasing cannot either)
-Tile budget: 1.02 x the mean tiles of a full pack, which is the hard case for a second constraint.
+    long      normal around 2600 tokens: at 4096 hardly two fit together, and no packer can fill
+Patch budget: 1.02 x the mean patches of a full pack, rounded up to whole tiles where there are tiles; hard, and for megavlm also as a
+target. Rounded down to whole tiles ("floor") it is the hardest that can be kept at all, where it is still above the mean.
+
+Peers, written anew after their published algorithms, for lengths and patches alone (theirs also move tensors about):
+    next-fit                one open pack; a sample that does not fit closes it
+    first-fit (InternVL)    100 open packs, most tiles first; the first with room, else a new one; the one with most tiles leaves
+                            when there are too many (internvl/train/dataset_packed.py; no overflow, which would cut samples)
+    knapsack (energon)      a buffer of 1000 samples: the longest that fits, again and again, until none does, then the next pack
+                            (the greedy knapsack of Megatron-LM's multimodal example, energon's packing buffer)
+    balanced (nanoVLM)      a buffer of 128 packs' tokens: longest first into the emptiest pack with room, else a new one
+    best-fit-decreasing     longest first into the fullest pack with room, over the whole data set at once: no stream, no order
 """
 
 from __future__ import annotations
@@ -24,38 +32,41 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from math import gcd
 from pathlib import Path
 
 import numpy as np
 
 from megavlm.data.packing import Budget, Packer, Waiting
-from megavlm.planner.balance import balance
-from megavlm.planner.flops import FlopsModel
 from megavlm.tracking.environment import environment_report
 
 Sample = Waiting[int]
 Packs = list[list[Sample]]
 WINDOW = 256
+MIXES = ("llava", "tiles", "native", "text", "long")
 
 
-def make_mix(name: str, count: int, longest: int) -> list[Sample]:
+def make_mix(name: str, count: int, longest: int, seed: int = 20240501) -> list[Sample]:
     """`count` samples of a named mix, none longer than `longest` tokens (longer ones are drawn again)."""
-    rng = np.random.default_rng(20240501)
+    rng = np.random.default_rng(seed)
 
     def one() -> tuple[int, int]:
         if name == "llava":
-            tiles = int(rng.random() < 0.9)
-            return tiles * 576 + int(rng.lognormal(5, 0.9)) + 8, tiles
+            pictures = int(rng.random() < 0.9)
+            return pictures * 576 + int(rng.lognormal(5, 0.9)) + 8, pictures * 576
         if name == "tiles":
             tiles = int(rng.choice([0, 1, 3, 5, 7, 13], p=[0.15, 0.35, 0.15, 0.15, 0.1, 0.1]))
-            return tiles * 256 + int(rng.lognormal(4.5, 0.8)) + 8, tiles
+            return tiles * 256 + int(rng.lognormal(4.5, 0.8)) + 8, tiles * 1024
+        if name == "native":
+            tokens = int(rng.random() < 0.85) * int(np.clip(rng.lognormal(5.9, 0.7), 4, 3000))
+            return tokens + int(rng.lognormal(4.5, 0.8)) + 8, tokens * 4
         if name == "text":
             return int(rng.lognormal(6, 1)) + 8, 0
-        return int(rng.normal(2600, 900)), 3
+        return int(rng.normal(2600, 900)), 3072
 
     drawn = (one() for _ in itertools.count())
-    fitting = ((length, tiles) for length, tiles in drawn if 1 <= length <= longest)
-    return [Waiting(length, tiles, number) for number, (length, tiles) in zip(range(count), fitting, strict=False)]
+    fitting = ((length, patches) for length, patches in drawn if 1 <= length <= longest)
+    return [Waiting(length, patches, i, i) for i, (length, patches) in zip(range(count), fitting, strict=False)]
 
 
 def subset_sum(samples: list[Sample], budget: Budget) -> Packs:
@@ -72,44 +83,125 @@ def subset_sum(samples: list[Sample], budget: Budget) -> Packs:
     return list(stream())
 
 
+def _fits(budget: Budget, length: int, patches: int) -> bool:
+    return length <= budget.length and (budget.patches is None or patches <= budget.patches)
+
+
 def next_fit(samples: list[Sample], budget: Budget) -> Packs:
-    """One open pack; a sample that does not fit closes it."""
+    """One open pack."""
     packs: Packs = [[]]
-    length = tiles = 0
+    length = patches = 0
     for sample in samples:
-        if length + sample.length > budget.length or (budget.patches is not None and tiles + sample.patches > budget.patches):
+        if not _fits(budget, length + sample.length, patches + sample.patches):
             packs.append([])
-            length = tiles = 0
+            length = patches = 0
         packs[-1].append(sample)
-        length, tiles = length + sample.length, tiles + sample.patches
+        length, patches = length + sample.length, patches + sample.patches
     return packs[:-1]
 
 
+def internvl_first_fit(samples: list[Sample], budget: Budget, max_open: int = 100) -> Packs:
+    """Open packs sorted by patches, most first."""
+    done: Packs = []
+    # (-patches, number, length, pack), so that the list is sorted as tuples: most patches first, then the oldest.
+    opened: list[tuple[int, int, int, list[Sample]]] = []
+    for number, sample in enumerate(samples):
+        patches, length, pack = sample.patches, sample.length, [sample]
+        for place, (minus, _, total, there) in enumerate(opened):
+            if _fits(budget, total + length, sample.patches - minus):
+                del opened[place]
+                patches, length, pack = sample.patches - minus, total + length, [*there, sample]
+                break
+        if length == budget.length:
+            done.append(pack)
+            continue
+        bisect.insort(opened, (-patches, number, length, pack))
+        if len(opened) > max_open:
+            done.append(opened.pop(0)[3])
+    return done
+
+
+def energon_knapsack(samples: list[Sample], budget: Budget, buffer: int = 1000) -> Packs:
+    """The longest that fits, again and again, of a buffer that is used up and filled again."""
+    packs: Packs = []
+    for chunk in _chunks(samples, buffer):
+        left = sorted(chunk, key=lambda s: s.length)
+        lengths = [s.length for s in left]
+        while left:
+            pack: list[Sample] = []
+            length = patches = 0
+            place = bisect.bisect_right(lengths, budget.length) - 1
+            while place >= 0:
+                if not _fits(budget, length + lengths[place], patches + left[place].patches):
+                    place -= 1
+                    continue
+                length, patches = length + lengths[place], patches + left[place].patches
+                pack.append(left.pop(place))
+                del lengths[place]
+                place = min(place, bisect.bisect_right(lengths, budget.length - length)) - 1
+            packs.append(pack)
+    return packs
+
+
+def nanovlm_balanced(samples: list[Sample], budget: Budget, buffer_packs: int = 128) -> Packs:
+    """Longest first into the emptiest pack, of a buffer of so many packs' tokens."""
+    packs: Packs = []
+    chunk: list[Sample] = []
+    tokens = 0
+    for sample in samples:
+        chunk.append(sample)
+        tokens += sample.length
+        if tokens < buffer_packs * budget.length:
+            continue
+        open_packs: list[tuple[int, int, int, list[Sample]]] = [(0, i, 0, []) for i in range(-(-tokens // budget.length))]
+        for item in sorted(chunk, key=lambda s: -s.length):
+            for place, (length, number, patches, pack) in enumerate(open_packs):
+                if _fits(budget, length + item.length, patches + item.patches):
+                    del open_packs[place]
+                    bisect.insort(open_packs, (length + item.length, number, patches + item.patches, [*pack, item]))
+                    break
+            else:
+                bisect.insort(open_packs, (item.length, len(open_packs), item.patches, [item]))
+        packs += [pack for _, _, _, pack in open_packs if pack]
+        chunk, tokens = [], 0
+    return packs
+
+
 def best_fit_decreasing(samples: list[Sample], budget: Budget) -> Packs:
-    """Longest first into the fullest pack that has room; needs the whole data set at once and changes its order."""
+    """Longest first into the fullest pack that has room."""
     packs: Packs = []
     rooms: list[tuple[int, int]] = []
-    tiles_left: list[int] = []
+    left: list[int] = []
     for sample in sorted(samples, key=lambda s: -s.length):
         place = bisect.bisect_left(rooms, (sample.length, -1))
-        while place < len(rooms) and tiles_left[rooms[place][1]] < sample.patches:
+        while place < len(rooms) and left[rooms[place][1]] < sample.patches:
             place += 1
         if place == len(rooms):
             pack, room = len(packs), budget.length
             packs.append([])
-            tiles_left.append(budget.patches if budget.patches is not None else sys.maxsize)
+            left.append(budget.patches if budget.patches is not None else sys.maxsize)
         else:
             room, pack = rooms.pop(place)
         packs[pack].append(sample)
-        tiles_left[pack] -= sample.patches
+        left[pack] -= sample.patches
         bisect.insort(rooms, (room - sample.length, pack))
     return packs
 
 
+def _chunks(samples: list[Sample], size: int) -> Iterator[list[Sample]]:
+    for start in range(0, len(samples), size):
+        yield samples[start : start + size]
+
+
+OURS = "megavlm subset-sum"
+OFFLINE = "best-fit-decreasing (offline)"
 PACKERS: dict[str, Callable[[list[Sample], Budget], Packs]] = {
-    "megavlm subset-sum": subset_sum,
+    OURS: subset_sum,
     "next-fit": next_fit,
-    "best-fit-decreasing (offline)": best_fit_decreasing,
+    "first-fit (InternVL)": internvl_first_fit,
+    "knapsack (energon)": energon_knapsack,
+    "balanced (nanoVLM)": nanovlm_balanced,
+    OFFLINE: best_fit_decreasing,
 }
 
 
@@ -122,78 +214,65 @@ def oldest_wait(packs: Packs) -> int:
     return worst
 
 
-def measure_packing(count: int) -> list[dict[str, object]]:
-    """Fill and time of every packer on every mix, with and without a tile budget."""
+def budgets(samples: list[Sample], length: int) -> dict[str, Budget]:
+    """No budget on patches, and the ones of the docstring."""
+    found = {"none": Budget(length)}
+    if most := max(s.patches for s in samples):
+        unit = gcd(*(s.patches for s in samples))
+        cap = 1.02 * length * sum(s.patches for s in samples) / sum(s.length for s in samples)
+        whole = max(int(np.ceil(cap / unit)) * unit, most)
+        found |= {"hard": Budget(length, whole), "target": Budget(length, whole, patches_are_hard=False)}
+        if (floor := int(cap) // unit * unit) >= max(most, cap / 1.02) and unit > 4:
+            found["hard, floor"] = Budget(length, floor)
+    return found
+
+
+def measure(count: int) -> list[dict[str, object]]:
+    """Fill and time of every packer on every mix, under every budget."""
     rows: list[dict[str, object]] = []
-    for mix, length in itertools.product(("llava", "tiles", "text", "long"), (4096, 8192)):
+    for mix, length in itertools.product(MIXES, (4096, 8192)):
         samples = make_mix(mix, count, 4096)
-        mean_tiles = length * sum(s.patches for s in samples) / sum(s.length for s in samples)
-        most = max(s.patches for s in samples)
-        for tiles in (None, max(int(np.ceil(1.02 * mean_tiles)), most)) if most else (None,):
+        mean = length * sum(s.patches for s in samples) / sum(s.length for s in samples)
+        for kind, budget in budgets(samples, length).items():
             for name, packer in PACKERS.items():
+                if kind == "target" and name != OURS:
+                    continue
                 start = time.process_time()
-                packs = packer(samples, Budget(length, tiles))
+                packs = packer(samples, budget)
                 elapsed = time.process_time() - start
                 packed = sum(len(pack) for pack in packs)
+                patches = np.array([sum(s.patches for s in pack) for pack in packs])
                 row = {
                     "mix": mix,
                     "seq_len_tokens": length,
-                    "max_patches_per_pack": tiles,
+                    "patch_budget": kind,
+                    "patch_budget_over_mean": round(budget.patches / mean, 4) if budget.patches else None,
                     "packer": name,
                     "fill_percent": round(100 * sum(s.length for pack in packs for s in pack) / (len(packs) * length), 3),
                     "us_per_sample": round(elapsed / packed * 1e6, 2),
                     "samples_per_pack": round(packed / len(packs), 2),
-                    "oldest_wait_samples": oldest_wait(packs) if name != "best-fit-decreasing (offline)" else None,
+                    "patches_std_over_mean": round(float(patches.std() / patches.mean()), 4) if patches.any() else None,
+                    "most_patches_over_mean": round(float(patches.max() / mean), 4) if mean else None,
+                    "oldest_wait_samples": oldest_wait(packs) if name != OFFLINE else None,
                 }
                 rows.append(row)
                 print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     return rows
 
 
-def measure_balance(dp_size: int = 64, num_microbatches: int = 8) -> dict[str, float]:
-    """FLOPs of the busiest rank over the mean, packs dealt out in turn against `planner.balance`, over 20 steps."""
-    from megavlm.config.schema import ModelConfig
-
-    cost = FlopsModel(ModelConfig())
-    packs = subset_sum(make_mix("tiles", 50000, 4096), Budget(4096))
-    per_step = dp_size * num_microbatches
-    in_turn, balanced, seconds = [], [], 0.0
-    for step in range(20):
-        chosen = packs[step * per_step : (step + 1) * per_step]
-        flops = [
-            float(cost.total([s.length for s in pack], sum(s.patches for s in pack), sum(s.length for s in pack) // 4)) for pack in chosen
-        ]
-        mean = sum(flops) / dp_size
-        in_turn.append(max(sum(flops[rank::dp_size]) for rank in range(dp_size)) / mean)
-        start = time.process_time()
-        bins = balance(flops, dp_size)
-        seconds += time.process_time() - start
-        balanced.append(max(sum(flops[i] for i in items) for items in bins) / mean)
-    result = {
-        "dp_size": dp_size,
-        "num_microbatches": num_microbatches,
-        "imbalance_in_turn": round(float(np.mean(in_turn)), 5),
-        "imbalance_balanced": round(float(np.mean(balanced)), 5),
-        "ms_per_step": round(seconds / 20 * 1e3, 2),
-    }
-    print(result, flush=True)
-    return result
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=20000)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "packing.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "packing.json")
     arguments = parser.parse_args()
     report = {
         "command": f"python benchmarks/packing.py --samples {arguments.samples}",
         "window_samples": WINDOW,
-        "packing": measure_packing(arguments.samples),
-        "balance": measure_balance(),
+        "packing": measure(arguments.samples),
         "environment": environment_report(),
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
