@@ -35,7 +35,8 @@ def open_stage(make_recipe, tokenizer):
     opened = []
 
     def start(*, workers=1, prefetch=2, cursor=None, fail_at=None, dp_rank=0, dp_size=1, source=None, bad=0.01, **options):
-        recipe = make_recipe(data={"num_workers": workers, "prefetch_steps": prefetch, "max_bad_fraction": bad}, source=source)
+        settings = {"num_workers": workers, "prefetch_steps": prefetch, "max_bad_fraction": bad, "image": {"decoder": "pillow"}}
+        recipe = make_recipe(data=settings, source=source)
         indexes = {"a": build_index(recipe.data.sources["a"], recipe.data, recipe.model, "multimodal", tokenizer, progress=False)}
         stage = recipe.stages[0]
         inner = StepPlanner(
@@ -125,6 +126,21 @@ def test_prefetch_is_bounded_and_in_the_background(open_stage):
     assert step.wait_s > 0
     begun = time.perf_counter()
     assert data.next().wait_s <= time.perf_counter() - begun
+
+
+def test_batches_for_a_gpu_are_pinned_by_the_workers(open_stage, monkeypatch):
+    threads = set()
+
+    def pin_memory(tensor):  # there is no page-locked memory without CUDA
+        threads.add(threading.current_thread().name)
+        return tensor + 0
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    plain, for_gpu = open_stage(workers=1)[0], open_stage(workers=1, device="cuda")[0]
+    wanted = digest(plain.next())
+    assert not threads
+    assert digest(for_gpu.next()) == wanted
+    assert {name.rpartition("_")[0] for name in threads} == {"data"}
 
 
 def test_no_worker_means_no_thread(open_stage):
