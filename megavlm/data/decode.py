@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import pyarrow as pa
+import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 import torch.utils.dlpack
 from PIL import Image, ImageOps, features
