@@ -172,7 +172,7 @@ def _check_same_ids(question: Question, ours: list[int], theirs: list[int]) -> N
     raise AgreementError(
         f"sample {question.key!r}: our prompt has {len(ours)} tokens, Hugging Face's {len(theirs)}; the first difference is at {at}: "
         f"ours {ours[at : at + 8]}, theirs {theirs[at : at + 8]}. The exported tokenizer, chat template or number of visual tokens "
-        "is not the model's own (LLaVA's processor knows one tile a picture: data.image.max_tiles=1)"
+        "is not the model's own (LLaVA's processor knows one tile a picture: data.image.policy=fixed)"
     )
 
 

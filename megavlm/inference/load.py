@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from megavlm.checkpoint import store
-from megavlm.checkpoint.hf import config_from_hf, load_hf
+from megavlm.checkpoint.hf import config_from_hf, image_config_from_hf, load_hf
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import DataConfig, ParallelConfig, PrecisionConfig, Recipe, RunConfig
 from megavlm.data.chat import TEMPLATES, Chat
@@ -113,7 +113,7 @@ def load_for_inference(
         dtype = "bf16" if ctx.device.type == "cuda" else "fp32"
     if dtype is not None:
         recipe = recipe.model_copy(update={"precision": PrecisionConfig(dtype=dtype)})
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.data.image_token)
     model = VisionLanguageModel(recipe.model, recipe.precision, layout, ctx)
     if checkpoint is None:
         load_hf([model], folder, recipe.model, ctx)
@@ -160,7 +160,8 @@ def _load_modules(model: VisionLanguageModel, checkpoint: Path, recipe: Recipe, 
 
 def _hf_recipe(folder: Path, chat_template: str | None) -> Recipe:
     """What a recipe says of a model, for a folder that has none. A recipe needs stages to train; this one has none to give."""
-    data = DataConfig.model_validate({"tokenizer": str(folder), "chat_template": _template_name(folder, chat_template)})
+    values = {"tokenizer": str(folder), "chat_template": _template_name(folder, chat_template), "image": image_config_from_hf(folder)}
+    data = DataConfig.model_validate(values)
     return Recipe.model_construct(run=RunConfig(name=folder.name, dir=str(folder)), model=config_from_hf(folder), data=data, stages=[])
 
 

@@ -14,13 +14,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from megavlm.checkpoint import store
-from megavlm.checkpoint.hf import HuggingFaceError, config_from_hf, export_hf, load_hf
+from megavlm.checkpoint.hf import HuggingFaceError, config_from_hf, export_hf, image_config_from_hf, load_hf
 from megavlm.checkpoint.hf.config import quiet_transformers
 from megavlm.checkpoint.hf.importing import import_hf
 from megavlm.checkpoint.hf.verify import verify
 from megavlm.config.schema import ImageConfig, ModelConfig, ParallelConfig
 from megavlm.data.chat import Chat
 from megavlm.data.images import cut_tiles, tile_grid
+from megavlm.data.resizing import make_resizing
 from megavlm.data.tokenizer import load_tokenizer, train_sentencepiece
 from megavlm.models.init import initialise
 from megavlm.parallel.context import enter_grid
@@ -190,6 +191,35 @@ def test_processor_makes_our_tokens_and_pixels(pool: RankPool, tmp_path: Path, c
     assert answer.shape[1] > inputs["input_ids"].shape[1]
     assert hf.generation_config.eos_token_id == chat.stop_ids
     assert processor(text=text, images=[Image.new("RGB", (50, 20))], return_tensors="pt")["pixel_values"].shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("fit", ["stretch", "crop", "pad"])
+def test_processor_fits_a_picture_as_training_did(pool: RankPool, tmp_path: Path, chat: Chat, fit: str) -> None:
+    model = tiny_model_config(vocab_size=chat.tokenizer.vocab_size)
+    image = ImageConfig.model_validate({"fit": fit})
+    pool.run(train_and_save, tmp_path / "c", {}, model)
+    export_hf(tmp_path / "c", tmp_path / "out", chat=chat, image=image)
+    assert image_config_from_hf(tmp_path / "out") == image
+    processor = quiet_transformers().AutoProcessor.from_pretrained(str(tmp_path / "out"))
+    smooth = np.add.outer(np.arange(40), np.arange(70) * 2)[..., None] + np.array([0, 20, 50])
+    resizing = make_resizing(image, model)
+    tiles = resizing.cut(smooth.astype(np.uint8), resizing.grid(70, 40))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (model.vision.image_mean, model.vision.image_std))
+    theirs = processor(text="<image>", images=[Image.fromarray(smooth.astype(np.uint8))], return_tensors="pt")["pixel_values"]
+    levels = (theirs * std + mean) * 255 - tiles
+    assert theirs.shape == tiles.shape and float(levels.abs().max()) <= 2.01
+
+
+def test_policies_that_the_processor_lacks_are_refused(pool: RankPool, tmp_path: Path, chat: Chat) -> None:
+    model = tiny_model_config(vocab_size=chat.tokenizer.vocab_size)
+    pool.run(train_and_save, tmp_path / "c", {}, model)
+    for values in ({"policy": "native"}, {"policy": "anyres"}, {"policy": "tiles", "max_tiles": 4}):
+        with pytest.raises(HuggingFaceError, match=f"policy={values['policy']}.* one square tile a picture"):
+            export_hf(tmp_path / "c", tmp_path / "out", chat=chat, image=ImageConfig.model_validate(values))
+    newline = model.model_copy(update={"projector": model.projector.model_copy(update={"image_newline": True})})
+    with pytest.raises(HuggingFaceError, match="image_newline=true"):
+        export_hf(tmp_path / "c", tmp_path / "out", chat=chat, model=newline)
+    assert not (tmp_path / "out").exists()
 
 
 def test_export_refuses_before_writing(pool: RankPool, tmp_path: Path, chat: Chat) -> None:

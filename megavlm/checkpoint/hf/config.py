@@ -226,6 +226,7 @@ def _check_expressible(model: ModelConfig) -> None:
         (projector.num_layers != 2, f"model.projector.num_layers={projector.num_layers}", "2"),
         (projector.pixel_shuffle != 1, f"model.projector.pixel_shuffle={projector.pixel_shuffle}", "1"),
         (projector.input_norm, "model.projector.input_norm=true", "false"),
+        (projector.image_newline, "model.projector.image_newline=true", "false"),
         (projector.hidden_size not in (None, width), f"model.projector.hidden_size={projector.hidden_size}", f"{width}, as the LLM"),
         (vision.final_norm, "model.vision.final_norm=true", "false"),
         (

@@ -24,9 +24,9 @@ from megavlm.checkpoint.errors import HuggingFaceError, some
 from megavlm.checkpoint.hf.config import config_to_hf
 from megavlm.checkpoint.hf.folder import INDEX, SINGLE
 from megavlm.checkpoint.hf.links import Link, links, part_sizes
-from megavlm.checkpoint.hf.texts import copy_texts, token_ids, write_texts
+from megavlm.checkpoint.hf.texts import check_pictures, copy_texts, token_ids, write_texts
 from megavlm.checkpoint.reader import CheckpointReader
-from megavlm.config.schema import ModelConfig
+from megavlm.config.schema import DataConfig, ImageConfig, ModelConfig
 from megavlm.data.chat import Chat
 from megavlm.models.weights import sharding_metadata
 
@@ -53,6 +53,7 @@ def export_hf(
     *,
     model: ModelConfig | None = None,
     chat: Chat | None = None,
+    image: ImageConfig | None = None,
     dtype: Literal["fp32", "bf16"] | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
@@ -63,13 +64,14 @@ def export_hf(
         source: a run's folder (its newest checkpoint), a checkpoint's folder, or the chunks of a model on a single rank.
         model: the recipe's model block; None: the one that the checkpoint was saved with. A live model needs it.
         chat: tokenizer and chat template; None: those of the run's recipe, or of the folder that a checkpoint was imported from.
+        image: how pictures become tiles; None: as the run's recipe says, outside a run one stretched tile.
         dtype: format of the weights; None: as they are.
         max_shard_bytes: a file that would grow beyond this is followed by another, with an index.
         overwrite: replace a folder that is already there.
 
     Raises:
-        HuggingFaceError: the model has a part that Hugging Face's class lacks, the checkpoint lacks a module, no tokenizer is
-            known, or the folder is there already.
+        HuggingFaceError: the model has a part that Hugging Face's class lacks, its processor cannot cut pictures as training did,
+            the checkpoint lacks a module, no tokenizer is known, or the folder is there already.
         CheckpointError: the checkpoint is incomplete or damaged.
     """
     folder = Path(folder)
@@ -80,13 +82,17 @@ def export_hf(
         checkpoint = find_checkpoint(source)
         model = model or ModelConfig.model_validate(folders.read_state(checkpoint).get("model") or _no_model(checkpoint))
         read = checkpoint_source(checkpoint)
-        chat = chat or _chat_of_run(checkpoint)
+        data = _data_of_run(checkpoint)
+        image = image or (data.image if data is not None else None)
+        chat = chat or (_chat_of(data) if data is not None else None)
         texts = checkpoint / TEXTS if chat is None and (checkpoint / TEXTS).is_dir() else None
     else:
         assert model is not None, "a live model comes with its ModelConfig"
         read = live_source(source)
     if chat is None and texts is None:
         raise HuggingFaceError(f"no tokenizer is known for {source}: give one (--tokenizer, --chat-template)")
+    image = image or ImageConfig()
+    check_pictures(image)
     ids = token_ids(chat, texts, model)
     config_to_hf(model, image_token_id=ids["image_token_id"])  # refuses before the first byte is written
     unfinished = folder.with_name(folder.name + folders.UNFINISHED)
@@ -96,7 +102,7 @@ def export_hf(
     config = config_to_hf(model, dtype=written.dtype, **ids)
     (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if chat is not None:
-        write_texts(unfinished, model, chat)
+        write_texts(unfinished, model, chat, image)
     else:
         assert texts is not None
         copy_texts(texts, unfinished)
@@ -218,13 +224,17 @@ def _no_model(checkpoint: Path) -> Any:
     raise HuggingFaceError(f"{checkpoint}/state.json does not say which model it holds: give the model block")
 
 
-def _chat_of_run(checkpoint: Path) -> Chat | None:
-    """Tokenizer and template of the recipe that lies beside a run's checkpoints; None outside a run."""
+def _data_of_run(checkpoint: Path) -> DataConfig | None:
+    """The data block of the recipe that lies beside a run's checkpoints; None outside a run."""
     recipe_file = checkpoint.parent.parent / "recipe.yaml"
     if checkpoint.parent.name != folders.CHECKPOINTS or not recipe_file.is_file():
         return None
     from megavlm.config.load import load_recipe
+
+    return load_recipe(recipe_file).data
+
+
+def _chat_of(data: DataConfig) -> Chat:
     from megavlm.data.tokenizer import load_tokenizer
 
-    data = load_recipe(recipe_file).data
-    return Chat(data.chat_template, load_tokenizer(data.tokenizer))
+    return Chat(data.chat_template, load_tokenizer(data.tokenizer, data.image_token))
