@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megavlm.data.chat import Chat, ChatError
 from megavlm.data.tokenizer import IMAGE_TOKEN, load_tokenizer
@@ -83,7 +85,7 @@ def as_parts(messages: list[dict[str, str]], always: bool) -> list[dict]:
     parted = []
     for message in messages:
         pieces = message["content"].split("<image>")
-        parts = [{"type": "text", "text": pieces[0]}] if pieces[0] else []
+        parts = [{"type": "text", "text": pieces[0]}] if pieces[0] or len(pieces) == 1 else []
         for piece in pieces[1:]:
             text = piece[1:] if piece[:1] == "\n" else piece
             parts += [{"type": "image"}] + ([{"type": "text", "text": text}] if text else [])
@@ -225,6 +227,30 @@ def said(answer: str, question: str = "Why?") -> list[dict[str, str]]:
 def test_traps(name, messages, message, bound):
     with pytest.raises(ChatError, match=message):
         bound(name).chat.encode_conversation(messages, [])
+
+
+PIECES = st.lists(
+    st.sampled_from([*"a\u00e9\u65e5 \n\t{}|", "The number", "<image>", "<image>\n", "<b>", "USER:", "\r\n"]), max_size=6
+).map("".join)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(system=st.none() | PIECES, exchanges=st.lists(st.tuples(PIECES, PIECES), min_size=1, max_size=3))
+def test_random_conversations_are_right_or_refused(name, system, exchanges, bound):
+    b = bound(name)
+    messages = [] if system is None else [{"role": "system", "content": system.replace("<image>", "")}]
+    for question, answer in exchanges:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer.replace("<image>", "")}]
+    sizes = [2] * sum(m["content"].count("<image>") for m in messages)
+    try:
+        encoded = b.chat.encode_conversation(messages, sizes)
+    except ChatError:
+        return
+    assert b.chat.template.render(messages).text == b.expected(messages)
+    answers = "".join(b.model.lead + m["content"] + b.model.end for m in messages if m["role"] == "assistant")
+    assert b.tokenizer.decode(encoded.ids_L[encoded.supervised_L]) == answers
+    assert (encoded.ids_L == b.tokenizer.image_token_id).sum() == sum(sizes)
 
 
 def test_a_changed_answer_in_a_generation_block(hf_folder):
