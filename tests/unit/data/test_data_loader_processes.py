@@ -1,4 +1,7 @@
-"""Worker processes: the same batches as threads, and no death that hangs a run or outlives it. The kills are real."""
+"""Worker processes: the same batches as threads, and no death that hangs a run or outlives it. The kills are real.
+
+Every worker is a Python of its own that imports torch, some two seconds of a core: hence the marks.
+"""
 
 from __future__ import annotations
 
@@ -70,18 +73,19 @@ def test_processes_threads_and_neither_give_the_same_batches(open_stage):
 
 def test_a_killed_worker_is_replaced_and_its_work_done_again(open_stage, caplog):
     whole = open_stage(workers=0)
-    data = open_stage(workers=2, prefetch=3)
-    for step in range(6):
-        if step in (1, 3):
+    data = open_stage(workers=1, prefetch=3)
+    for step in range(5):
+        if step == 1:
             victims = data.worker_process_ids
             for process_id in victims:
                 os.kill(process_id, signal.SIGKILL)
             assert not wait_until_gone(victims)
         assert state(data.next()) == state(whole.next())
-    assert 2 <= data.num_worker_restarts <= 4
+    assert data.num_worker_restarts == 1
     assert "was killed by SIGKILL (out of memory?); a new one does its work again" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_worker_killed_over_its_work_is_replaced(open_stage):
     """Killed again and again at odd moments: starting, waiting, at work."""
     whole, data = open_stage(workers=0), open_stage(workers=1, prefetch=1)
@@ -131,6 +135,7 @@ def test_workers_that_cannot_start_are_an_error(open_stage, tmp_path, monkeypatc
         open_stage().next()
 
 
+@pytest.mark.slow
 def test_errors_of_a_worker_come_with_its_traceback(open_stage, shards):
     data = open_stage(workers=1)
     path = shards / "shard-00000.tar"
@@ -142,6 +147,7 @@ def test_errors_of_a_worker_come_with_its_traceback(open_stage, shards):
     assert len(data.worker_process_ids) == 1, "an error is no death"
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_changed_is_refused(open_stage, make_recipe, tokenizer):
     recipe = make_recipe()
     pool = WorkerPool(WorkerSetup(recipe, recipe.stages[0], {}, "another", True, True))
@@ -151,6 +157,7 @@ def test_a_tokenizer_that_changed_is_refused(open_stage, make_recipe, tokenizer)
     pool.close()
 
 
+@pytest.mark.slow
 def test_close_ends_workers_in_the_middle_of_their_work(open_stage):
     data = open_stage(workers=2, prefetch=4)
     data.next()
@@ -236,6 +243,7 @@ def running(make_recipe, tmp_path):
             os.kill(worker, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_a_killed_run(running):
     process, workers = running
     assert all(map(is_alive, workers))
@@ -244,6 +252,7 @@ def test_no_worker_outlives_a_killed_run(running):
     assert wait_until_gone(workers, limit_s=5) == []
 
 
+@pytest.mark.slow
 def test_interrupt_ends_the_run_alone_and_quietly(running):
     process, workers = running
     for each in (process.pid, *workers):  # what a scheduler does; a terminal spares the workers
