@@ -1,9 +1,11 @@
-"""Settings for every test: one thread a process, no tracking server of the user's, no network."""
+"""Settings for every test: one thread a process, no tracking server of the user's, no network; and one pool of gloo ranks for all."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
+from megavlm.testing.pool import RankPool
 from megavlm_launchers.environment import num_visible_gpus
 
 for _name, _value in {
@@ -38,3 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    """Up to eight forked gloo ranks, started with the first test that asks for them: imports are paid for once."""
+    ranks = RankPool(8)
+    yield ranks
+    ranks.close()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,8 @@ import pytest
 import yaml
 
 from megavlm.config.load import dump_recipe
-from megavlm.testing.recipes import make_tiny_data, tiny_recipe, tiny_stage
+from megavlm.testing.pool import RankPool
+from megavlm.testing.recipes import make_tiny_data, tiny_recipe, tiny_stage, train_and_read
 from megavlm.tracking.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +89,7 @@ def test_ctrl_c_saves_and_the_next_start_resumes(data_dir: Path, tmp_path: Path)
         log.close()
     done_steps = len(read_metrics(tmp_path / "run"))
     assert 2 <= done_steps < 5000
-    after = megavlm("train", str(path), f"run.max_steps={done_steps + 1}")
+    after = megavlm("train", str(path), f"run.max_steps={done_steps + 1}", "--nproc", "1")
     assert after.returncode == 0, after.stderr
     assert [r["step"] for r in read_metrics(tmp_path / "run")] == list(range(1, done_steps + 2))
     assert f"resuming at step {done_steps}" in after.stdout
@@ -111,31 +115,52 @@ def test_dry_run_shows_grid_parameters_memory_and_plan(data_dir: Path, tmp_path:
     assert not (tmp_path / "run").exists(), "a dry run leaves nothing behind"
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        (["parallel.tensor=3"], ["parallel.tensor=3"]),
-        (["parallel.tensr=2"], ["parallel.tensr", "tensor"]),
-        (["stages.all.steps=many"], ["steps", "many"]),
-        (["data.tokenizer=nowhere.model"], ["nowhere.model"]),
-        (["data.sources.pages.path=nowhere"], ["nowhere"]),
-        (["data.sources.pages.split=trian"], ["trian"]),
-        (["data.seq_len_tokens=20"], ["seq_len_tokens=20"]),
-        (["stages.all.packs_per_step=7", "parallel.pipeline=2", "parallel.virtual_pipeline=2"], ["packs_per_step"]),
-        (["parallel.pipeline=3"], ["3"]),
-        (["run.device=cuda"], ["run.device"]),
-        (["model.init_from=nowhere"], ["nowhere"]),
-    ],
-)
-def test_mistakes_end_with_one_message_and_code_2(changes: list[str], words: list[str], data_dir: Path, tmp_path: Path) -> None:
+def test_a_mistake_in_two_ranks_ends_with_one_message_and_code_2(data_dir: Path, tmp_path: Path) -> None:
     path = write_recipe(tmp_path, data_dir)
-    ranks = next((c.rsplit("=", 1)[1] for c in changes if c.startswith("parallel.pipeline")), "1")
-    done = megavlm("train", str(path), *changes, "--nproc", ranks)
+    done = megavlm("train", str(path), "data.sources.pages.path=nowhere", "--nproc", "2")
     message = done.stderr + "".join(p.read_text() for p in (tmp_path / "run" / "logs").glob("*"))
     assert done.returncode == 2, message
+    assert "nowhere" in message and "Traceback" not in message
+
+
+MISTAKES = [
+    (["parallel.tensor=3"], ["parallel.tensor=3"]),
+    (["parallel.tensr=2"], ["parallel.tensr", "tensor"]),
+    (["stages.all.steps=many"], ["steps", "many"]),
+    (["data.tokenizer=nowhere.model"], ["nowhere.model"]),
+    (["data.sources.pages.path=nowhere"], ["nowhere"]),
+    (["data.sources.pages.split=trian"], ["trian"]),
+    (["data.seq_len_tokens=20"], ["seq_len_tokens=20"]),
+    (["stages.all.packs_per_step=7", "parallel.pipeline=2", "parallel.virtual_pipeline=2"], ["packs_per_step"]),
+    (["parallel.pipeline=3"], ["3"]),
+    (["run.device=cuda"], ["run.device"]),
+    (["model.init_from=nowhere"], ["nowhere"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), MISTAKES, ids=lambda x: x[0] if "=" in x[0] else "")
+def test_mistakes_end_with_one_message_and_code_2(
+    changes: list[str], words: list[str], data_dir: Path, tmp_path: Path, pool: RankPool
+) -> None:
+    """The command's own code in ranks that have their imports behind them, as torchrun would start it."""
+    path = write_recipe(tmp_path, data_dir)
+    ranks = next((int(c.rsplit("=", 1)[1]) for c in changes if c.startswith("parallel.pipeline")), 1)
+    results = pool.run(command_in_rank, ["train", str(path), *changes], world_size=ranks)
+    message = "".join(text for _, text in results)
+    assert [code for code, _ in results] == [2] * ranks, message
     for word in words:
         assert word in message
     assert "Traceback" not in message
+
+
+def command_in_rank(arguments: list[str]) -> tuple[int, str]:
+    """Exit code and output of `megavlm ...` in this process."""
+    from megavlm.cli.main import main
+
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown), pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return int(ended.value.code or 0), shown.getvalue()
 
 
 def test_missing_recipe_and_broken_yaml(tmp_path: Path) -> None:
@@ -149,11 +174,8 @@ def test_missing_recipe_and_broken_yaml(tmp_path: Path) -> None:
     assert "broken.yaml" in done.stderr
 
 
-def test_a_truncated_picture_costs_its_own_sample(data_dir: Path, tmp_path: Path) -> None:
+def test_a_truncated_picture_costs_its_own_sample(data_dir: Path, tmp_path: Path, pool: RankPool) -> None:
     """The run goes on, the sample is named, and its targets do not count."""
-    import io
-    import tarfile
-
     damaged = tmp_path / "pages"
     damaged.mkdir()
     shard = sorted((data_dir / "pages").glob("shard-*.tar"))[0]
@@ -168,11 +190,7 @@ def test_a_truncated_picture_costs_its_own_sample(data_dir: Path, tmp_path: Path
             target.addfile(member, io.BytesIO(content))
     stage = tiny_stage(steps=12) | {"mixture": {"pages": 1.0}, "packs_per_step": 8}
     recipe = tiny_recipe(tmp_path / "run", data_dir, [stage], data={"sources": {"pages": {"path": str(damaged)}}})
-    path = tmp_path / "recipe.yaml"
-    dump_recipe(recipe, path)
-    done = megavlm("train", str(path))
-    assert done.returncode == 0, done.stderr
-    assert len(read_metrics(tmp_path / "run")) == 12
+    assert len(pool.run(train_and_read, recipe)[0]) == 12
     lines = [json.loads(line) for line in (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()]
     assert lines
     assert {hit.split(".", 1)[0]} == {line["key"] for line in lines}
