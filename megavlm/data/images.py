@@ -188,8 +188,12 @@ def resize(picture_CHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
     channels, rows, columns = picture_CHW.shape
     if picture_CHW.stride() == (1, 4 * columns, 4) and picture_CHW.untyped_storage().nbytes() == 4 * rows * columns:
         # Three of the four bytes that Pillow keeps for each pixel: resizing all four is cheaper than packing three first.
-        picture_CHW = picture_CHW.as_strided((4, rows, columns), (1, 4 * columns, 4))
-    batch = picture_CHW.unsqueeze(0).contiguous(memory_format=torch.channels_last)
+        pixels_HWC = picture_CHW.as_strided((rows, columns, 4), (4 * columns, 4, 1))
+    else:
+        pixels_HWC = picture_CHW.permute(1, 2, 0).contiguous()
+    # A batch of one with its full stride: by any other torch does not see channels-last memory, and converts the result.
+    depth = pixels_HWC.shape[2]
+    batch = pixels_HWC.as_strided((1, depth, rows, columns), (depth * rows * columns, 1, depth * columns, depth))
     return functional.interpolate(batch, size=(height, width), mode="bicubic", antialias=True)[0, :channels]
 
 

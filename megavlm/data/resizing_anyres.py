@@ -83,7 +83,7 @@ class AnyRes(SquareTiles):
         canvas = torch.zeros((3, down, across), dtype=torch.uint8)
         top, left = (down - new_height) // 2, (across - new_width) // 2
         canvas[:, top : top + new_height, left : left + new_width] = resize(picture, new_height, new_width)
-        return torch.cat([whole, split_tiles(canvas, self.side)])
+        return torch.cat([whole, split_tiles(canvas, self.side)]).contiguous()
 
     def feature_rows(self, grid: PictureGrid, width: int, height: int) -> np.ndarray | None:
         base = np.arange(self.tokens_per_tile, dtype=np.int64)
