@@ -9,6 +9,7 @@ import torch
 from megavlm.config.schema import Recipe, StageConfig
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.data.types import PackedBatch, StepData
+from megavlm.models.native import split_pictures
 from megavlm.parallel.context import ParallelContext
 from megavlm.tracking.tracker import Tracker
 
@@ -28,24 +29,36 @@ def log_sample_pictures(
 
 
 def _samples(batch: PackedBatch, recipe: Recipe, stage: StageConfig, tokenizer: Tokenizer) -> list[tuple[list[torch.Tensor], str]]:
-    """(tiles, text) of each segment that has a picture."""
-    if batch.tiles_TCHW is None:
+    """(tiles or pictures, text) of each segment that has a picture."""
+    if batch.tiles_TCHW is None and batch.pixels_X is None:
         return []
     if stage.objective == "vision_classification":
+        assert batch.tiles_TCHW is not None
         return [([tile], f"{stage.num_classes} patch classes") for tile in batch.tiles_TCHW]
-    per_tile, found, start, tile = recipe.model.visual_tokens_per_tile, [], 0, 0
-    image_token = tokenizer.image_token_id
+    shown, shown_by_N = _shown(batch, recipe)
+    found, start = [], 0
     for number, (length, sample) in enumerate(zip(batch.segment_lengths, batch.segment_samples, strict=True)):
-        tokens = batch.tokens_S[start : start + length]
-        num_tiles = int((tokens == image_token).sum()) // per_tile
-        if sample is not None and num_tiles:
-            text = tokenizer.decode([int(t) for t in tokens if t != image_token])
+        mine = shown_by_N[(batch.image_positions_N >= start) & (batch.image_positions_N < start + length)]
+        if sample is not None and len(mine):
+            text = tokenizer.decode([int(t) for t in batch.tokens_S[start : start + length] if t != tokenizer.image_token_id])
             targets = tokenizer.decode(batch.target_ids_Q[batch.target_segments_Q == number].tolist())
-            found.append(
-                (list(batch.tiles_TCHW[tile : tile + num_tiles]), f"{text[:_SHOWN_CHARACTERS]}\nlearns: {targets[:_SHOWN_CHARACTERS]}")
-            )
-        start, tile = start + length, tile + num_tiles
+            pictures = [shown[i] for i in mine[mine >= 0].unique().tolist()]
+            found.append((pictures, f"{text[:_SHOWN_CHARACTERS]}\nlearns: {targets[:_SHOWN_CHARACTERS]}"))
+        start += length
     return found
+
+
+def _shown(batch: PackedBatch, recipe: Recipe) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Tiles, or pictures in their own size, each (C, H, W); and which of them each visual token shows, -1: none (the end of a row)."""
+    model = recipe.model
+    if batch.tile_grids is not None:
+        assert batch.pixels_X is not None
+        pictures = split_pictures(batch.pixels_X, batch.tile_grids, model.vision.num_channels, model.vision.patch_size_px)
+        tokens = torch.tensor([rows * columns // model.projector.pixel_shuffle**2 for rows, columns in batch.tile_grids])
+        return pictures, torch.repeat_interleave(torch.arange(len(pictures)), tokens)
+    assert batch.tiles_TCHW is not None
+    rows_N = torch.arange(len(batch.image_positions_N)) if batch.feature_rows_N is None else batch.feature_rows_N
+    return list(batch.tiles_TCHW), torch.where(rows_N < 0, -1, rows_N // model.visual_tokens_per_tile)
 
 
 def _figure(samples: list[tuple[list[torch.Tensor], str]]) -> Any:

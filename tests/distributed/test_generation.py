@@ -16,7 +16,8 @@ from megavlm.testing.pool import RankError, RankPool
 from megavlm.testing.tiny import IMAGE_TOKEN_ID, tiny_chunks
 
 KINDS = [Kind(), Kind("siglip", "qwen2", select="full", tie=True, layer=-1), Kind(text="qwen3")]
-NEW_TOKENS = 64
+NEW_TOKENS = 40
+"""So many that the cache must grow: see GROWTH_TOKENS."""
 IMAGES = (0, 1, 2, 0, 1)
 TEXT_TOKENS = (4, 11, 3, 29, 17)
 

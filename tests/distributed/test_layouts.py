@@ -182,6 +182,15 @@ def test_picture_policies(
     assert_same(records, one_rank_pictures[policy])
 
 
+@pytest.mark.parametrize("policy", ["tiles", *PICTURES])
+def test_sample_pictures_are_drawn_for_every_policy(policy: str, pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    blocks = PICTURES.get(policy, {})
+    stage = tiny_stage(steps=1) | {"mixture": {"pages": 0.5, "multi": 0.5}}
+    run(pool, tmp_path, data_dir, 1, stage, tracking={"num_sample_pictures": 3}, **blocks)
+    found = list(tmp_path.rglob("*samples*.png"))
+    assert len(found) == 1 and found[0].stat().st_size > 5000
+
+
 def test_picture_policies_make_other_batches(one_rank_pictures: dict[str, list[dict[str, Any]]], data_dir: Path) -> None:
     """Guards the test above: policies differ, and some of their microbatches have no picture."""
     native, anyres = one_rank_pictures["native"], one_rank_pictures["anyres"]

@@ -28,7 +28,7 @@ def stages() -> list[dict[str, Any]]:
         "name": "encoder",
         "objective": "vision_classification",
         "steps": 2,
-        "packs_per_step": 8,
+        "packs_per_step": 4,
         "images_per_pack": 4,
         "num_classes": 11,
         "mixture": {"patches": 1.0},
@@ -39,7 +39,7 @@ def stages() -> list[dict[str, Any]]:
         "name": "words",
         "objective": "text",
         "steps": 2,
-        "packs_per_step": 8,
+        "packs_per_step": 4,
         "mixture": {"text": 1.0},
         "optimizer": PARITY_OPTIMIZER,
         "schedule": {"kind": "wsd", "warmup_steps": 1, "decay_steps": 1},
@@ -86,10 +86,9 @@ def test_resume_is_bit_exact_in_other_layouts(
     world_size: int, parallel: dict[str, Any], blocks: dict[str, Any], pool: RankPool, data_dir: Path, tmp_path: Path
 ) -> None:
     whole = run(pool, tmp_path / "whole", data_dir, world_size, parallel, None, **blocks)
-    for stop_after in (3, 7):
-        run_dir = tmp_path / f"stopped-{stop_after}"
-        run(pool, run_dir, data_dir, world_size, parallel, stop_after, **blocks)
-        assert curve(run(pool, run_dir, data_dir, world_size, parallel, None, **blocks)) == curve(whole)
+    run_dir = tmp_path / "stopped"
+    run(pool, run_dir, data_dir, world_size, parallel, 5, **blocks)
+    assert curve(run(pool, run_dir, data_dir, world_size, parallel, None, **blocks)) == curve(whole)
 
 
 def test_resume_through_changing_layouts(pool: RankPool, data_dir: Path, tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
