@@ -7,6 +7,7 @@ tokenising parts: parts tokenise differently from the whole. Every sample's mask
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -95,15 +96,16 @@ class Chat:
         rendered = self._render(messages, generation_prompt=False)
         encoded = self._encode(rendered.text)
         ids = np.asarray(encoded.ids, dtype=np.int64)
-        offsets = np.asarray(encoded.offsets, dtype=np.int64).reshape(-1, 2)
         supervised = np.zeros(len(ids), dtype=bool)
         for begin, end in rendered.spans:
-            inside = (offsets[:, 0] < end) & (offsets[:, 1] > begin)
-            if rendered.lead and inside.any():
-                first = int(offsets[inside.argmax(), 0])
-                begin = first if first < begin and rendered.lead.endswith(rendered.text[first:begin]) else begin
-            supervised |= inside
-            self._check_span(rendered.text[begin:end], encoded, inside)
+            # Offsets ascend: the tokens that share a character with the span lie side by side.
+            first = bisect_right(encoded.offsets, begin, key=lambda o: o[1])
+            after = bisect_left(encoded.offsets, end, key=lambda o: o[0])
+            if rendered.lead and first < after:
+                start = encoded.offsets[first][0]
+                begin = start if start < begin and rendered.lead.endswith(rendered.text[start:begin]) else begin
+            supervised[first:after] = True
+            self._check_span(rendered.text[begin:end], encoded.ids[first:after])
         if not supervised.any():
             raise ChatError("no token is supervised: the conversation has no assistant message")
         if supervised.all() or supervised[0]:
@@ -148,13 +150,12 @@ class Chat:
             if is_answer and not content.strip():
                 raise ChatError(f"message {i} is an assistant message without text")
 
-    def _check_span(self, expected: str, encoded: Encoding, inside: np.ndarray) -> None:
-        places = np.flatnonzero(inside).tolist()
-        decoded = self.tokenizer.decode([encoded.ids[i] for i in places])
+    def _check_span(self, expected: str, ids: Sequence[int]) -> None:
+        decoded = self.tokenizer.decode(ids)
         if decoded == expected:
             return
         unknown = self.tokenizer.special_ids.get(self.tokenizer.named_tokens.get("unk_token", ""), -1)
-        if any(encoded.ids[i] == unknown for i in places):
+        if unknown in ids:
             at = next((i for i, (a, b) in enumerate(zip(decoded, expected, strict=False)) if a != b), len(decoded))
             char = expected[at : at + 1]
             raise ChatError(f"the tokenizer cannot represent {char!r} in {_window(expected, at)!r}: it would be trained as unknown")

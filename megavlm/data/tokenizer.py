@@ -297,7 +297,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return Encoding(encoded.ids, encoded.offsets)
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        kept = [int(i) for i in ids]
+        kept = list(map(int, ids))
         if skip_special:
             special = set(self.special_ids.values())
             kept = [i for i in kept if i not in special]
