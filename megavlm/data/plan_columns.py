@@ -13,8 +13,8 @@ from megavlm.config.schema import DataConfig, StageConfig
 from megavlm.data.packing import Budget, Packer, Waiting
 from megavlm.planner.flops import VisionWork
 
-_PILOT_WINDOWS = 4
-"""A pilot packs so many windows of samples."""
+_PILOT_WINDOWS, _PILOT_WINDOW_SAMPLES = 3, 256
+"""A pilot packs so many windows of samples; a window of at most so many."""
 
 
 class PlanError(ValueError):
@@ -111,6 +111,7 @@ def expected_fill(columns: Mapping[str, Columns], shares: Mapping[str, Fraction]
     The same number on every machine: whole numbers of a fixed stream.
     """
     names = [name for name in sorted(shares) if shares[name] > 0]
+    window = min(window, _PILOT_WINDOW_SAMPLES)
     count = _PILOT_WINDOWS * window
     words = np.random.PCG64(20240501).random_raw(2 * count).reshape(2, count)
     edges = np.cumsum([float(shares[name]) for name in names])[:-1]
@@ -128,5 +129,5 @@ def expected_fill(columns: Mapping[str, Columns], shares: Mapping[str, Fraction]
         if len(packer.waiting) + len(pack) < window:
             return Fraction(round(Fraction(tokens, max(packs, 1) * budget.length) * 2**20), 2**20) if packs else Fraction(1)
         # The first packs have the whole window to choose from, the later ones what was left over.
-        if packer.waiting and packer.waiting[-1].arrival >= count // 2:
+        if packer.waiting and packer.waiting[-1].arrival >= window:
             packs, tokens = packs + 1, tokens + sum(w.length for w in pack)

@@ -16,8 +16,10 @@ from math import isfinite, lcm
 
 from megavlm.config.data import MixtureEntry
 
-RAMP_PIECES = 512
+RAMP_PIECES = 256
 """A linear change moves in at most so many equal pieces; each has the weight of its middle."""
+
+_DIGITS = 1 << 20
 
 UNIT_BITS = 64
 """Targets at the seams between stretches are kept in units of 2^-64 samples."""
@@ -57,30 +59,39 @@ class Piece:
     start: int
     end: int | None
     """Step behind the last; None: for ever."""
-    weights: tuple[Fraction, ...]
-    knot: tuple[Fraction, ...]
-    """Weights at whose fill the piece's steps are reckoned: its own, or those at the nearer end of its ramp."""
+    weights: tuple[int, ...]
+    """In proportion."""
+    knots: tuple[tuple[tuple[int, ...], Fraction], ...]
+    """Weights at which `Rate` is asked, and how much of each answer makes the piece's: its own, or those of its ramp's start, middle or
+    end that it lies between."""
 
 
 def pieces(entries: Sequence[MixtureEntry], rows: Sequence[int]) -> list[Piece]:
     """The steps of a stage, cut where weights change."""
     knots = sorted({step for e in entries if isinstance(e.weight, dict) for step in e.weight} | {0})
-
-    def at(step: Fraction | int) -> tuple[Fraction, ...]:
-        return tuple(weight_at(e, n, step) for e, n in zip(entries, rows, strict=True))
-
-    is_linear = [entry.change == "linear" for entry in entries]
     found = []
     for start, end in pairwise([*knots, None]):
         assert start is not None
-        if end is None or not any(w0 != w1 and linear for w0, w1, linear in zip(at(start), at(end), is_linear, strict=True)):
-            found.append(Piece(start, end, at(start), at(start)))
+        before = [weight_at(e, n, start) for e, n in zip(entries, rows, strict=True)]
+        # A source that jumps at `end` stays as it is until then.
+        after = [weight_at(e, n, end) if end and e.change == "linear" else w for e, n, w in zip(entries, rows, before, strict=True)]
+        scale = lcm(*(w.denominator for w in (*before, *after)))
+        low, high = (tuple(int(w * scale) for w in weights) for weights in (before, after))
+        if end is None or low == high:
+            found.append(Piece(start, end, low, ((low, Fraction(1)),)))
             continue
-        parts = min(RAMP_PIECES, end - start)
-        edges = [start + (end - start) * i // parts for i in range(parts + 1)]
+        count = min(RAMP_PIECES, end - start)
+        edges = [start + (end - start) * i // count for i in range(count + 1)]
+        half = tuple(a + b for a, b in zip(low, high, strict=True))
         for a, b in pairwise(edges):
-            middle = Fraction(a + b - 1, 2)
-            found.append(Piece(a, b, at(middle), at(start) if middle - start < end - middle else at(end)))
+            # The middle of the steps a .. b - 1, on a ramp that is `whole` long, both doubled.
+            at, whole = a + b - 1 - 2 * start, 2 * (end - start)
+            weights = tuple(x * whole + (y - x) * at for x, y in zip(low, high, strict=True))
+            part = Fraction(2 * at, whole)
+            ends = (low, half) if part < 1 else (half, high)
+            part %= 1
+            blend = [(knot, share) for knot, share in zip(ends, (1 - part, part), strict=True) if any(knot)]
+            found.append(Piece(a, b, weights, tuple((knot, share / sum(s for _, s in blend)) for knot, share in blend)))
     return found
 
 
@@ -133,29 +144,29 @@ class Target:
         self._build(steps, sources, rate)
 
     def _build(self, steps: list[Piece], sources: Sequence[Source], rate: Rate) -> None:
-        lengths: dict[tuple[Fraction, ...], Fraction] = {}
+        answers: dict[tuple[int, ...], Fraction] = {}
+        # Whole numbers: a few digits are enough for an estimate, and there may be many pieces.
+        means = [round(s.mean_length * _DIGITS) for s in sources]
         live = [True] * len(self.names)
         for piece in steps:
             if not any(piece.weights):
                 raise MixtureError(f"mixture: from step {piece.start} on no source has a weight above 0")
-            if piece.knot not in lengths:
-                knot = piece.knot if any(piece.knot) else piece.weights
-                lengths[piece.knot] = rate({n: w / sum(knot) for n, w in zip(self.names, knot, strict=True)})
+            for knot, _ in piece.knots:
+                if knot not in answers:
+                    answers[knot] = rate({n: Fraction(w, sum(knot)) for n, w in zip(self.names, knot, strict=True)})
+            length = round(sum(answers[knot] * share for knot, share in piece.knots) * _DIGITS)
             while True:
-                weights = [w if alive else Fraction(0) for w, alive in zip(piece.weights, live, strict=True)]
-                if not any(weights):
+                shares = tuple(w if alive else 0 for w, alive in zip(piece.weights, live, strict=True))
+                if not any(shares):
                     self.end_draws, self.end_step = self.starts[-1], float(self._steps[-1])
                     return
-                mean = sum(w * s.mean_length for w, s in zip(weights, sources, strict=True)) / sum(weights)
-                # Few digits are enough for an estimate, and keep the numbers behind it short.
-                per_step = Fraction(max(1, round(lengths[piece.knot] / mean * 2**20)), 2**20)
-                if not self._stretch(piece, weights, per_step, live):
+                mean = sum(w * m for w, m in zip(shares, means, strict=True))
+                per_step = Fraction(max(1, _DIGITS * length * sum(shares) // mean), _DIGITS)
+                if not self._stretch(piece, shares, per_step, live):
                     break
 
-    def _stretch(self, piece: Piece, weights: list[Fraction], per_step: Fraction, live: list[bool]) -> bool:
+    def _stretch(self, piece: Piece, shares: tuple[int, ...], per_step: Fraction, live: list[bool]) -> bool:
         """Add the draws up to the piece's end or to the next cap; whether it was a cap."""
-        scale = lcm(*(w.denominator for w in weights))
-        shares = tuple(int(w * scale) for w in weights)
         whole = sum(shares)
         start = self.starts[-1]
         end = NEVER if piece.end is None else start + max(0, round((piece.end - self._steps[-1]) * per_step))
@@ -204,7 +215,8 @@ class Target:
         self._steps_per_draw.append(1 / per_step)
         if end == NEVER:
             return
-        self._steps.append(Fraction(step) if step is not None else self._steps[-1] + (end - start) / per_step)
+        passed = self._steps[-1] + (end - start) / per_step
+        self._steps.append(Fraction(step) if step is not None else Fraction(round(passed * _DIGITS**2), _DIGITS**2))
         grown = _split((end - start) * self.unit, shares)
         for base, more in zip(self.bases, grown, strict=True):
             base.append(base[-1] + more)

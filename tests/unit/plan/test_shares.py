@@ -142,4 +142,4 @@ def test_long_ramps_take_few_pieces():
     assert len(ramp) == RAMP_PIECES + 1
     assert all(a.end == b.start for a, b in pairwise(ramp)) and ramp[-1].end is None
     for piece in ramp[:-1]:
-        assert piece.weights[0] == Fraction(piece.start + piece.end - 1, 2) / 100_000
+        assert Fraction(*piece.weights) == Fraction(piece.start + piece.end - 1, 2) / 100_000
