@@ -111,7 +111,7 @@ class WebDatasetTars(Format):
             ordered = [Picture(d) for d in pictures.values()]
         if inline and any(a is not None for a in inline):
             raise Refused("pictures named twice", "parts of the messages name pictures by address; in a tar they are its members, in order")
-        draft = Draft(check_messages(messages, len(ordered)), ordered)
+        draft = Draft(check_messages(messages, len(ordered)), ordered, task="conversation")
         for name in ("task", "split"):
             if isinstance(fields.get(name), str) and fields[name]:
                 setattr(draft, name, fields[name])
