@@ -40,8 +40,9 @@ _NAMES = {
 }
 
 
-# Pillow warns at half of MAX_PIXELS, once for each picture that is simply large.
+# Pillow warns at half of MAX_PIXELS, and of every odd tag in a TIFF or EXIF block: at the scale of the web that is noise without end.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class ImageError(ValueError):

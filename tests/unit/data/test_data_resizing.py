@@ -178,11 +178,6 @@ def test_tiles_and_thumbnail_are_internvls(size, limits):
     assert_close(ours, theirs["pixel_values"], f"tiles {size} {limits}")
 
 
-def test_a_vga_photo_costs_what_internvl_pays():
-    image = ImageConfig(policy="tiles", max_tiles=12, thumbnail=True)
-    assert make_resizing(image, model(side=448, shuffle=2)).grid(640, 480).tokens == 3328
-
-
 # ------------------------------------------------------------------------------------------------------------- anyres
 
 
@@ -319,5 +314,17 @@ def test_native_sizes_are_smart_resizes():
     assert over > 20
 
 
-def test_a_vga_photo_costs_what_qwen_pays():
-    assert make_resizing(ImageConfig(policy="native"), model(shuffle=2)).grid(640, 480).tokens == 391
+TABLE = {
+    "fixed": ({}, model(), 576, 576),
+    "tiles": ({"max_tiles": 12, "thumbnail": True}, model(side=448, shuffle=2), 3328, 1792),
+    "anyres": ({}, model(newline=True), 2340, 2256),
+    "native": ({}, model(shuffle=2), 391, 11125),
+}
+
+
+@pytest.mark.parametrize("policy", TABLE)
+def test_the_table_in_the_documentation(policy):
+    """docs/data/pictures.md: visual tokens of a 640x480 photo and of a scanned A4 page."""
+    fields, its_model, photo, page = TABLE[policy]
+    resizing = make_resizing(ImageConfig.model_validate({"policy": policy, **fields}), its_model)
+    assert (resizing.grid(640, 480).tokens, resizing.grid(2480, 3508).tokens) == (photo, page)
