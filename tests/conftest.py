@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +49,11 @@ def pool() -> Iterator[RankPool]:
     ranks = RankPool(8)
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Demonstration data that several files train on. Nobody may change it."""
+    from megavlm.testing.recipes import make_tiny_data
+
+    return make_tiny_data(tmp_path_factory.mktemp("tiny-data"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import pytest
 
 from megavlm.data.bad_samples import BadDataError
 from megavlm.testing.pool import RankPool
-from megavlm.testing.recipes import make_tiny_data, tiny_recipe, tiny_stage
+from megavlm.testing.recipes import tiny_recipe, tiny_stage
 
 
 @pytest.fixture(scope="session")
-def broken_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def broken_data(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every picture of one source is zeros."""
-    folder = make_tiny_data(tmp_path_factory.mktemp("broken-data"))
+    folder = tmp_path_factory.mktemp("broken-data") / "data"
+    shutil.copytree(data_dir, folder, ignore=shutil.ignore_patterns(".megavlm-index"))
     for path in (folder / "pages").glob("shard-*.tar"):
         with tarfile.open(path) as tar:
             pictures = [m for m in tar if m.name.endswith(".png")]

@@ -10,7 +10,7 @@ import torch
 
 from megavlm.config.schema import ParallelConfig
 from megavlm.testing.pool import RankPool
-from megavlm.testing.recipes import make_tiny_data, tiny_recipe, tiny_stage, train_and_read
+from megavlm.testing.recipes import tiny_recipe, tiny_stage, train_and_read
 
 
 def make_folder(vision: str, text: str, folder: Path) -> None:
@@ -68,8 +68,7 @@ def export_and_verify(run_dir: Path, folder: Path) -> tuple[bool, float]:
 
 
 @pytest.mark.parametrize(("vision", "text"), [("clip", "llama"), ("siglip", "qwen2")])
-def test_import_train_export(vision: str, text: str, pool: RankPool, tmp_path: Path) -> None:
-    data_dir = make_tiny_data(tmp_path / "data")
+def test_import_train_export(vision: str, text: str, pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
     pool.run(make_folder, vision, text, tmp_path / "hf")
     block = pool.run(model_block, tmp_path / "hf")[0]
     curves = {}

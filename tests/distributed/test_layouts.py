@@ -14,7 +14,6 @@ from megavlm.testing.recipes import (
     ENCODER_FROZEN,
     PROJECTOR_ONLY,
     TOP_LAYERS,
-    make_tiny_data,
     tiny_recipe,
     tiny_stage,
     train_and_read,
@@ -49,11 +48,6 @@ PICTURES: dict[str, dict[str, Any]] = {
 def stage_of(training: str, **changes: Any) -> dict[str, Any]:
     """Five steps where everything trains; three for the other ways of freezing, which share every line of code but the freezing."""
     return tiny_stage(steps=5 if training == "all" else 3, **(TRAINING[training] | changes))
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_data(tmp_path_factory.mktemp("data"))
 
 
 def run(pool: RankPool, run_dir: Path, data_dir: Path, world_size: int, stage: dict[str, Any], **blocks: Any) -> list[dict[str, Any]]:

@@ -10,14 +10,9 @@ import pytest
 import torch
 
 from megavlm.testing.pool import RankPool
-from megavlm.testing.recipes import make_tiny_data, tiny_recipe, tiny_stage, train_and_read
+from megavlm.testing.recipes import tiny_recipe, tiny_stage, train_and_read
 
 WEIGHTED = {"loss": {"averaging": "square", "task_weights": {"reading": 2.0, "caption": 0.25}}}
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_data(tmp_path_factory.mktemp("data"))
 
 
 def against_autograd(run_dir: Path, data_dir: Path, factor: float) -> tuple[float, float, float, float]:

@@ -11,7 +11,7 @@ import torch
 
 from megavlm.config.schema import StageConfig
 from megavlm.testing.pool import RankPool
-from megavlm.testing.recipes import make_tiny_data, tiny_recipe, tiny_stage
+from megavlm.testing.recipes import tiny_recipe, tiny_stage
 from megavlm.training.schedule import learning_rate
 
 RATES = {"vision": 0.1, "projector": 2.0, "language": 1.0}
@@ -73,8 +73,7 @@ def largest_difference(run_dir: Path, data_dir: Path) -> tuple[float, float, flo
     return difference, change, norm
 
 
-def test_update_equals_torch_adamw(pool: RankPool, tmp_path: Path) -> None:
-    data_dir = make_tiny_data(tmp_path / "data")
+def test_update_equals_torch_adamw(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
     difference, change, norm = pool.run(largest_difference, tmp_path / "run", data_dir)[0]
     assert norm > 0.5, "clipping must be at work, or this test says nothing about it"
     assert change > 1e-4, "every parameter must have moved"

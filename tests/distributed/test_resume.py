@@ -12,14 +12,9 @@ from typing import Any
 import pytest
 
 from megavlm.testing.pool import RankError, RankPool
-from megavlm.testing.recipes import ENCODER_FROZEN, PARITY_OPTIMIZER, make_tiny_data, tiny_recipe, tiny_stage, train_and_read
+from megavlm.testing.recipes import ENCODER_FROZEN, PARITY_OPTIMIZER, tiny_recipe, tiny_stage, train_and_read
 
 TOTAL_STEPS = 8
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_data(tmp_path_factory.mktemp("resume-data"))
 
 
 def stages() -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ import yaml
 
 from megavlm.config.load import dump_recipe
 from megavlm.testing.pool import RankPool
-from megavlm.testing.recipes import make_tiny_data, tiny_recipe, tiny_stage, train_and_read
+from megavlm.testing.recipes import tiny_recipe, tiny_stage, train_and_read
 from megavlm.tracking.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -27,11 +27,6 @@ FIELDS = (
     *("step", "stage", "stage_step", "loss", "grad_norm", "lr", "tokens", "useful_tokens", "target_tokens", "images", "tiles"),
     *("step_time_s", "data_wait_s", "tokens_per_s", "mfu", "pack_fill", "task_loss"),
 )
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_data(tmp_path_factory.mktemp("command-data"))
 
 
 def write_recipe(folder: Path, data_dir: Path, steps: int = 4, **blocks: Any) -> Path:
