@@ -94,7 +94,7 @@ class Catalog:
         column = self.table["shard"].combine_chunks()
         number = {name: i for i, name in enumerate(self.shard_names)}
         names = column.dictionary.to_pylist()
-        lookup = np.array([number[n] for n in names] or [0], dtype=np.int32)
+        lookup = np.array([number.get(n, -1) for n in names] or [-1], dtype=np.int32)  # a deleted shard's name may linger without rows
         return lookup[column.indices.to_numpy(zero_copy_only=False)] if len(column) else np.zeros(0, dtype=np.int32)
 
 

@@ -106,7 +106,7 @@ def count_tokens(catalog: Catalog, rows: np.ndarray, chat: Chat, progress: bool 
 
 def table_key(chat: Chat) -> str:
     """What the counts depend on: tokenizer (with its image token) and conversation format."""
-    parts = f"{TABLE_VERSION}\0{chat.tokenizer.fingerprint}\0{chat.tokenizer.image_token_id}\0{chat.jinja()}"
+    parts = f"{TABLE_VERSION}\0{chat.fingerprint}\0{chat.tokenizer.image_token}"
     return hashlib.sha256(parts.encode()).hexdigest()[:20]
 
 
