@@ -2,12 +2,12 @@
 
 | notation | one box | numbers |
 |---|---|---|
-| megavlm | `a cat: 031 250 499 999` | x0 y0 x1 y1, 0-999 of the picture's sides, three figures |
-| qwen-vl | `<ref>a cat</ref><box>(31,250),(499,999)</box>` | 0-999 |
-| qwen2-vl | `<|object_ref_start|>a cat<|object_ref_end|><|box_start|>(31,250),(499,999)<|box_end|>` | 0-1000 |
+| megavlm | `a cat: 031 250 500 999` | x0 y0 x1 y1, 0-999 of the picture's sides, three figures |
+| qwen-vl | `<ref>a cat</ref><box>(31,250),(500,999)</box>` | 0-999 |
+| qwen2-vl | `<|object_ref_start|>a cat<|object_ref_end|><|box_start|>(31,250),(500,1000)<|box_end|>` | 0-1000 |
 | qwen2.5-vl | `[{"bbox_2d": [20, 120, 320, 480], "label": "a cat"}]` | pixels of the picture as the encoder sees it |
 | internvl | `<ref>a cat</ref><box>[[31, 250, 500, 1000]]</box>` | 0-1000 |
-| kosmos-2 | `<phrase>a cat</phrase><object><patch_index_0256><patch_index_1007></object>` | cells of a 32 x 32 grid |
+| kosmos-2 | `<phrase>a cat</phrase><object><patch_index_0257><patch_index_1007></object>` | cells of a 32 x 32 grid |
 
 Sources: Qwen-VL `eval_mm/evaluate_grounding.py` (reads with 999) and the paper, arXiv 2308.12966, section 3; Qwen2-VL, arXiv
 2409.12191, section 2.3, [0, 1000); Qwen2.5-VL cookbooks, `spatial_understanding.ipynb`; InternVL `eval/refcoco/evaluate_grounding.py`

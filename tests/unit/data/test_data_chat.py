@@ -53,7 +53,14 @@ def test_config_names_every_template():
 
 
 @pytest.mark.parametrize(
-    ("name", "end", "lead"), [("megavlm", "<|end|>", ""), ("chatml", "<|im_end|>", ""), ("llava-v1", "</s>", " "), ("plain", "</s>", "")]
+    ("name", "end", "lead"),
+    [
+        ("megavlm", "<|end|>", ""),
+        ("chatml", "<|im_end|>", ""),
+        ("llava-v1", "</s>", " "),
+        ("plain", "</s>", ""),
+        ("llama3", "<|eot_id|>", ""),
+    ],
 )
 def test_supervised_tokens_decode_to_the_answers_and_their_ends(name, end, lead, tokenizer):
     chat = Chat(name, tokenizer)

@@ -324,6 +324,18 @@ def test_built_in_templates_write_the_tokenizers_image_token(bound):
         chat.encode_conversation(said("a", "<|image_pad|>"), [])
 
 
+@pytest.mark.parametrize(("built_in", "name"), [("chatml", "internvl3"), ("llama3", "llama3_2_vision")])
+def test_named_templates_are_the_families_own(built_in, name, bound):
+    """Llama 3.2 Vision adds no date where there are no pictures to look for; InternVL's is plain ChatML."""
+    b = bound(name)
+    messages = [{"role": "system", "content": "Be brief."}, *turns(False)]
+    named = Chat(built_in, b.tokenizer)
+    assert named._render(messages, False).text == b.expected(messages)
+    ours, theirs = named.encode_conversation(messages, []), b.chat.encode_conversation(messages, [])
+    assert ours.ids_L.tolist() == theirs.ids_L.tolist()
+    assert ours.supervised_L.tolist() == theirs.supervised_L.tolist()
+
+
 def test_threads_share_a_generation_template(bound):
     chat = bound("generation").chat
     talks = [said(f"answer {i}", f"question {i}") for i in range(60)]
