@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,7 @@ def main() -> None:
         "command": "python benchmarks/materialise.py " + " ".join(a for a in sys.argv[1:] if not a.startswith("/")),
         "jpeg_bytes": int(np.mean([len(j) for j in jpegs])),
         "jpeg_pixels": SIZE,
+        "torchvision": version("torchvision") if "torchvision" in backends else None,
         "results": rows,
         "environment": environment_report(),
     }
