@@ -28,6 +28,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM
 """What is read (JPEG with MPO). Pillow's other plugins are for formats nobody trains on, and some start a program (EPS: Ghostscript)."""
 _LINES_AT_A_TIME_PX = 2**22
 _EXIF_ORIENTATION = 0x0112
+_PNG_EXIF_MARKS = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type")
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}
 _NAMES = {
     "heic": "a HEIC picture",
@@ -116,8 +117,10 @@ def measure_image(data: bytes) -> Measured:
     """Size and format from the header alone. Raises ImageError for what is not read, by name."""
     with open_picture(data) as picture:
         width, height = picture.size
-        turned = picture.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
         name = picture.format or "img"
+        # Pillow decodes a whole PNG to see whether orientation comes after the pixels: only where the bytes name some.
+        told = name != "PNG" or any(mark in data for mark in _PNG_EXIF_MARKS)
+        turned = told and picture.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
     if turned:
         width, height = height, width
     return Measured(width, height, _EXTENSIONS.get(name, name.lower()))

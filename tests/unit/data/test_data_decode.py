@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -214,6 +215,34 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 16, f"{done.stdout} MiB"
+
+
+def test_measuring_reads_the_header_alone_wherever_orientation_stands():
+    """Cut off behind the header, a picture still has its size; a PNG that is turned says so even behind its pixels."""
+    for fmt in ("JPEG", "PNG", "BMP", "GIF", "TIFF"):
+        data = encode(Image.fromarray(picture(480, 320)).quantize(16) if fmt == "GIF" else Image.fromarray(picture(480, 320)), fmt)
+        whole = measure_image(data)
+        assert (whole.width, whole.height) == (480, 320)
+        if fmt != "TIFF":  # Pillow writes its directory last
+            assert measure_image(data[: len(data) // 2]) == whole
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    first = encode(Image.fromarray(picture(480, 320)), "PNG", exif=exif)
+    start = first.index(b"eXIf") - 4
+    length = 12 + struct.unpack(">I", first[start : start + 4])[0]
+    chunk, end = first[start : start + length], first.index(b"IEND") - 4
+    last = first[:start] + first[start + length : end] + chunk + first[end:]
+    for data in (first, last):
+        assert (measure_image(data).width, measure_image(data).height) == (320, 480)
+        assert PillowDecoder().decode(data).shape == (480, 320, 3)
+
+
+@both
+def test_threads_share_a_decoder(decoder):
+    pictures = [encode(Image.fromarray(picture(160, 160, seed=i)), "PNG") for i in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        for number, pixels in enumerate(pool.map(decoder.decode, pictures * 4)):
+            np.testing.assert_array_equal(pixels, picture(160, 160, seed=number % 24))
 
 
 def test_pixels_outlive_the_picture_and_the_fourth_byte_changes_nothing():
