@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megavlm.cli.data_prepare import prepare
+
 if TYPE_CHECKING:
     from megavlm.config import Recipe
     from megavlm.data.index import Objective
@@ -85,6 +87,9 @@ def show(
         typer.echo(describe(built, number, loaded, tokenizer))
         for path in save_pictures(built, number, pictures) if pictures is not None else ():
             typer.echo(f"  saved {path}")
+
+
+app.command()(prepare)
 
 
 def _wanted(recipe: Recipe) -> list[tuple[str, Objective]]:
