@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from megavlm.data.tokenizer import IMAGE_TOKEN
 
+_compact = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+
 
 class ShardError(ValueError):
     """A shard or a sample in it that does not follow the format (docs/data.md)."""
@@ -110,7 +112,8 @@ def _problems(error: ValidationError) -> str:
 def content_hash(sample: Sample, image_sizes_bytes: Sequence[int]) -> tuple[bytes, bool]:
     """Hash of what a sample teaches, from its JSON and its pictures' sizes alone: 16 bytes, and whether it covers every byte.
 
-    The first 16 bytes of the SHA-256 of the JSON (no spaces, keys sorted) of [messages, objects, pictures]; a picture is
+    The first 16 bytes of the SHA-256 of the JSON (UTF-8, no spaces) of [[role, content] of each message, [image, label, box] of each
+    object, pictures]; a picture is
     [width, height, time_s, its sha256] or, where the JSON does not say its sha256, [width, height, time_s, its size in bytes], and
     then the hash is weaker (False). Key, file names, task, split, source, weight, scores and meta do not enter: equal content under two
     names has one hash.
@@ -120,5 +123,4 @@ def content_hash(sample: Sample, image_sizes_bytes: Sequence[int]) -> tuple[byte
     ]
     objects = [[o.image, o.label, o.box_px] for o in sample.objects or []]
     content = [[[m.role, m.content] for m in sample.messages], objects, pictures]
-    text = json.dumps(content, separators=(",", ":"), sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16], all(i.sha256 for i in sample.images)
+    return hashlib.sha256(_compact(content).encode("utf-8", "surrogatepass")).digest()[:16], all(i.sha256 for i in sample.images)
