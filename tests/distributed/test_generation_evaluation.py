@@ -51,7 +51,7 @@ def rank_result(model: Path, sources: list[Path], layout: dict[str, Any], out: P
     return evaluate(
         loaded,
         sources=folder_sources(sources, "heldout"),
-        samples_per_task=3,
+        samples_per_task=2,
         batch_size=5,
         out=out,
         progress=False,
