@@ -26,7 +26,7 @@ def describe(index: SampleIndex, row: int, recipe: Recipe, tokenizer: Tokenizer)
     if index.objective == "vision_classification":
         lines += [f"  object {o.label} in picture {o.image} at {', '.join(f'{v:g}' for v in o.box_px)}" for o in sample.objects or []]
     else:
-        lines += [f"  | {line}" for line in _conversation(sample, recipe, tokenizer).split("\n")]
+        lines += [f"  | {line}" for line in _conversation(sample, [g.tokens for g in index.grids(row)], recipe, tokenizer).split("\n")]
     return "\n".join(lines)
 
 
@@ -41,12 +41,9 @@ def save_pictures(index: SampleIndex, row: int, folder: Path) -> list[Path]:
     return paths
 
 
-def _conversation(sample: Sample, recipe: Recipe, tokenizer: Tokenizer) -> str:
+def _conversation(sample: Sample, tokens: list[int], recipe: Recipe, tokenizer: Tokenizer) -> str:
     from megavlm.data.chat import Chat
-    from megavlm.data.index import sample_grids
 
-    grids = sample_grids(sample, recipe.data, recipe.model, "multimodal")
-    tokens = [g.tokens for g in grids]
     encoded = Chat(recipe.data.chat_template, tokenizer).encode_conversation([m.model_dump() for m in sample.messages], tokens)
     image_id = tokenizer.image_token_id if tokens else -1
     text = ""
