@@ -31,10 +31,10 @@ def main() -> None:
     """Serve the socket whose descriptor is the first argument; the second is the parent's process id."""
     for number in _FOR_THE_PARENT:
         signal.signal(number, signal.SIG_IGN)
-    _die_with(int(sys.argv[2]))
     faulthandler.enable()
     pipe = Connection(int(sys.argv[1]))
     try:
+        _die_with(int(sys.argv[2]))
         try:
             setup: WorkerSetup = pickle.loads(pipe.recv_bytes())
             materialise = setup.open()
@@ -84,5 +84,5 @@ def _send_error(pipe: Connection, error: Exception) -> None:
 def _die_with(parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the kernel was told
-        sys.exit(0)
+    if os.getppid() != parent:
+        raise EOFError("the parent ended before the kernel was told")
