@@ -10,8 +10,9 @@ latest; and never more than MAX_WAIT_WINDOWS x `window` samples come after it be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import gcd
 from typing import Generic, NamedTuple, TypeVar
 
@@ -101,14 +102,14 @@ class Packer(Generic[T]):
             return []
         chosen = self._choose()
         pack = [self.waiting[i] for i in chosen]
-        taken = set(chosen)
-        self.waiting = [w for i, w in enumerate(self.waiting) if i not in taken]
+        for i in reversed(chosen):
+            del self.waiting[i]
         return pack
 
     def _choose(self) -> list[int]:
         seen = len(self.waiting)
         while True:
-            chosen = choose(self.waiting[:seen], self.budget)
+            chosen = choose(self.waiting if seen == len(self.waiting) else self.waiting[:seen], self.budget)
             if seen == 1 or self._keeps_bound(chosen):
                 return chosen
             seen //= 2
@@ -145,31 +146,31 @@ def choose(waiting: Sequence[Waiting[T]], budget: Budget) -> list[int]:
     the longest of them all is taken, and of several the one with the fewest patches.
     """
     room = budget.length - waiting[0].length
-    lengths = [w.length for w in waiting[1:]]
-    chosen = _fill_length(lengths, room)
-    if budget.patches is not None:
-        patches = [w.patches for w in waiting[1:]]
-        room_patches = budget.patches - waiting[0].patches
-        if sum(patches[i] for i in chosen) > room_patches:
-            few_lengths, few_patches = lengths[:LOOK_AHEAD_PATCHES], patches[:LOOK_AHEAD_PATCHES]
-            within = _fill_both(few_lengths, few_patches, room, room_patches, budget.patches_are_hard)
-            # Beyond the look-ahead may lie what a full pack needs.
-            if budget.patches_are_hard or sum(lengths[i] for i in within) == sum(lengths[i] for i in chosen):
-                chosen = within
-    return [0] + [i + 1 for i in chosen]
+    chosen = [0] + [i + 1 for i in _fill_length((w.length for w in islice(waiting, 1, None)), room)]
+    if budget.patches is None or sum(waiting[i].patches for i in chosen) <= budget.patches:
+        return chosen
+    few = waiting[1 : LOOK_AHEAD_PATCHES + 1]
+    room_patches = budget.patches - waiting[0].patches
+    within = _fill_both([w.length for w in few], [w.patches for w in few], room, room_patches, budget.patches_are_hard)
+    within = [0] + [i + 1 for i in within]
+    # Beyond the look-ahead may lie what a full pack needs.
+    if budget.patches_are_hard or sum(waiting[i].length for i in within) == sum(waiting[i].length for i in chosen):
+        return within
+    return chosen
 
 
-def _fill_length(lengths: Sequence[int], room: int) -> list[int]:
+def _fill_length(lengths: Iterable[int], room: int) -> list[int]:
     """Subset of `lengths` with the largest sum <= room.
 
     Bit s of `reach` says that some subset of the lengths so far adds up to s; one shift and one OR of a Python integer add a length
     to all sums at once. The scan ends at the first exact fill, so that mostly the oldest are taken.
     """
     reach, mask = 1, (1 << (room + 1)) - 1
-    history = [reach]
+    history, seen = [reach], []
     for length in lengths:
         if reach >> room:
             break
+        seen.append(length)
         if length <= room:
             reach |= (reach << length) & mask
         history.append(reach)
@@ -178,7 +179,7 @@ def _fill_length(lengths: Sequence[int], room: int) -> list[int]:
     for i in range(len(history) - 2, -1, -1):
         if not history[i] >> total & 1:
             chosen.append(i)
-            total -= lengths[i]
+            total -= seen[i]
     assert total == 0, "subset-sum did not come back to 0"
     return chosen[::-1]
 
