@@ -11,6 +11,7 @@ import torch
 from megavlm.config.schema import ImageConfig, ModelConfig
 from megavlm.data.resizing import make_resizing
 from megavlm.inference.generate import Prompt, PromptError, generate, prompt_batch
+from megavlm.models.freezing import decays
 from megavlm.models.init import initialise
 from megavlm.models.projector import pixel_shuffle
 from megavlm.models.vlm import VisionLanguageModel
@@ -266,3 +267,11 @@ def test_a_row_end_without_image_newline_is_refused(ctx: ParallelContext) -> Non
     vlm = encoder(tiny_model_config(), ctx)
     with pytest.raises((IndexError, RuntimeError)):
         vlm.projector(vlm.vision(torch.zeros(1, 3, 16, 16, dtype=torch.uint8)), None, torch.tensor([0, 1, -1]))
+
+
+@in_rank
+def test_image_newline_starts_as_llava_next_and_does_not_decay(ctx: ParallelContext) -> None:
+    vlm = encoder(with_newline(tiny_model_config(hidden_size=4096, num_attention_heads=64, num_query_groups=64)), ctx)
+    newline = vlm.projector.image_newline
+    assert float(newline.std()) == pytest.approx(4096**-0.5, rel=0.05)
+    assert not decays("projector.image_newline", newline)

@@ -132,3 +132,18 @@ def test_head_chunk_is_the_kernels():
 def test_table_names_every_part():
     lines = memory_table(estimate(4, parallel=ParallelConfig(pipeline=2, tensor=2))).splitlines()
     assert len(lines) == 5 and "activations" in lines[1] and lines[-1].split()[0] == "1"
+
+
+def test_native_pictures_are_bounded_by_the_patch_budget():
+    """One picture as large as the budget, or as the tokens: the encoder's activations follow the patches."""
+
+    def activations(**data):
+        block = DataConfig(image={"policy": "native"}, seq_len_tokens=1024, **data)
+        config = StageConfig(name="s", steps=1, mixture={"a": 1}, packs_per_step=8)
+        (rank,) = estimate_memory(MODEL, config, block, RankGrid(world_size=1), ParallelConfig(), PrecisionConfig())
+        return rank.activations_bytes
+
+    free, half, target = activations(), activations(max_patches_per_pack=512), activations(max_patches_per_pack=512, patch_budget="target")
+    assert free == target > half
+    quarter = activations(max_patches_per_pack=256)
+    assert half - quarter == pytest.approx((free - half) / 2, rel=1e-6), "1024, 512 and 256 patches lie on a line"
