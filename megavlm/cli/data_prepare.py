@@ -62,34 +62,32 @@ def prepare(
     format_name: Annotated[FormatName, typer.Argument(metavar="FORMAT", help=_FORMAT_HELP)],
     input_path: Annotated[str, typer.Argument(metavar="INPUT", help="File or folder, on a disk or a URL (s3://, gs://, ...).")],
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder of the shards, on a disk or a URL.")],
-    images: Annotated[str | None, typer.Option(help="Folder where relative names of pictures begin. [default: INPUT's folder]")] = None,
-    task: Annotated[str | None, typer.Option(help="Task of every sample. [default: the format's]")] = None,
+    images: Annotated[str | None, typer.Option(help="Folder where relative names of pictures begin. Default: INPUT's folder.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task of every sample. Default: the format's.")] = None,
     split: Annotated[str, typer.Option(help="Split of the samples.")] = "train",
     held_out_fraction: Annotated[float, typer.Option(help="Share of samples held out, by a hash of their first picture.")] = 0.0,
     held_out_split: Annotated[str, typer.Option(help="Split of those.")] = "heldout",
-    source: Annotated[str | None, typer.Option(help="Name of the origin in every sample. [default: INPUT's name]")] = None,
+    source: Annotated[str | None, typer.Option(help="Name of the origin in every sample. Default: INPUT's name.")] = None,
     columns: Annotated[
         str, typer.Option(metavar="OURS=THEIRS,...", help="Fields that INPUT calls otherwise: image=url,caption=text.")
     ] = "",
     prompt: Annotated[str | None, typer.Option(help='Question beside the picture; vqa: holds "{question}".')] = None,
     samples_per_shard: Annotated[
-        int | None, typer.Option(min=1, help="Entries of INPUT per shard. [default: 1000; video, frames: 100]")
+        int | None, typer.Option(min=1, help="Entries of INPUT per shard. Default: 1000; video, frames: 100.")
     ] = None,
     annotations: Annotated[str | None, typer.Option(help="vqa: VQAv2's annotation file.")] = None,
     answers: Annotated[Answers, typer.Option(help="vqa: the most common answer, or a sample for each, weighted.")] = Answers.common,
     image_pattern: Annotated[
-        str | None, typer.Option(help='vqa: picture of a question. [default: "COCO_{data_subtype}_{image_id:012d}.jpg"]')
+        str | None, typer.Option(help='vqa: picture of a question. Default: "COCO_{data_subtype}_{image_id:012d}.jpg".')
     ] = None,
     directions: Annotated[Directions, typer.Option(help="coco: phrase to boxes, box to phrase.")] = Directions.both,
-    notation: Annotated[str | None, typer.Option(help="coco: how boxes are written. [default: megavlm]")] = None,
+    notation: Annotated[str | None, typer.Option(help="coco: how boxes are written. Default: megavlm.")] = None,
     missing_pictures: Annotated[Missing, typer.Option(help="interleaved: a document one of whose pictures is missing.")] = Missing.refuse,
     fps: Annotated[float, typer.Option(help="video, frames: frames kept a second.")] = 1.0,
     input_fps: Annotated[float, typer.Option(help="frames: pictures a second in the folders.")] = 1.0,
     max_frames: Annotated[int, typer.Option(min=1, help="video, frames: a clip with more is refused.")] = 64,
     frame_format: Annotated[FrameFormat, typer.Option(help="video: how frames are encoded.")] = FrameFormat.jpg,
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes; 0: none beside this one. [default: one a core, at most 16]")
-    ] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes; 0: none beside this one. Default: one a core, at most 16.")] = None,
     max_refused_fraction: Annotated[float, typer.Option(help="Refuse to finish when more was refused than this share.")] = 0.01,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what an earlier, unfinished call has done.")] = False,
 ) -> None:
