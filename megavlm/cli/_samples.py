@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megavlm.config import Recipe
     from megavlm.data.index import SampleIndex
-    from megavlm.data.shards import Sample
+    from megavlm.data.resizing import PictureGrid
+    from megavlm.data.sample import ImageEntry, Sample
     from megavlm.data.tokenizer import Tokenizer
 
 TARGET_OPEN, TARGET_CLOSE = "\u27e6", "\u27e7"
@@ -22,12 +23,23 @@ def describe(index: SampleIndex, row: int, recipe: Recipe, tokenizer: Tokenizer)
     lines.append(
         f"  {index.length_tokens[row]} tokens, {index.num_targets[row]} targets, {index.num_tiles[row]} tiles, weight {sample.weight:g}"
     )
-    lines += [f"  picture {i}: {image.file}, {image.width} x {image.height} px" for i, image in enumerate(sample.images)]
+    is_native = recipe.data.image.policy == "native" and index.objective != "vision_classification"
+    pictures = zip(sample.images, index.grids(row), strict=True)
+    lines += [f"  picture {i}: {_picture(image, grid, is_native)}" for i, (image, grid) in enumerate(pictures)]
     if index.objective == "vision_classification":
         lines += [f"  object {o.label} in picture {o.image} at {', '.join(f'{v:g}' for v in o.box_px)}" for o in sample.objects or []]
     else:
         lines += [f"  | {line}" for line in _conversation(sample, [g.tokens for g in index.grids(row)], recipe, tokenizer).split("\n")]
     return "\n".join(lines)
+
+
+def _picture(image: ImageEntry, grid: PictureGrid, is_native: bool) -> str:
+    """A picture's size and what becomes of it."""
+    time = f" at {image.time_s:g} s" if image.time_s is not None else ""
+    whole = " and the whole picture" if grid.thumbnail else ""
+    unit = "patches" if is_native else "tiles"
+    cut = "1 tile" if grid.work.tiles == 1 and not is_native else f"{grid.cols} x {grid.rows} {unit}{whole}"
+    return f"{image.file}{time}, {image.width} x {image.height} px: {cut}, {grid.tokens} visual tokens"
 
 
 def save_pictures(index: SampleIndex, row: int, folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megavlm.cli.data_inspect import inspect, stats
 from megavlm.cli.data_prepare import prepare
 
 if TYPE_CHECKING:
@@ -37,23 +38,24 @@ def make_quickstart(
 @app.command()
 def index(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Build every index that a run of this recipe reads (it would do so itself, while the GPUs wait), and show what is in them."""
-    from rich.console import Console
-    from rich.table import Table
-
     from megavlm.config import load_recipe
     from megavlm.data.index import build_index
     from megavlm.data.tokenizer import load_tokenizer
+    from megavlm.topology.table import text_table
 
     loaded = load_recipe(recipe, overrides or [])
-    tokenizer = load_tokenizer(loaded.data.tokenizer)
-    table = Table("source", "objective", "samples", "tokens", "longest", "targets", "tiles", "tasks")
+    tokenizer = load_tokenizer(loaded.data.tokenizer, loaded.data.image_token)
+    rows: dict[str, list[tuple[object, ...]]] = {}
     for name, objective in _wanted(loaded):
         built = build_index(loaded.data.sources[name], loaded.data, loaded.model, objective, tokenizer)
         lengths = built.length_tokens
-        counts = [f"{int((built.task_ids == i).sum())} {task}" for i, task in enumerate(built.task_names)]
         numbers = [len(built), lengths.sum(), lengths.max(), built.num_targets.sum(), built.num_tiles.sum()]
-        table.add_row(name, objective, *(f"{int(n):,}" for n in numbers), ", ".join(counts))
-    Console().print(table)
+        rows.setdefault(objective, []).append((name, *(f"{int(n):,}" for n in numbers)))
+        counts = [f"{int((built.task_ids == i).sum()):,} {task}" for i, task in enumerate(built.task_names)]
+        notes = [f"{count:,} {kind}" for kind, count in built.notes.items() if count]
+        typer.echo(f"{name}: {', '.join(counts)}" + (f"; over-long: {', '.join(notes)}" if notes else ""))
+    for objective, table in rows.items():
+        typer.echo("\n" + text_table(("source", "samples", "tokens", "longest", "targets", "tiles"), table, objective))
 
 
 @app.command()
@@ -78,7 +80,7 @@ def show(
         raise RecipeError(
             str(recipe), f"data.sources has no {source!r}{did_you_mean(source, known)} (it has: {', '.join(known) or 'none'})"
         )
-    tokenizer = load_tokenizer(loaded.data.tokenizer)
+    tokenizer = load_tokenizer(loaded.data.tokenizer, loaded.data.image_token)
     objective = next((o for n, o in _wanted(loaded) if n == source), "multimodal")
     built = build_index(loaded.data.sources[source], loaded.data, loaded.model, objective, tokenizer)
     if row >= len(built):
@@ -89,6 +91,8 @@ def show(
             typer.echo(f"  saved {path}")
 
 
+app.command()(inspect)
+app.command()(stats)
 app.command()(prepare)
 
 
