@@ -133,7 +133,7 @@ def _other_members(file: IO[bytes], where: str, position: int, size: int) -> Ite
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (info := tar.next()) is not None:
-                tar.members = []  # it would keep every header
+                tar.members = []  # type: ignore[attr-defined] # it would keep every header
                 if info.isdir():
                     continue
                 if not info.isreg():
