@@ -17,6 +17,7 @@ from megavlm.data.plan import StepPlanner
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer
 from megavlm.data.types import SampleRef, StepData, StepPlan
 from megavlm.parallel.context import ParallelContext
+from megavlm.parallel.reductions import from_rank_zero
 from megavlm.training.layout import held_out_stage
 from megavlm.training.state import RunState
 
@@ -95,13 +96,24 @@ class RunData:
 
 
 def build_on_rank_zero_first(recipe: Recipe, stage: StageConfig, names: list[str], tokenizer: Tokenizer) -> dict[str, SampleIndex]:
-    """Index each named source; the cache that rank 0 writes serves the other ranks."""
-    data, model = recipe.data, recipe.model
-    for turn in (True, False):
-        if (dist.get_rank() == 0) is turn:
-            indexes = {n: build_index(data.sources[n], data, model, stage.objective, tokenizer, progress=turn) for n in names}
-        dist.barrier()
-    return indexes
+    """Index each named source; the cache that rank 0 writes serves the other ranks, and what rank 0 could not read none tries."""
+
+    def build(progress: bool) -> dict[str, SampleIndex]:
+        sources = recipe.data.sources
+        return {n: build_index(sources[n], recipe.data, recipe.model, stage.objective, tokenizer, progress=progress) for n in names}
+
+    indexes: dict[str, SampleIndex] = {}
+    problem: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            indexes = build(True)
+        except (ValueError, OSError) as error:
+            problem = error
+    # Told, not left to be found out: ranks that waited for rank 0 would end with a lost connection instead of the reason.
+    problem = from_rank_zero(problem)
+    if problem is not None:
+        raise problem
+    return indexes if dist.get_rank() == 0 else build(False)
 
 
 def open_stream(
