@@ -71,13 +71,13 @@ def _mixture(axes: Any, statistics: dict[str, Any]) -> None:
         axes.plot([source["target_share"]] * 2, [place - 0.42, place + 0.42], color=_INK, linewidth=2)
     axes.set_yticks(list(places), names)
     axes.invert_yaxis()
-    axes.set_title("share of samples; line: what the recipe asks for")
+    axes.set_title("share of samples; line: target")
 
 
 def _fill(axes: Any, statistics: dict[str, Any]) -> None:
     fills = [100 * step["pack_fill"] for step in statistics["steps"]]
     axes.plot(range(len(fills)), fills, color=_LANGUAGE, linewidth=1.4, marker="." if len(fills) < 60 else "")
-    axes.set_title(f"fill of the packs in %: mean {100 * statistics['mean_fill']:.2f}, lowest {100 * statistics['lowest_fill']:.2f}")
+    axes.set_title(f"fill in %: mean {100 * statistics['mean_fill']:.2f}, lowest {100 * statistics['lowest_fill']:.2f}")
     axes.set_xlabel("step")
     axes.set_ylim(min(*fills, 99.0) - 0.5, 100.2)
     axes.ticklabel_format(axis="y", useOffset=False)

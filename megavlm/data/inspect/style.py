@@ -70,9 +70,9 @@ td:first-child, th:first-child { text-align: left; } td.wide { width: 280px; }
   align-self: center; margin-right: -8px; }
 .problem { color: var(--bad); border: 1px solid var(--bad); border-radius: 7px; padding: 6px 12px; font-size: 13.5px; margin: 0 0 10px; }
 .what { display: flex; gap: 24px; align-items: flex-start; }
-.pictures { display: flex; flex-direction: column; gap: 14px; flex: 0 0 auto; }
-.picture { font-size: 12px; color: var(--soft); line-height: 1.4; max-width: 430px; }
-.views { display: flex; gap: 14px; flex-wrap: wrap; align-items: flex-start; }
+.pictures { display: flex; flex-direction: column; gap: 14px; flex: 0 0 auto; max-width: 560px; }
+.picture { font-size: 12px; color: var(--soft); line-height: 1.4; max-width: 560px; }
+.views { margin-bottom: 4px; display: flex; gap: 14px; flex-wrap: wrap; align-items: flex-start; }
 .views > div { min-width: 0; } .views small { display: block; font-size: 11.5px; margin-bottom: 3px; } .over { display: block; }
 .over image { image-rendering: auto; } .small image, .small img { image-rendering: pixelated; }
 .tiles { display: grid; gap: 3px; } .tiles img { display: block; width: 100%; border-radius: 2px; }
