@@ -15,7 +15,8 @@ import numpy as np
 
 from megavlm.data.chat_jinja import TODAY, JinjaTemplate, read_template
 from megavlm.data.chat_templates import TEMPLATES, ChatError, ChatTemplate, Rendered, Role
-from megavlm.data.tokenizer import IMAGE_TOKEN, Encoding, Tokenizer
+from megavlm.data.sample import IMAGE_TOKEN
+from megavlm.data.tokenizer import Encoding, Tokenizer
 
 __all__ = ["TEMPLATES", "Chat", "ChatError", "ChatTemplate", "EncodedConversation", "Rendered", "Role"]
 _RULES = 1

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.data.chat_templates import ChatError, Rendered
-from megavlm.data.tokenizer import IMAGE_TOKEN, Tokenizer
+from megavlm.data.sample import IMAGE_TOKEN
+from megavlm.data.tokenizer import Tokenizer
 
 TODAY = datetime.datetime(2024, 7, 26)
 """What `strftime_now` shows: Llama 3.1's own default. A conversation's tokens must not depend on the day they are made."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from megavlm.data.tokenizer import IMAGE_TOKEN
+from megavlm.data.sample import IMAGE_TOKEN
 
 _BOS, _EOS = "{bos}", "{eos}"
 VICUNA_SYSTEM = (

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from megavlm.config.schema import DataConfig, ImageConfig
 from megavlm.data.chat import Chat
 from megavlm.data.resizing import PictureGrid, Resizing, ResizingError, plan_pictures
-from megavlm.data.sample import Sample
+from megavlm.data.sample import IMAGE_TOKEN, Sample
 from megavlm.data.sample_index import piece_of
 from megavlm.data.token_table import TextTokens, encode_text
-from megavlm.data.tokenizer import IMAGE_TOKEN
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from megavlm.config.schema import ImageConfig, ModelConfig
-from megavlm.data.images import as_CHW, resize, split_tiles
+from megavlm.data.pixels import as_CHW, resize, split_tiles
 from megavlm.data.resizing_base import PictureGrid, ResizingError, SquareTiles, check_cap, check_size
 from megavlm.planner.flops import VisionWork
 

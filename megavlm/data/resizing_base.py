@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megavlm.config.schema import ImageConfig, ModelConfig
-from megavlm.data.images import GREY
+from megavlm.data.pixels import GREY
 from megavlm.planner.flops import VisionWork
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from megavlm.config.schema import ImageConfig, ModelConfig
-from megavlm.data.images import GREY, as_CHW, resize
+from megavlm.data.pixels import GREY, as_CHW, resize
 from megavlm.data.resizing_base import PictureGrid, Resizing, ResizingError, check_cap, check_size
 from megavlm.planner.flops import VisionWork
 

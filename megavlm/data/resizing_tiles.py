@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megavlm.config.schema import ImageConfig, ModelConfig
-from megavlm.data.images import TileGrid, crop_to_square, cut_tiles, pad_to_square, tile_grid
+from megavlm.data.pixels import TileGrid, crop_to_square, cut_tiles, pad_to_square, tile_grid
 from megavlm.data.resizing_base import PictureGrid, SquareTiles, check_cap, check_size
 from megavlm.planner.flops import VisionWork
 

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from megavlm.data.tokenizer import IMAGE_TOKEN
+IMAGE_TOKEN = "<image>"
+"""Where a picture stands in a text. Tokenizers may call the token that stands for it otherwise (data.image_token)."""
+
 
 _compact = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 

@@ -13,10 +13,9 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from megavlm.data.resizing import PictureGrid
-from megavlm.data.sample import ImageEntry, Message, ObjectEntry, Sample, parse_sample
+from megavlm.data.sample import IMAGE_TOKEN, ImageEntry, Message, ObjectEntry, Sample, parse_sample
 from megavlm.data.shards import ShardReader
 from megavlm.data.storage import StoragePath, open_write
-from megavlm.data.tokenizer import IMAGE_TOKEN
 from megavlm.planner.flops import VisionWork
 
 Objective = Literal["multimodal", "text", "vision_classification"]

@@ -20,9 +20,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megavlm.data.sample import IMAGE_TOKEN
 from megavlm.data.sentencepiece_export import SPACE, SPECIAL_TYPES, TokenizerError, is_marker, to_tokenizers
 
-IMAGE_TOKEN = "<image>"
 """What stands for a picture in the data's messages; also the name of our own tokenizers' placeholder."""
 _HF_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _HF_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")

@@ -12,8 +12,9 @@ import numpy as np
 
 from megavlm.config.schema import DataConfig, ModelConfig, SourceConfig
 from megavlm.data.index import SampleIndex, build_index
+from megavlm.data.sample import IMAGE_TOKEN
 from megavlm.data.shards import Sample
-from megavlm.data.tokenizer import IMAGE_TOKEN, Tokenizer
+from megavlm.data.tokenizer import Tokenizer
 from megavlm.evaluation.boxes import Box, box_iou, is_box_text, parse_box
 
 RIGHT_IOU = 0.5

@@ -17,7 +17,7 @@ from megavlm.data.chat import Chat
 from megavlm.data.decode import make_decoder, to_rgb
 from megavlm.data.images import ImageError
 from megavlm.data.resizing import PictureGrid, Resizing, make_resizing, plan_pictures
-from megavlm.data.tokenizer import IMAGE_TOKEN
+from megavlm.data.sample import IMAGE_TOKEN
 from megavlm.inference.generate import Prompt
 
 Picture = str | Path | bytes | Image.Image

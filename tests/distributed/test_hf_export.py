@@ -20,7 +20,7 @@ from megavlm.checkpoint.hf.importing import import_hf
 from megavlm.checkpoint.hf.verify import verify
 from megavlm.config.schema import ImageConfig, ModelConfig, ParallelConfig
 from megavlm.data.chat import Chat
-from megavlm.data.images import cut_tiles, tile_grid
+from megavlm.data.pixels import cut_tiles, tile_grid
 from megavlm.data.resizing import make_resizing
 from megavlm.data.tokenizer import load_tokenizer, train_sentencepiece
 from megavlm.models.init import initialise

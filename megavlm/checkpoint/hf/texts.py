@@ -15,7 +15,7 @@ from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.config import select_strategy
 from megavlm.config.schema import ImageConfig, ModelConfig
 from megavlm.data.chat import Chat
-from megavlm.data.tokenizer import IMAGE_TOKEN
+from megavlm.data.sample import IMAGE_TOKEN
 
 _BICUBIC = 3
 _COPIED = (

@@ -10,8 +10,8 @@ from megavlm.data.prepare.conversations import check_messages
 from megavlm.data.prepare.files import PICTURE_SUFFIXES, PictureFinder, is_folder, parent, suffix, walk
 from megavlm.data.prepare.records import RECORD_SUFFIXES, identity, read_record, record_entries, text_field
 from megavlm.data.prepare.types import Draft, Entry, Format, Picture, PrepareError, PrepareOptions, Refused
+from megavlm.data.sample import IMAGE_TOKEN
 from megavlm.data.storage import StorageError, read_bytes
-from megavlm.data.tokenizer import IMAGE_TOKEN
 
 
 def captioned(caption: str, pictures: list[Picture], prompt: str | None, **more: Any) -> Draft:

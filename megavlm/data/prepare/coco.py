@@ -13,8 +13,8 @@ from megavlm.data.prepare.conversations import check_messages
 from megavlm.data.prepare.files import PictureFinder, parent
 from megavlm.data.prepare.jsonstream import JsonStream
 from megavlm.data.prepare.types import Draft, Entry, Format, Picture, PrepareError, PrepareOptions, Refused
+from megavlm.data.sample import IMAGE_TOKEN
 from megavlm.data.storage import as_path, open_read
-from megavlm.data.tokenizer import IMAGE_TOKEN
 
 _PIXEL_NOTATIONS = ("qwen2.5-vl",)
 """Their numbers are pixels of the picture as a recipe resizes it, which no one knows here."""

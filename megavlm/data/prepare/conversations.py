@@ -9,7 +9,7 @@ from typing import Any
 from megavlm.data.prepare.files import PictureFinder, parent
 from megavlm.data.prepare.records import identity, read_record, record_entries
 from megavlm.data.prepare.types import Draft, Entry, Format, Picture, PrepareOptions, Refused
-from megavlm.data.tokenizer import IMAGE_TOKEN
+from megavlm.data.sample import IMAGE_TOKEN
 
 _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),

@@ -9,7 +9,7 @@ from megavlm.data.prepare.conversations import check_messages
 from megavlm.data.prepare.files import PictureFinder, parent
 from megavlm.data.prepare.records import identity, read_record, record_entries
 from megavlm.data.prepare.types import Draft, Entry, Format, Picture, PrepareOptions, Refused
-from megavlm.data.tokenizer import IMAGE_TOKEN
+from megavlm.data.sample import IMAGE_TOKEN
 
 Piece = tuple[str, Any]
 """("text", the text) or ("image", the picture's address)."""

@@ -13,8 +13,8 @@ from megavlm.data.prepare.conversations import check_messages, role_of
 from megavlm.data.prepare.files import PICTURE_SUFFIXES, PictureFinder, is_folder, parent, suffix, walk
 from megavlm.data.prepare.records import RECORD_SUFFIXES, identity, read_record, record_entries, text_field
 from megavlm.data.prepare.types import Draft, Entry, Format, Picture, PrepareError, PrepareOptions, Refused
+from megavlm.data.sample import IMAGE_TOKEN
 from megavlm.data.storage import StorageError, as_path, exists, open_read, read_bytes
-from megavlm.data.tokenizer import IMAGE_TOKEN
 
 VIDEO_SUFFIXES = frozenset({"mp4", "m4v", "mkv", "webm", "mov", "avi", "mpg", "mpeg", "ts", "flv", "ogv", "wmv"})
 VIDEO_MARK = "<video>"

@@ -11,8 +11,8 @@ from megavlm.data.prepare.files import PictureFinder, parent, suffix
 from megavlm.data.prepare.jsonstream import JsonStream
 from megavlm.data.prepare.records import identity, read_record, record_entries, text_field
 from megavlm.data.prepare.types import Draft, Entry, Format, Picture, PrepareError, PrepareOptions, Refused
+from megavlm.data.sample import IMAGE_TOKEN
 from megavlm.data.storage import as_path, open_read, stamp
-from megavlm.data.tokenizer import IMAGE_TOKEN
 
 
 def common_answer(answers: list[str]) -> str:

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megavlm.data.chat import Chat, ChatError
-from megavlm.data.tokenizer import IMAGE_TOKEN, load_tokenizer
+from megavlm.data.sample import IMAGE_TOKEN
+from megavlm.data.tokenizer import load_tokenizer
 
 FOLDER = Path(__file__).parent / "templates"
 CHATML = ["<|im_start|>", "<|im_end|>"]

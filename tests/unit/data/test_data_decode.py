@@ -16,7 +16,8 @@ import pytest
 from PIL import Image, features
 
 from megavlm.data.decode import NvImageCodecDecoder, PillowDecoder, decoders_here, nvimgcodec_available
-from megavlm.data.images import ImageError, as_CHW, measure_image, resize
+from megavlm.data.images import ImageError, measure_image
+from megavlm.data.pixels import as_CHW, resize
 
 DECODERS = [PillowDecoder(), *([NvImageCodecDecoder()] if nvimgcodec_available() else [])]
 both = pytest.mark.parametrize("decoder", DECODERS, ids=lambda d: d.name)

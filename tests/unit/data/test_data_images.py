@@ -11,7 +11,8 @@ from PIL import Image
 
 from megavlm.config.schema import ImageConfig
 from megavlm.data.decode import NvImageCodecDecoder, PillowDecoder, make_decoder, nvimgcodec_available
-from megavlm.data.images import ImageError, TileGrid, cut_tiles, measure_image, tile_grid
+from megavlm.data.images import ImageError, measure_image
+from megavlm.data.pixels import TileGrid, cut_tiles, tile_grid
 
 ONE_TILE = TileGrid(1, 1, False)
 needs_nvimgcodec = pytest.mark.skipif(not nvimgcodec_available(), reason="nvidia-nvimgcodec is not installed")

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from megavlm.config.schema import ImageConfig, ModelConfig
-from megavlm.data.images import as_CHW, resize, tile_grid
+from megavlm.data.pixels import as_CHW, resize, tile_grid
 from megavlm.data.resizing import ResizingError, make_resizing
 from megavlm.planner.flops import VisionWork
 
