@@ -20,7 +20,7 @@ def evaluate(
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; else the longest right answer and a little more.")] = None,
     seed: Annotated[int, typer.Option(help="Chooses samples and swapped pictures.")] = 0,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU where there is one.")] = "auto",
-    chat_template: Annotated[str | None, typer.Option(help="For Hugging Face folders with a template of their own.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help="Instead of a Hugging Face folder's own format.")] = None,
 ) -> None:
     """Held-out answers with the right picture, with another sample's, and with none: is it good, and does it look?"""
     from megavlm.evaluation.held_out import evaluate as measure

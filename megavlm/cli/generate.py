@@ -18,7 +18,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw from the tokens that reach this probability only; 1: all.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU where there is one.")] = "auto",
-    chat_template: Annotated[str | None, typer.Option(help="For Hugging Face folders with a template of their own.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help="Instead of a Hugging Face folder's own format.")] = None,
 ) -> None:
     """Answer a question about pictures; the answer appears token by token."""
     from megavlm.inference.load import load_for_inference

@@ -21,9 +21,11 @@ def quickstart(
     pages: Annotated[int, typer.Option(min=1, help="Training pages to make; fewer are made sooner, and teach less.")] = 10_000,
 ) -> None:
     """Teach a small vision-language model to read scanned digits, measure it on scans it has never seen, export it."""
+    from megavlm.checkpoint.hf import check_pictures
     from megavlm.config import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
+    check_pictures(loaded.data.image)  # what cannot be exported in the end is not trained first
     run_dir = Path(loaded.run.dir)
     _title("1/4  data: pages of real scanned digits")
     _make_data(loaded, pages)

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 from megavlm.checkpoint import store
 from megavlm.checkpoint.hf import config_from_hf, image_config_from_hf, load_hf
+from megavlm.config.data import CHAT_TEMPLATES
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import DataConfig, ParallelConfig, PrecisionConfig, Recipe, RunConfig
 from megavlm.data.chat import TEMPLATES, Chat
@@ -87,7 +88,7 @@ def load_for_inference(
     Args:
         parallel: layout to load into, one pipeline stage; None: one rank (all data-parallel where there are more).
         dtype: None: as the run trained; bf16 on a GPU and fp32 on a CPU for a Hugging Face folder.
-        chat_template: for Hugging Face folders whose template is not one of ours.
+        chat_template: instead of a Hugging Face folder's own: a name, or a *.jinja file.
         ctx: grid that was entered already, in the layout `parallel`; None: it is entered here.
 
     Raises:
@@ -114,13 +115,14 @@ def load_for_inference(
     if dtype is not None:
         recipe = recipe.model_copy(update={"precision": PrecisionConfig(dtype=dtype)})
     tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.data.image_token)
+    chat = Chat(recipe.data.chat_template, tokenizer)  # before the weights: what it refuses should not take minutes to be told
     model = VisionLanguageModel(recipe.model, recipe.precision, layout, ctx)
     if checkpoint is None:
         load_hf([model], folder, recipe.model, ctx)
     else:
         _load_modules(model, checkpoint, recipe, ctx)
     model.eval()
-    return LoadedModel(model, tokenizer, Chat(recipe.data.chat_template, tokenizer), recipe)
+    return LoadedModel(model, tokenizer, chat, recipe)
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -166,15 +168,11 @@ def _hf_recipe(folder: Path, chat_template: str | None) -> Recipe:
 
 
 def _template_name(folder: Path, wanted: str | None) -> str:
-    """Name of the chat template that renders as the folder's own does."""
+    """What data.chat_template says of the folder: a name of ours that renders as its own template does, else its own."""
     if wanted is not None:
-        if wanted not in TEMPLATES:
-            raise LoadError(f"chat template {wanted!r} is not one of {', '.join(TEMPLATES)}")
+        if wanted not in CHAT_TEMPLATES and wanted != "tokenizer" and not wanted.endswith(".jinja"):
+            raise LoadError(f'chat template {wanted!r} is none of {", ".join(CHAT_TEMPLATES)}, nor "tokenizer", nor a *.jinja file')
         return wanted
     file = folder / "chat_template.jinja"
-    text = file.read_text(encoding="utf-8") if file.is_file() else None
-    for name, template in TEMPLATES.items():
-        if text is not None and text.strip() == template.jinja().strip():
-            return name
-    problem = "has no chat_template.jinja" if text is None else "has a chat template that is not one of ours"
-    raise LoadError(f"{folder} {problem}: say which format it speaks, --chat-template one of {', '.join(TEMPLATES)} (LLaVA-1.5: llava-v1)")
+    text = file.read_text(encoding="utf-8").strip() if file.is_file() else None
+    return next((name for name, template in TEMPLATES.items() if text == template.jinja().strip()), "tokenizer")

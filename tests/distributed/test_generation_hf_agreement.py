@@ -1,6 +1,7 @@
 """Our path against transformers' own, on held-out samples: a random model in a folder that transformers itself wrote."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -115,3 +116,23 @@ def test_bf16_is_refused(demo, folder, ctx):
     loaded = load_for_inference(folder, ctx=ctx, dtype="bf16")
     with pytest.raises(AgreementError, match="load it with dtype='fp32'"):
         compare_with_hf(loaded, folder, questions(demo, loaded, ["pages"], 1))
+
+
+@in_rank
+def test_a_folder_speaks_its_own_template(demo, folder, ctx, tmp_path):
+    shutil.copytree(folder, tmp_path / "hf")
+    parts = "{% for p in m['content'] %}{{ '<image>' if p['type'] == 'image' else p['text'] }}{% endfor %}"
+    turns = (
+        "{% for m in messages %}"
+        + "{{ m['role'] }}: {% if m['content'] is string %}{{ m['content'] }}{% else %}"
+        + parts
+        + "{% endif %}<|end|>"
+    )
+    foreign = turns + "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    (tmp_path / "hf" / "chat_template.jinja").write_text(foreign)
+    loaded = load_for_inference(tmp_path / "hf", ctx=ctx)
+    ours = loaded.prompt("What?").ids
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").apply_chat_template(
+        [{"role": "user", "content": "What?"}], add_generation_prompt=True, return_dict=False
+    )
+    assert ours == theirs and ours != load_for_inference(folder, ctx=ctx).prompt("What?").ids

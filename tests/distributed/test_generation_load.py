@@ -137,10 +137,5 @@ def test_folders_that_hold_no_model_are_refused(run, ctx, tmp_path):
     with pytest.raises(LoadError, match="pipeline=2"):
         load_for_inference(run, parallel=ParallelConfig(pipeline=2))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
-    with pytest.raises(LoadError, match="has no chat_template.jinja"):
-        load_for_inference(tmp_path, ctx=ctx)
-    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    with pytest.raises(LoadError, match="not one of ours: say which format"):
-        load_for_inference(tmp_path, ctx=ctx)
-    with pytest.raises(LoadError, match="'x' is not one of megavlm"):
+    with pytest.raises(LoadError, match="'x' is none of megavlm"):
         load_for_inference(tmp_path, ctx=ctx, chat_template="x")
