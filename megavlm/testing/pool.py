@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import multiprocessing as mp
 import os
 import signal
@@ -62,6 +63,9 @@ def _worker(rank: int, connection: Connection) -> None:
         except BaseException:
             answer = (False, f"rank {rank} of {world_size}:\n{traceback.format_exc()}")
         faulthandler.cancel_dump_traceback_later()
+        # Modules are reference cycles and hold their process groups. Each group that lingers has a gloo thread that wakes 100 times
+        # a second: after some dozens of tasks they would take the whole machine.
+        gc.collect()
         connection.send_bytes(cloudpickle.dumps(answer))
 
 
@@ -84,6 +88,9 @@ class RankPool:
         import megatron.core.optimizer
         import megatron.core.pipeline_parallel  # noqa: F401
 
+        # What exists already is nothing that a worker could free: its collections need not look at it.
+        gc.collect()
+        gc.freeze()
         context = mp.get_context("fork")
         self._connections: list[Connection] = []
         self._processes = []
@@ -95,6 +102,7 @@ class RankPool:
             theirs.close()
             self._connections.append(ours)
             self._processes.append(process)
+        gc.unfreeze()
 
     def run(self, function: Callable[..., Any], *args: Any, world_size: int = 1, timeout_s: float = 120.0, **kwargs: Any) -> list[Any]:
         """Call `function(*args, **kwargs)` on ranks 0..world_size-1. Raises RankError with the first failing rank's traceback."""
