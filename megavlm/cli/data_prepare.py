@@ -89,7 +89,9 @@ def prepare(
     frame_format: Annotated[FrameFormat, typer.Option(help="video: how frames are encoded.")] = FrameFormat.jpg,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes; 0: none beside this one. Default: one a core, at most 16.")] = None,
     max_refused_fraction: Annotated[float, typer.Option(help="Refuse to finish when more was refused than this share.")] = 0.01,
-    restart: Annotated[bool, typer.Option("--restart", help="Forget what an earlier, unfinished call has done.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Forget what an earlier call has done, finished or not: its shards are deleted.")
+    ] = False,
 ) -> None:
     """Turn a data set of another format into indexed shards. Stopped half way, the same command goes on where it was."""
     import os

@@ -9,23 +9,28 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from multiprocessing.connection import wait as wait_for_handles
 from pathlib import Path
 from typing import Any
 
-from megavlm.data.catalog import build_catalog
+from megavlm.data.catalog import CATALOG_NAME, build_catalog
 from megavlm.data.prepare.chunks import STAGING, Tally, convert_chunk, entries_digest, make_format, read_journal, tar_path
 from megavlm.data.prepare.files import delete_folder, move
 from megavlm.data.prepare.formats import FORMATS
+from megavlm.data.prepare.inputs import changed_inputs, input_state
 from megavlm.data.prepare.types import SHARED_OPTIONS, Entry, PrepareError, PrepareOptions
-from megavlm.data.storage import as_path, exists, list_files, read_bytes, write_bytes
+from megavlm.data.storage import as_path, exists, list_files, read_bytes, remove, write_bytes
 
 REPORT_NAME = "prepare-report.json"
+_NAMING = "names.json"
+"""In the journal while shards take their names one by one: a folder with it holds half a data set, and no reader indexes it."""
+_NAMED = "named.json"
+"""The same file once all shards have their names and only the catalog and the report are missing."""
 _CHUNKS_AHEAD = 2
 """Chunks of entries that wait per worker: they bound the memory of the calling process."""
 
@@ -53,13 +58,15 @@ class PrepareReport:
     tally: Tally
     shards: list[str]
     complete: bool
+    inputs: dict[str, list[Any]] = field(default_factory=dict)
+    """Size and time of the files that it was made from, see `input_state`."""
 
     def to_json(self) -> str:
         """The file prepare-report.json."""
         tally = self.tally.values()
         counts = {"read": self.tally.read, "written": self.tally.written, "num_refused": self.tally.num_refused}
         rest = {k: v for k, v in tally.items() if k != "written"}
-        values = {"complete": self.complete, **counts, **rest, "shards": self.shards, "settings": self.settings}
+        values = {"complete": self.complete, **counts, **rest, "shards": self.shards, "settings": self.settings, "inputs": self.inputs}
         return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -69,7 +76,7 @@ def prepare(options: PrepareOptions, restart: bool = False, progress: Callable[[
     Finished chunks lie in OUTPUT/.prepare until all is done; then the shards take their names and the folder goes away.
 
     Args:
-        restart: forget what an earlier, unfinished call has done.
+        restart: forget what an earlier call has done, finished or not: its shards are deleted.
         progress: called in this process whenever a chunk is done.
 
     Raises:
@@ -80,27 +87,77 @@ def prepare(options: PrepareOptions, restart: bool = False, progress: Callable[[
     """
     _check(options)
     with _lock(options):
+        if restart:
+            _forget(options)
         finished = _finished(options)
         if finished is not None:
             return finished
-        if restart:
-            delete_folder(as_path(options.output) / STAGING)
         _start_journal(options)
-        names = as_path(options.output) / STAGING / "names.json"
-        if not exists(names):
+        journal = _naming_journal(options)
+        if journal is None:
+            inputs = input_state(options)
             tally, with_samples = _convert_all(options, progress)
             _check_share(options, tally)
-            write_bytes(names, json.dumps({"chunks": with_samples, "tally": tally.values()}).encode())
-        return _finish(options, json.loads(read_bytes(names)))
+            journal = {"chunks": with_samples, "tally": tally.values(), "inputs": inputs}
+            write_bytes(as_path(options.output) / STAGING / _NAMING, json.dumps(journal).encode())
+        else:
+            _compare_inputs(journal.get("inputs"), options, "an earlier call turned it into shards that only wait for their names")
+        return _finish(options, journal)
+
+
+def _naming_journal(options: PrepareOptions) -> dict[str, Any] | None:
+    for name in (_NAMING, _NAMED):
+        path = as_path(options.output) / STAGING / name
+        if exists(path):
+            return dict(json.loads(read_bytes(path)))
+    return None
+
+
+def _shard_names(count: int) -> list[str]:
+    return [f"shard-{i:05d}.tar" for i in range(count)]
+
+
+def _report_values(options: PrepareOptions) -> dict[str, Any] | None:
+    """The report of an earlier call that ended well."""
+    path = as_path(options.output) / REPORT_NAME
+    values = dict(json.loads(read_bytes(path))) if exists(path) else {}
+    return values if values.get("complete") else None
+
+
+def _forget(options: PrepareOptions) -> None:
+    """Delete what an earlier call wrote, and nothing else. Stopped anywhere, the folder is refused by readers until it is done again.
+
+    Raises:
+        PrepareError: shards that no earlier call has written.
+    """
+    output = as_path(options.output)
+    report, journal = _report_values(options), _naming_journal(options)
+    ours = {*(report["shards"] if report else []), *_shard_names(len(journal["chunks"]) if journal else 0)}
+    _check_strangers(options, ours)
+    if ours:  # while they go away, too, the folder holds half a data set
+        write_bytes(output / STAGING / _NAMING, json.dumps({"chunks": list(range(len(ours))), "tally": Tally().values()}).encode())
+    for name in (REPORT_NAME, CATALOG_NAME, *sorted(ours)):
+        remove(output / name)
+    delete_folder(output / STAGING)
+
+
+def _check_strangers(options: PrepareOptions, ours: Iterable[str]) -> None:
+    present = [p.name for p in list_files(options.output, "shard-*.tar")]
+    others = sorted(set(present) - set(ours))
+    if others:
+        raise PrepareError(
+            f"{options.output} already holds {len(others)} shards ({others[0]}, ...) that no call of this command is known to have "
+            "written: choose an empty folder or delete them"
+        )
 
 
 def _check(options: PrepareOptions) -> None:
     kind = FORMATS.get(options.format)
     if kind is None:
         raise PrepareError(f"format {options.format!r} is not one of {', '.join(FORMATS)}")
-    for field in fields(options):
-        name, value = field.name, getattr(options, field.name)
-        if name not in SHARED_OPTIONS | kind.options and value != field.default:
+    for option in fields(options):
+        name, value = option.name, getattr(options, option.name)
+        if name not in SHARED_OPTIONS | kind.options and value != option.default:
             raise PrepareError(f"--{name.replace('_', '-')} changes nothing with format {kind.name}: leave it out")
     for name, _ in options.columns:
         if name not in kind.fields and not any(f.endswith("*") and name.startswith(f[:-1]) and name != f[:-1] for f in kind.fields):
@@ -141,21 +198,33 @@ def _finished(options: PrepareOptions) -> PrepareReport | None:
     """The report of an earlier call that ended well with the same settings.
 
     Raises:
-        PrepareError: the folder holds other shards.
+        PrepareError: the folder holds other shards, or settings or input are others than they were.
     """
-    report = as_path(options.output) / REPORT_NAME
-    if exists(report):
-        values = json.loads(read_bytes(report))
-        if values["complete"]:
-            _compare(values["settings"], options, f"{options.output} is finished already", "Choose another folder")
-            known = {k: values[k] for k in Tally.__dataclass_fields__}
-            return PrepareReport(values["settings"], Tally.of(known), values["shards"], True)
-    present = list_files(options.output, "shard-*.tar")
-    if present and not exists(as_path(options.output) / STAGING / "names.json"):
+    values = _report_values(options)
+    if values is None:
+        if _naming_journal(options) is None:
+            _check_strangers(options, ())
+        return None
+    what = f"{options.output} is finished already"
+    _compare(values["settings"], options, what, "Choose another folder, or --restart to delete it and prepare anew")
+    _compare_inputs(values.get("inputs"), options, what)
+    present = [p.name for p in list_files(options.output, "shard-*.tar")]
+    if present != values["shards"]:
+        odd = sorted(set(present) ^ set(values["shards"]))
         raise PrepareError(
-            f"{options.output} already holds {len(present)} shards ({present[0].name}, ...): choose an empty folder or delete them"
+            f"{options.output} holds {len(present)} shards, and its {REPORT_NAME} speaks of {len(values['shards'])} ({', '.join(odd[:3])} "
+            "came or went since). Give --restart to prepare it all anew"
         )
-    return None
+    delete_folder(as_path(options.output) / STAGING)  # where the earlier call was stopped at its very end
+    known = {k: values[k] for k in Tally.__dataclass_fields__}
+    return PrepareReport(values["settings"], Tally.of(known), values["shards"], True, values.get("inputs", {}))
+
+
+def _compare_inputs(before: dict[str, list[Any]] | None, options: PrepareOptions, what: str) -> None:
+    changed = changed_inputs(before, input_state(options)) if before is not None else []
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise PrepareError(f"{changed[0]}{more} changed since, and {what}: give --restart to prepare it all anew, or another output folder")
 
 
 def _compare(before: dict[str, Any], options: PrepareOptions, what: str, advice: str) -> None:
@@ -293,15 +362,18 @@ def _check_share(options: PrepareOptions, tally: Tally) -> None:
 def _finish(options: PrepareOptions, names: dict[str, Any]) -> PrepareReport:
     """Give the shards their names, index them, write the report. Stopped anywhere, the next call does the rest."""
     output = as_path(options.output)
-    shards = [f"shard-{i:05d}.tar" for i in range(len(names["chunks"]))]
+    shards = _shard_names(len(names["chunks"]))
+    _check_strangers(options, shards)
     for number, shard in zip(names["chunks"], shards, strict=True):
         waiting = tar_path(options.output, number)
         if exists(waiting):
             move(as_path(waiting), output / shard)
         elif not exists(output / shard):
             raise PrepareError(f"{waiting} is gone: it was deleted from outside. Give --restart to prepare it all anew")
+    if exists(output / STAGING / _NAMING):  # readers may index the folder from here on
+        move(output / STAGING / _NAMING, output / STAGING / _NAMED)
     build_catalog(options.output, progress=False)
-    report = PrepareReport(options.settings, Tally.of(names["tally"]), shards, complete=True)
+    report = PrepareReport(options.settings, Tally.of(names["tally"]), shards, True, names.get("inputs", {}))
     write_bytes(output / REPORT_NAME, report.to_json().encode())
     delete_folder(output / STAGING)
     return report

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megavlm.data.catalog import build_catalog
 from megavlm.data.prepare import PrepareError, PrepareOptions, TooManyRefusedError, prepare
 from megavlm.data.prepare import run as engine
 
@@ -38,11 +39,11 @@ def broken_after(monkeypatch, name, count):
     """Let a function of the engine fail from its call number `count` on; returns the list of calls that went through."""
     real, calls = getattr(engine, name), []
 
-    def call(*arguments):
+    def call(*arguments, **named):
         if len(calls) == count:
             raise KeyboardInterrupt
         calls.append(arguments)
-        return real(*arguments)
+        return real(*arguments, **named)
 
     monkeypatch.setattr(engine, name, call)
     return calls
@@ -64,7 +65,7 @@ def test_interrupted_call_goes_on_with_the_same_bytes(options, tmp_path, monkeyp
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["index.parquet", "prepare-report.json", *hashes(tmp_path / "out")]
 
 
-@pytest.mark.parametrize("moved", [0, 1, 3])
+@pytest.mark.parametrize("moved", [0, 1, 3, 4])
 def test_interrupted_while_naming(moved, options, tmp_path, monkeypatch):
     prepare(options("whole"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -73,6 +74,84 @@ def test_interrupted_while_naming(moved, options, tmp_path, monkeypatch):
     assert len(hashes(tmp_path / "out")) == moved
     prepare(options())
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("moved", [1, 3, 4])
+def test_restart_after_a_kill_while_naming_leaves_no_old_shard(moved, options, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        broken_after(patch, "move", moved)
+        prepare(options())
+    report = prepare(options(samples_per_shard=10), restart=True)
+    assert report.shards == ["shard-00000.tar", "shard-00001.tar"] == list(hashes(tmp_path / "out"))
+    assert len(build_catalog(tmp_path / "out", progress=False)) == report.tally.written == 19
+
+
+def test_naming_journal_lies_there_only_while_half_the_shards_have_names(options, tmp_path, monkeypatch):
+    journal = tmp_path / "out" / ".prepare" / "names.json"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        broken_after(patch, "move", 2)
+        prepare(options())
+    assert journal.exists(), "megavlm.data.catalog refuses the folder by it"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        broken_after(patch, "build_catalog", 0)
+        prepare(options())
+    assert not journal.exists() and len(hashes(tmp_path / "out")) == 4
+    assert prepare(options()).complete and not journal.parent.exists()
+
+
+def test_restart_of_a_finished_call(options, tmp_path, monkeypatch):
+    prepare(options())
+    path = Path(options().input)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:5]))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        broken_after(patch, "remove", 3)  # killed while it deletes: report, catalog and one shard are gone
+        prepare(options(), restart=True)
+    assert len(hashes(tmp_path / "out")) == 3
+    assert (tmp_path / "out" / ".prepare" / "names.json").exists(), "the rest must not be read"
+    with pytest.raises(PrepareError, match="--restart"):
+        prepare(options())
+    assert prepare(options(), restart=True).tally.written == 5
+    assert len(hashes(tmp_path / "out")) == 1
+
+
+def test_restart_deletes_nothing_that_it_did_not_write(options, tmp_path):
+    prepare(options())
+    (tmp_path / "out" / "shard-00009.tar").write_bytes(b"precious")
+    before = hashes(tmp_path / "out")
+    with pytest.raises(PrepareError, match=r"already holds 1 shards \(shard-00009\.tar"):
+        prepare(options(), restart=True)
+    assert hashes(tmp_path / "out") == before
+    with pytest.raises(PrepareError, match=r"holds 5 shards, and its prepare-report\.json speaks of 4 \(shard-00009\.tar"):
+        prepare(options())
+
+
+def test_changed_input_is_named_after_the_end(options, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        broken_after(patch, "move", 1)
+        prepare(options())
+    path = Path(options().input)
+    original = path.read_bytes()
+    stamps = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_bytes(original + b"{}\n")
+    with pytest.raises(PrepareError, match=r"data\.jsonl changed since.*--restart"):
+        prepare(options())
+    path.write_bytes(original)
+    os.utime(path, ns=stamps)
+    prepare(options())
+    path.write_bytes(original + b"{}\n")
+    with pytest.raises(PrepareError, match=r"data\.jsonl changed since.*finished already.*--restart"):
+        prepare(options())
+
+
+def test_changed_folder_is_named_after_the_end(tmp_path, pictures):
+    for i in range(6):
+        (pictures / f"{i}.txt").write_text("a digit")
+    given = PrepareOptions("captions", str(pictures), str(tmp_path / "out"), workers=0, max_refused_fraction=0.5)
+    prepare(given)
+    assert prepare(given).complete
+    (pictures / "6.txt").write_text("one more")
+    with pytest.raises(PrepareError, match=r"pictures changed since.*finished already"):
+        prepare(given)
 
 
 def test_finished_call_is_not_done_again(options, tmp_path, monkeypatch):
