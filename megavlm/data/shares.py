@@ -77,8 +77,10 @@ def pieces(entries: Sequence[MixtureEntry], rows: Sequence[int]) -> list[Piece]:
         after = [weight_at(e, n, end) if end and e.change == "linear" else w for e, n, w in zip(entries, rows, before, strict=True)]
         scale = lcm(*(w.denominator for w in (*before, *after)))
         low, high = (tuple(int(w * scale) for w in weights) for weights in (before, after))
-        if end is None or low == high:
-            found.append(Piece(start, end, low, ((low, Fraction(1)),)))
+        if end is None or low == high or not any(low) or not any(high):
+            # All linear sources that begin (or end) at exactly zero together keep their proportions along the whole way.
+            even = low if any(low) else high
+            found.append(Piece(start, end, even, ((even, Fraction(1)),)))
             continue
         count = min(RAMP_PIECES, end - start)
         edges = [start + (end - start) * i // count for i in range(count + 1)]
@@ -90,8 +92,7 @@ def pieces(entries: Sequence[MixtureEntry], rows: Sequence[int]) -> list[Piece]:
             part = Fraction(2 * at, whole)
             ends = (low, half) if part < 1 else (half, high)
             part %= 1
-            blend = [(knot, share) for knot, share in zip(ends, (1 - part, part), strict=True) if any(knot)]
-            found.append(Piece(a, b, weights, tuple((knot, share / sum(s for _, s in blend)) for knot, share in blend)))
+            found.append(Piece(a, b, weights, tuple(zip(ends, (1 - part, part), strict=True))))
     return found
 
 
@@ -150,7 +151,8 @@ class Target:
         live = [True] * len(self.names)
         for piece in steps:
             if not any(piece.weights):
-                raise MixtureError(f"mixture: from step {piece.start} on no source has a weight above 0")
+                steps_named = f"from step {piece.start} on" if piece.end is None else f"in steps {piece.start} to {piece.end - 1}"
+                raise MixtureError(f"mixture: {steps_named} no source has a weight above 0: give one of them a weight there")
             for knot, _ in piece.knots:
                 if knot not in answers:
                     answers[knot] = rate({n: Fraction(w, sum(knot)) for n, w in zip(self.names, knot, strict=True)})

@@ -13,6 +13,7 @@ from megavlm.data.shares import RAMP_PIECES, pieces
 
 weights = st.sampled_from([0.0, 0.001, 0.3, 1.0, 2.5, 7.0, 400.0])
 step_weights = st.dictionaries(st.integers(0, 40), weights, min_size=1, max_size=4)
+FIVE_EACH = {"a": Source(5), "b": Source(5)}
 caps = st.one_of(st.none(), st.sampled_from([0.3, 1.0, 1.5, 4.0]))
 
 
@@ -133,8 +134,25 @@ def test_a_capped_source_hands_its_share_to_the_others_and_the_last_ends_the_str
 def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(MixtureError, match="from step 20 on no source"):
         Mixture({"a": MixtureEntry(weight={0: 1, 20: 0}, change="steps")}, {"a": Source(5)}, seed=0)
+    with pytest.raises(MixtureError, match="in steps 0 to 99 no source has a weight above 0"):
+        Mixture({"a": MixtureEntry(weight={0: 0, 100: 0, 200: 1}), "b": MixtureEntry(weight={100: 0, 150: 2})}, FIVE_EACH, seed=0)
+    with pytest.raises(MixtureError, match="in steps 0 to 99 no source has a weight above 0"):
+        Mixture({"a": MixtureEntry(weight={0: 0, 100: 1}, change="steps")}, {"a": Source(5)}, seed=0)
     with pytest.raises(MixtureError, match="max_epochs=0.1 of its samples is less than one"):
         Mixture({"a": MixtureEntry(weight=1, max_epochs=0.1)}, {"a": Source(5)}, seed=0)
+
+
+@pytest.mark.parametrize("length", [1, 3, 100, 1000])
+@pytest.mark.parametrize("weight", [lambda n: {0: 0, n: 1}, lambda n: {0: 0, n: 2, 2 * n: 0, 3 * n: 1}, lambda n: {0: 1, n: 0, 2 * n: 1}])
+def test_a_line_through_exactly_zero_is_drawn_from(length, weight):
+    """Alone all draws are its own; beside another that moves with it, the two keep their proportion."""
+    alone = Mixture({"a": MixtureEntry(weight=weight(length))}, {"a": Source(10)}, seed=1, rate=steps_of_50)
+    assert {alone.draw().source for _ in range(300)} == {"a"} and alone.counters == {"a": 300}
+    entries = {"a": MixtureEntry(weight=weight(length)), "b": MixtureEntry(weight={k: 3 * w for k, w in weight(length).items()})}
+    both = Mixture(entries, FIVE_EACH, seed=1, rate=steps_of_50)
+    for drawn in range(1, 400):
+        both.draw()
+        assert abs(both.counters["a"] - drawn / 4) < 1
 
 
 def test_long_ramps_take_few_pieces():
