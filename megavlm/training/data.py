@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 
 from megavlm.config.schema import Recipe, StageConfig
-from megavlm.data.index import SampleIndex, build_index
+from megavlm.data.index import SampleIndex
 from megavlm.data.loader import StageData
 from megavlm.data.plan import StepPlanner
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer
 from megavlm.data.types import SampleRef, StepData, StepPlan
 from megavlm.parallel.context import ParallelContext
-from megavlm.parallel.reductions import from_rank_zero
+from megavlm.training.indexes import build_on_rank_zero_first
 from megavlm.training.layout import held_out_stage
 from megavlm.training.state import RunState
 
@@ -78,9 +78,8 @@ class RunData:
         return StageStream(self.recipe, stage, self.indexes(stage), self.tokenizer, ctx, state)
 
     def indexes(self, stage: StageConfig) -> dict[str, SampleIndex]:
-        """Indexes of the stage's sources; rank 0 builds what is missing, the others read it."""
-        names = stage.sources
-        return build_on_rank_zero_first(self.recipe, stage, names, self.tokenizer)
+        """Indexes of the stage's sources, the same on every rank; the first rank builds what is missing, the others read it."""
+        return build_on_rank_zero_first(self.recipe, stage, stage.sources, self.tokenizer)
 
     def held_out(self, stage: StageConfig, ctx: ParallelContext) -> list[StepData]:
         """The same held-out packs every time; empty when nothing is to be measured or the stage does not train the whole model."""
@@ -93,27 +92,6 @@ class RunData:
             return [stream.next()]
         finally:
             stream.close()
-
-
-def build_on_rank_zero_first(recipe: Recipe, stage: StageConfig, names: list[str], tokenizer: Tokenizer) -> dict[str, SampleIndex]:
-    """Index each named source; the cache that rank 0 writes serves the other ranks, and what rank 0 could not read none tries."""
-
-    def build(progress: bool) -> dict[str, SampleIndex]:
-        sources = recipe.data.sources
-        return {n: build_index(sources[n], recipe.data, recipe.model, stage.objective, tokenizer, progress=progress) for n in names}
-
-    indexes: dict[str, SampleIndex] = {}
-    problem: Exception | None = None
-    if dist.get_rank() == 0:
-        try:
-            indexes = build(True)
-        except (ValueError, OSError) as error:
-            problem = error
-    # Told, not left to be found out: ranks that waited for rank 0 would end with a lost connection instead of the reason.
-    problem = from_rank_zero(problem)
-    if problem is not None:
-        raise problem
-    return indexes if dist.get_rank() == 0 else build(False)
 
 
 def open_stream(
