@@ -40,6 +40,8 @@ class _Rank:
     rank: int
     process: subprocess.Popen[bytes]
     log: Path | None
+    log_start: int
+    """Bytes that were in the log before."""
 
     @property
     def exit_code(self) -> int | None:
@@ -140,6 +142,7 @@ def _start(group: _Group, argv: Sequence[str], num_ranks: int, env: dict[str, st
     prepare = _child_setup(os.getpid(), mask)
     for rank in range(num_ranks):
         log = None if rank == 0 else folder / f"rank{rank}.log"
+        log_start = log.stat().st_size if log and log.exists() else 0
         with contextlib.ExitStack() as stack:
             out = stack.enter_context(log.open("ab")) if log else None
             process = subprocess.Popen(
@@ -151,7 +154,7 @@ def _start(group: _Group, argv: Sequence[str], num_ranks: int, env: dict[str, st
                 process_group=0,
                 preexec_fn=prepare,
             )
-        group.ranks.append(_Rank(rank, process, log))
+        group.ranks.append(_Rank(rank, process, log, log_start))
 
 
 def _child_setup(parent: int, mask: set[int]) -> Callable[[], None]:
@@ -239,7 +242,9 @@ def _verdict(group: _Group) -> int:
         return max((r.process.returncode for r in group.ranks), default=0)
     if first.log is not None:
         group.say(f"the end of {first.log}:")
-        for line in first.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]:
+        # Only what this start wrote: an earlier one's mistakes may be mended.
+        written = first.log.read_bytes()[first.log_start :].decode(errors="replace")
+        for line in written.splitlines()[-LOG_TAIL_LINES:]:
             group.say(f"[rank {first.rank}] {line}")
     code = first.process.returncode
     return code if code > 0 else 128 - code

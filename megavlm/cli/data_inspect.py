@@ -43,7 +43,12 @@ def inspect(
     page = out or Path(f"{chosen.name}-step{step}.html")
     page.parent.mkdir(parents=True, exist_ok=True)
     view = look_at_step(opened, plan, recipe.name, packs)
-    page.write_text(render(view), encoding="utf-8")
+    partial = page.with_name(f".{page.name}.partial")
+    try:
+        partial.write_text(render(view), encoding="utf-8")
+        partial.replace(page)  # a full disk leaves no half page
+    finally:
+        partial.unlink(missing_ok=True)
     left = len(view.packs) - len(view.detailed)
     more = f"; {left} of {len(view.packs)} packs only as bars, see --packs" if left else ""
     typer.echo(f"{page} ({page.stat().st_size / 1e6:.1f} MB){more}")

@@ -8,20 +8,24 @@ exit code 1.
 from __future__ import annotations
 
 import dis
+import errno
 import os
 import sys
 import traceback
+from pathlib import Path
 
 EXIT_USER_ERROR = 2
 EXIT_FAULT = 1
 DEBUG_VARIABLE = "MEGAVLM_DEBUG"
 OWN_PACKAGES = ("megavlm", "megavlm_launchers", "megavlm_kernels")
 _FILE_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+_DISK_ERRORS = {errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO}
+"""A disk that is full, read-only or broken is for the user to mend too."""
 
 
 def is_user_error(error: BaseException) -> bool:
     """Whether the message alone tells the user what to do."""
-    if isinstance(error, _FILE_ERRORS):
+    if isinstance(error, _FILE_ERRORS) or (isinstance(error, OSError) and error.errno in _DISK_ERRORS):
         return True
     ours = type(error).__module__.partition(".")[0] in OWN_PACKAGES or _has_raise_in_own_code(error)
     return isinstance(error, ValueError) and ours
@@ -51,4 +55,12 @@ def report(error: Exception) -> int:
 def _message(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror.lower()}"
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS and error.strerror:
+        return f"{error.strerror.lower()}{_where_written(error)}: make room, or write elsewhere, and repeat the command"
     return str(error) or type(error).__name__
+
+
+def _where_written(error: OSError) -> str:
+    """The line of ours that a failed write came from: the system does not say which file it was."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if any(f"/{name}/" in f.filename for name in OWN_PACKAGES)]
+    return f" (in {Path(frames[-1].filename).name}, {frames[-1].name})" if frames else ""

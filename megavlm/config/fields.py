@@ -21,10 +21,12 @@ def dotted(path: Sequence[str | int]) -> str:
 
 
 def unwrap(annotation: Any) -> Any:
-    """The type under Annotated[...] and Optional[...]."""
+    """The type under Annotated[...] and Optional[...]; of "a value or a block", the block."""
     while True:
         arguments = [a for a in get_args(annotation) if a is not NoneType]
-        if get_origin(annotation) is Annotated or (get_origin(annotation) in (Union, UnionType) and len(arguments) == 1):
+        if get_origin(annotation) in (Union, UnionType) and (blocks := [a for a in arguments if is_block(unwrap(a))]):
+            annotation = blocks[0]
+        elif get_origin(annotation) is Annotated or (get_origin(annotation) in (Union, UnionType) and len(arguments) == 1):
             annotation = arguments[0]
         else:
             return annotation

@@ -85,7 +85,8 @@ def mistakes_of(error: ValidationError, root: type[Block], origins: Mapping[Path
     """All findings of pydantic as mistakes, in the recipe's order. `prefix` is where the checked block stands in the recipe."""
     found = []
     for item in error.errors(include_url=False):
-        loc: Path = prefix + tuple(item["loc"])
+        # "<weight>": which alternative of a field was meant, which is no part of the path.
+        loc: Path = prefix + tuple(part for part in item["loc"] if not str(part).startswith("<"))
         problem = _problem(root, item["type"], loc, item["input"], item.get("ctx", {}), item["msg"])
         found.append(Mistake(dotted(loc), problem, find_origin(origins, loc)))
     return found

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from megavlm.config.compose import Composition, merge
 from megavlm.config.errors import Mistake, RecipeError
 from megavlm.config.fields import Path, child_type, did_you_mean, dotted, is_block, item_type, leaf_paths, unknown_field
-from megavlm.config.schema import Block
+from megavlm.config.schema import Block, MixtureEntry
 
 
 class _Refused(Exception):
@@ -109,6 +109,8 @@ def _descend(node: Any, key: str | int, kind: Any, path: Path) -> Any:
         raise _Refused(f"{dotted(path)} is empty in the recipe: there is no element to name")
     if child is None:
         child = node[key] = {}
+    if kind is MixtureEntry and isinstance(child, int | float):
+        child = node[key] = {"weight": child}
     if not isinstance(child, (dict, list)):
         raise _Refused(f"{dotted(path)} is {child!r} in the recipe, not a block: nothing below it can be set")
     return child

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from megavlm.config.blocks import Block, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from megavlm.config.data import LossConfig, MixtureEntry
@@ -54,6 +54,16 @@ class ScheduleConfig(Block):
     """Learning rate at the end, as a share of the peak."""
 
 
+def _weight_or_entry(value: object) -> str:
+    return "<entry>" if isinstance(value, dict | MixtureEntry) else "<weight>"
+
+
+WeightOrEntry = Annotated[
+    Annotated[NonNegativeFloat, Tag("<weight>")] | Annotated[MixtureEntry, Tag("<entry>")], Discriminator(_weight_or_entry)
+]
+"""A plain number is a weight. Told apart by what was written, so that a mistake is named once and where it is."""
+
+
 class StageConfig(Block):
     """One stage of the recipe: what trains, on what, how long."""
 
@@ -73,7 +83,7 @@ class StageConfig(Block):
     """vision_classification only: images that form one pack."""
     num_classes: PositiveInt | None = None
     """vision_classification only: classes of the patch labels in the data."""
-    mixture: dict[str, NonNegativeFloat | MixtureEntry]
+    mixture: dict[str, WeightOrEntry]
     """Source name -> weight (share of samples; weights need not add up to one), or more about it: weights that change over the steps,
     repeats, a cap."""
     loss: LossConfig = Field(default_factory=LossConfig)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from megavlm.data.types import PackedBatch, StepPlan
+
+log = logging.getLogger(__name__)
 
 MIN_JUDGED_SAMPLES = 1000
 """A run is judged as if it had seen at least so many samples: a single early one does not end it."""
@@ -42,6 +45,7 @@ class BadSampleCounter:
         self._max_fraction, self._dp_rank, self._log_file = max_fraction, dp_rank, log_file
         self._sum_over_ranks, self._speaks = sum_over_ranks, speaks
         self._last: dict[str, Any] | None = None
+        self._next_warning = 1
 
     def count(self, plan: StepPlan, batches: Sequence[PackedBatch]) -> None:
         """Take in a step that is handed out.
@@ -62,6 +66,13 @@ class BadSampleCounter:
         self.num_bad += new
         if new and self.num_bad > self._max_fraction * max(self.num_samples, MIN_JUDGED_SAMPLES):
             raise BadDataError(self._message())
+        if self.num_bad >= self._next_warning and self._last is not None and self._log_file is not None:
+            # The first, and then whenever there are twice as many: never silent, and no flood.
+            self._next_warning = 2 * self.num_bad
+            log.warning(
+                "%d of %d samples so far could not be read and do not count in the loss; the last: source %r, sample %r: %s. See %s",
+                *(self.num_bad, self.num_samples, self._last["source"], self._last["key"], self._last["reason"], self._log_file),
+            )
 
     def _message(self) -> str:
         last = self._last

@@ -140,7 +140,7 @@ class Tracker:
             name: may hold folders: "align/sample-00".
             picture: path of a file, a matplotlib figure, or a PIL image.
 
-        Returns the kept file; None on ranks that do not write.
+        Returns the kept file; None on ranks that do not write, and where the disk does not take it: a picture must not end a run.
         """
         if not self.writes:
             return None
@@ -149,12 +149,16 @@ class Tracker:
         target = folder / (name if ending and name.endswith(ending) else name + ending)
         if not Path(name).name or not target.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"a picture's name is a path inside {folder}, and {name!r} is not")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not isinstance(picture, (str, Path)):
-            save = getattr(picture, "savefig", None) or picture.save
-            save(target)
-        elif Path(picture).resolve() != target.resolve():
-            shutil.copyfile(picture, target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not isinstance(picture, (str, Path)):
+                save = getattr(picture, "savefig", None) or picture.save
+                save(target)
+            elif Path(picture).resolve() != target.resolve():
+                shutil.copyfile(picture, target)
+        except OSError as error:
+            _log.warning("%s could not be written (%s)", target, error)
+            return None
         self.artifact(target, target.parent.relative_to(self.run_dir).as_posix())
         return target
 

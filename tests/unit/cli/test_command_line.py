@@ -1,5 +1,6 @@
 """The `megavlm` command from outside: exit codes, messages, what it imports, how it finds or starts ranks."""
 
+import errno
 import json
 import os
 import subprocess
@@ -124,6 +125,9 @@ def test_which_exceptions_are_the_users():
     assert not is_user_error(raised(lambda: int("x")))
     assert not is_user_error(raised(lambda: json.loads("{")))
     assert not is_user_error(RuntimeError("torch"))
+    for number in (errno.EROFS, errno.ENOSPC):
+        assert is_user_error(OSError(number, os.strerror(number)))
+    assert not is_user_error(OSError(errno.EBADF, "bad file descriptor"))
 
 
 @pytest.mark.parametrize(

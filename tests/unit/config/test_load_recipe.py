@@ -172,6 +172,9 @@ def test_a_mistake_in_a_base_names_the_base(tmp_path):
         ("parallel.sequence=true", "sequence=true needs tensor > 1"),
         ("stages.1.name=align", "two stages are called 'align'"),
         ("stages.align.mixture.pags=1.0", "'pags', which is not in data.sources"),
+        ("stages.align.mixture.pages=-1", "stages[0].mixture.pages: must be at least 0.0, got -1"),
+        ("stages.align.mixture.pages={max_epoch: 2}", "stages[0].mixture.pages.max_epoch: unknown field; did you mean 'max_epochs'?"),
+        ("stages.align.mixture.pages.weigth=2", "did you mean 'weight'?"),
     ],
 )
 def test_wrong_values(recipe_file, override, problem):
@@ -347,3 +350,9 @@ def test_schema_describes_every_field_of_the_recipe():
     assert parallel["properties"]["sequence"]["description"].startswith("Megatron sequence parallelism")
     assert parallel["additionalProperties"] is False
     assert "base" in schema["properties"] and "run" not in schema.get("required", [])
+
+
+def test_overrides_reach_into_a_mixture(recipe_file):
+    recipe = load_recipe(recipe_file, ["stages.align.mixture.pages.max_epochs=2"])
+    entry = recipe.stages[0].mixture["pages"]
+    assert (entry.weight, entry.max_epochs) == (1.0, 2.0), "the plain number becomes the entry's weight"

@@ -6,10 +6,12 @@ import json
 import tarfile
 import threading
 import time
+from itertools import pairwise
 
 import pytest
 import torch
 
+from megavlm.data import bad_samples
 from megavlm.data.bad_samples import BadDataError
 from megavlm.data.index import build_index
 from megavlm.data.loader import StageData
@@ -188,6 +190,18 @@ def test_bad_samples_are_logged_once_by_the_designated_rank(open_stage, shards, 
     assert set(lines[0]) == {"step", "dp_rank", "source", "key", "row", "reason"}
     assert {line["step"] for line in lines} == {0}, "prefetched steps are not logged before they are handed out"
     assert all(float(b.target_weights_Q[torch.isin(b.target_segments_Q, with_image(b))].sum()) == 0 for b in step.microbatches)
+
+
+def test_bad_samples_are_told_at_the_first_and_at_every_doubling(open_stage, shards, monkeypatch):
+    wreck_pictures(shards)
+    told = []
+    monkeypatch.setattr(bad_samples.log, "warning", lambda text, *values: told.append(text % values))
+    data, _ = open_stage(log_bad_samples=True, bad=1.0)
+    for _ in range(6):
+        data.next()
+    counts = [int(line.split()[0]) for line in told]
+    assert 1 < len(counts) < 6 and all(after >= 2 * before for before, after in pairwise(counts))
+    assert "do not count in the loss" in told[0] and "bad_samples.jsonl" in told[0]
 
 
 def with_image(batch):

@@ -160,6 +160,13 @@ def test_no_rank_outlives_a_killed_launcher(tmp_path):
     wait_until(lambda: all_gone(pids))
 
 
+def test_only_this_starts_messages_are_shown(tmp_path):
+    code = "import os, sys; print('trouble', sys.argv[2]); sys.exit(0 if os.environ['RANK'] == '0' else 2)"
+    shown = [launch_local(python(code, "", word), 2, log_dir=tmp_path, say=(said := []).append) and said for word in ("first", "second")]
+    assert any("trouble first" in line for line in shown[0])
+    assert any("trouble second" in line for line in shown[1]) and not any("trouble first" in line for line in shown[1])
+
+
 def test_signal_mask_is_as_before(tmp_path):
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     launch("pass", 1, tmp_path)
