@@ -11,7 +11,6 @@ from megavlm.data.prepare.files import PICTURE_SUFFIXES, PictureFinder, is_folde
 from megavlm.data.prepare.records import RECORD_SUFFIXES, identity, read_record, record_entries, text_field
 from megavlm.data.prepare.types import Draft, Entry, Format, Picture, PrepareError, PrepareOptions, Refused
 from megavlm.data.sample import IMAGE_TOKEN
-from megavlm.data.storage import StorageError, read_bytes
 
 
 def captioned(caption: str, pictures: list[Picture], prompt: str | None, **more: Any) -> Draft:
@@ -83,17 +82,14 @@ class Captions(Format):
         base = name.rpartition(".")[0]
         if not has_text:
             raise Refused("no caption", f"there is no {base}.txt beside the picture")
-        try:
-            caption = caption_text(read_bytes(self.pictures.find(f"{base}.txt")))
-        except StorageError as error:
-            raise Refused("caption that cannot be opened", str(error)) from None
+        caption = caption_text(self.pictures.read(f"{base}.txt", "caption"))
         return captioned(caption, [Picture(self.pictures.load(name))], self.asked.prompt, meta={"id": name})
 
 
 def _number(value: Any, column: str) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise Refused("score that is no number", f"column {column!r} holds {value!r:.60}")

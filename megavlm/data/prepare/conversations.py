@@ -121,7 +121,7 @@ class _Records(Format):
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused("conversation that is not JSON", str(error)) from None
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 from megavlm.data.prepare.files import PICTURE_SUFFIXES, below, is_folder, suffix, walk
 from megavlm.data.prepare.records import RECORD_SUFFIXES
-from megavlm.data.prepare.types import PrepareOptions
+from megavlm.data.prepare.types import PrepareError, PrepareOptions
 from megavlm.data.prepare.video import VIDEO_SUFFIXES
-from megavlm.data.storage import stamp
+from megavlm.data.storage import as_path, stamp
 
 _LISTED = frozenset({"captions", "video", "frames"})
 
@@ -32,6 +33,9 @@ def input_state(options: PrepareOptions) -> dict[str, list[Any]]:
         files = below(source, [n for n in walk(source) if suffix(n) in suffixes])
     if options.annotations:
         files.append(options.annotations)
+    for file in map(as_path, files):
+        if isinstance(file, Path) and not file.is_file():
+            raise PrepareError(f"{file}: no plain file; a pipe or device cannot be read twice, and a stopped call could not go on")
     return {file: list(stamp(file)) for file in files}
 
 

@@ -62,9 +62,12 @@ class JsonStream:
                 if not cut or len(self._text) - self._at > _MAX_ELEMENT_CHARS or not self._more():
                     raise self._error(error.msg, error.pos) from None
                 continue
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, or lists in lists without end
+                raise self._error(str(error)) from None
+            length = end - self._at
             if isinstance(value, int | float) and end > len(self._text) - _NUMBER_TAIL and self._more():
                 continue
-            self._at = end
+            self._at += length  # the window may have moved
             return value
 
     def array(self) -> Iterator[Any]:

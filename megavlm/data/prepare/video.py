@@ -10,11 +10,11 @@ from typing import Any
 
 from megavlm.data.prepare.captions import caption_text, captioned
 from megavlm.data.prepare.conversations import check_messages, role_of
-from megavlm.data.prepare.files import PICTURE_SUFFIXES, PictureFinder, is_folder, parent, suffix, walk
+from megavlm.data.prepare.files import PICTURE_SUFFIXES, PictureFinder, is_folder, parent, refusing, suffix, walk
 from megavlm.data.prepare.records import RECORD_SUFFIXES, identity, read_record, record_entries, text_field
 from megavlm.data.prepare.types import Draft, Entry, Format, Picture, PrepareError, PrepareOptions, Refused
 from megavlm.data.sample import IMAGE_TOKEN
-from megavlm.data.storage import StorageError, as_path, exists, open_read, read_bytes
+from megavlm.data.storage import StorageError, open_read
 
 VIDEO_SUFFIXES = frozenset({"mp4", "m4v", "mkv", "webm", "mov", "avi", "mpg", "mpeg", "ts", "flv", "ogv", "wmv"})
 VIDEO_MARK = "<video>"
@@ -69,7 +69,7 @@ class _Clips(Format):
             _, name, base, has_text, payload = entry.payload
             if not has_text:
                 raise Refused("no caption", f"there is no {base}.txt beside it")
-            caption = caption_text(read_bytes(self.clips.find(f"{base}.txt")))
+            caption = caption_text(self.clips.read(f"{base}.txt", "caption"))
             yield captioned(caption, self.frames(name, payload), self.asked.prompt, meta={"id": name})
             return
         record = read_record(entry)
@@ -128,7 +128,8 @@ class Video(_Clips):
             raise PrepareError('videos need PyAV: pip install "megavlm[video]"') from error
         kept: list[Picture] = []
         try:
-            with open_read(self.clips.find(name)) as file, av.open(file, mode="r") as container:
+            path = self.clips.find(name, "video")
+            with refusing(path, "video"), open_read(path) as file, av.open(file, mode="r") as container:
                 if not container.streams.video:
                     raise Refused("file without a video track", name)
                 start, due = None, 0
@@ -142,9 +143,7 @@ class Video(_Clips):
                     due = math.floor((time_s + _RATE_SLACK_S) * self.asked.fps) + 1
                     self.check_count(len(kept) + 1, name)
                     kept.append(Picture(self._encode(frame), round(time_s, 6)))
-        except StorageError as error:
-            if isinstance(error.__cause__, FileNotFoundError | IsADirectoryError):
-                raise Refused("missing video", str(error)) from None
+        except StorageError:
             raise
         except (av.FFmpegError, ValueError) as error:
             raise Refused("unreadable video", f"{name}: {error}") from None
@@ -187,8 +186,8 @@ class Frames(_Clips):
 
     def frames(self, name: str, payload: Any) -> list[Picture]:
         if payload is None:
-            place = str(self.clips.find(name))
-            if not exists(as_path(place)):
+            place = str(self.clips.find(name, "video"))
+            if not is_folder(place):
                 raise Refused("missing video", f"{place}: there is no such folder")
             payload = sorted((n for n in walk(place) if "/" not in n and suffix(n) in PICTURE_SUFFIXES), key=_natural)
         rate, kept = self.asked.input_fps, []

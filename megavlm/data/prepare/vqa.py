@@ -96,7 +96,7 @@ class Vqa(Format):
         pattern = self.asked.image_pattern or f"COCO_{subtype}_{{image_id:012d}}.jpg"
         try:
             name = pattern.format(**question)
-        except (KeyError, ValueError, IndexError) as error:
+        except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
             raise Refused("picture without address", f"--image-pattern {pattern!r} does not fit {question!r:.100}: {error}") from None
         return {"id": question.get("question_id"), "question": question.get("question"), "answers": answers, "image": name}
 

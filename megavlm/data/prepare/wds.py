@@ -147,7 +147,7 @@ def _key(name: str) -> str:
 def _fields(data: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise Refused("broken .json", str(error)) from None
     if not isinstance(fields, dict):
         raise Refused("broken .json", f"it is a {type(fields).__name__}, and fields are wanted")
