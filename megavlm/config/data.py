@@ -57,6 +57,8 @@ class ImageConfig(Block):
         foreign = {
             "tiles": {"min_tiles": self.min_tiles != 1, "max_tiles": self.max_tiles != 1, "thumbnail": self.thumbnail},
             "fixed": {"fit": self.fit != "stretch"},
+            "anyres": {"anyres_grids": self.anyres_grids != ImageConfig.model_fields["anyres_grids"].default},
+            "native": {"min_tokens_per_image": self.min_tokens_per_image != ImageConfig.model_fields["min_tokens_per_image"].default},
         }
         for policy, fields in foreign.items():
             if policy != self.policy and (named := [name for name, is_set in fields.items() if is_set]):
@@ -94,6 +96,9 @@ class DataConfig(Block):
     over_long: list[Literal["lower_resolution", "split_turns", "drop"]] = []
     """What to do, in this order, with a sample that fits no pack: lower its pictures' resolution, split it between turns, leave
     it out and count it. If it still does not fit, the index is refused."""
+    unusable: Literal["refuse", "drop"] = "refuse"
+    """A sample that can never be used: its JSON or a file of it is wrong, its text holds a special token, a picture's shape is none the
+    policy takes. refuse: no index is made. drop: it is left out, counted, and listed with the reason beside the index."""
     packing: bool = True
     """False: one sample per sequence (for comparison)."""
     workers: Literal["threads", "processes"] = "threads"
@@ -104,6 +109,12 @@ class DataConfig(Block):
     """Steps kept ready ahead of the training thread."""
     max_bad_fraction: Fraction = 0.01
     """Stop when more than this share of the samples so far could not be read."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.patch_budget == "target" and self.max_patches_per_pack is None:
+            raise ValueError("patch_budget=target goes with max_patches_per_pack: without it there is no budget to aim at")
+        return self
 
     @field_validator("chat_template")
     @classmethod

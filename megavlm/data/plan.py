@@ -16,17 +16,17 @@ from typing import Any
 from megavlm.config.schema import DataConfig, ModelConfig, StageConfig
 from megavlm.data.mixture import Draw, Mixture, MixtureEnd, Source
 from megavlm.data.packing import Packer, Waiting
-from megavlm.data.plan_columns import Columns, Index, PlanError, expected_fill, pack_budget
+from megavlm.data.plan_columns import Columns, EndOfData, Index, PlanError, check_tasks, expected_fill, pack_budget
 from megavlm.data.plan_cursor import CursorError, Stream, check_cursor, identity
 from megavlm.data.types import PackPlan, SampleRef, StepPlan
 from megavlm.planner.balance import deal
 from megavlm.planner.flops import FlopsModel, VisionWork
 from megavlm.topology.table import human_count, text_table
 
-__all__ = ["CursorError", "Index", "PlanError", "StepPlanner", "step_table"]
+__all__ = ["CursorError", "EndOfData", "Index", "PlanError", "StepPlanner", "check_tasks", "step_table"]
 
 ESTIMATE_MARGIN = 1.01
-"""A stage is refused before it starts if its sources are expected to end this much too early."""
+"""Sources that are expected to end this much before the stage does are told before it starts."""
 
 
 class StepPlanner:
@@ -49,7 +49,7 @@ class StepPlanner:
 
     Raises:
         PlanError: packs_per_step is not dp_size x num_microbatches x micro_batch_packs; a source is missing; samples that break a
-            budget or that the objective cannot use (how many, and which is the worst); max_epochs that end before the stage does.
+            budget or that the objective cannot use (how many, and which is the worst).
         MixtureError: a mixture that cannot be drawn from.
         CursorError: the cursor was made with other indexes, tokenizer, settings, seed, budgets or mixture: all differences are named.
     """
@@ -83,7 +83,7 @@ class StepPlanner:
         self._step = int(cursor["step"]) if cursor is not None else 0
         self._stream = Stream(self._open_mixture, cursor)
         self._mixture = self._stream.mixture
-        self._refuse_early_end()
+        self._end: EndOfData | None = None
         waiting = [self._waiting(draw) for draw in self._stream.held]
         self._packer: Packer[Draw] = Packer(pack_budget(stage, data), data.pack_window_samples, packing=data.packing, waiting=waiting)
 
@@ -96,9 +96,10 @@ class StepPlanner:
         """Plan one step.
 
         Raises:
-            PlanError: every source has reached its max_epochs and what is left does not fill the step's packs.
+            EndOfData: every source has reached its max_epochs and what is left does not fill the step's packs; from then on always.
+            PlanError: the same before the first step.
         """
-        packs = [self._next_pack() for _ in range(self._stage.packs_per_step)]
+        packs = self._next_packs()
         vision = [self._flops.total((), pack.vision, 0) for pack in packs]
         costs = [(pack.flops, float(part)) for pack, part in zip(packs, vision, strict=True)]
         dealt = deal(costs, self._dp_size, self._num_microbatches)
@@ -129,13 +130,17 @@ class StepPlanner:
 
         return Mixture(entries, sources, self._seed, counters, tokens_per_step)
 
-    def _refuse_early_end(self) -> None:
+    @property
+    def early_end(self) -> str | None:
+        """What to tell before the stage starts when its sources are expected to end before its steps do; else None."""
         end = self._mixture.target.end_step
-        if end is not None and end * ESTIMATE_MARGIN < self._stage.steps:
-            raise PlanError(
-                f"stage {self._stage.name!r}: all sources reach mixture.*.max_epochs after {self._mixture.target.end_draws} samples, about "
-                f"{end:.0f} steps, but steps={self._stage.steps}: raise max_epochs, or set steps to about {int(end)}"
-            )
+        if end is None or end * ESTIMATE_MARGIN >= self._stage.steps:
+            return None
+        return (
+            f"stage {self._stage.name!r}: every source reaches mixture.*.max_epochs after {self._mixture.target.end_draws} samples, about "
+            f"{end:.0f} steps, before steps={self._stage.steps}: the stage will end there, with its learning rate still on the way. Set "
+            f"steps={max(1, int(end))} for a schedule that ends with the data, or raise max_epochs"
+        )
 
     def _waiting(self, draw: Draw) -> Waiting[Draw]:
         columns = self._columns[draw.source]
@@ -147,13 +152,24 @@ class StepPlanner:
         except MixtureEnd:
             return None
 
-    def _next_pack(self) -> PackPlan:
-        chosen = self._packer.next_pack(self._draw)
-        if not chosen:
+    def _next_packs(self) -> list[PackPlan]:
+        """The packs of one step."""
+        packs: list[PackPlan] = []
+        while self._end is None and len(packs) < self._stage.packs_per_step:
+            if chosen := self._packer.next_pack(self._draw):
+                packs.append(self._pack(chosen))
+            else:
+                self._end = EndOfData(self._stage.name, self._step, sum(len(pack.samples) for pack in packs))
+        if self._end is None:
+            return packs
+        if not self._step:
             raise PlanError(
-                f"stage {self._stage.name!r}: the data end in step {self._step} of {self._stage.steps}: all sources have reached "
-                f"mixture.*.max_epochs after {self._mixture.num_draws} samples. Raise max_epochs, or set steps to {self._step}"
+                f"stage {self._stage.name!r}: all samples that mixture.*.max_epochs allows, {self._mixture.num_draws}, do not fill the "
+                f"{self._stage.packs_per_step} packs of one step: lower packs_per_step, or raise max_epochs"
             )
+        raise self._end
+
+    def _pack(self, chosen: Sequence[Waiting[Draw]]) -> PackPlan:
         lengths = tuple(w.length for w in chosen)
         work = VisionWork.total(self._columns[w.sample.source].work(w.sample.row) for w in chosen)
         num_targets = sum(int(self._columns[w.sample.source].targets[w.sample.row]) for w in chosen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Protocol
 
@@ -19,6 +19,20 @@ _PILOT_WINDOWS, _PILOT_WINDOW_SAMPLES = 3, 256
 
 class PlanError(ValueError):
     """Data, stage and layout do not fit together."""
+
+
+class EndOfData(PlanError):
+    """Every source has reached its max_epochs, and what is left fills no whole step: a stage's natural end.
+
+    `num_steps`: steps that could be filled. `num_left_samples`: samples that were drawn and are in none of them.
+    """
+
+    def __init__(self, stage: str, num_steps: int, num_left_samples: int) -> None:
+        super().__init__(
+            f"stage {stage!r}: the data end after {num_steps} steps: every source with a weight above 0 has reached its "
+            f"mixture.*.max_epochs, and {num_left_samples} samples are left that fill no whole step"
+        )
+        self.num_steps, self.num_left_samples = num_steps, num_left_samples
 
 
 class Index(Protocol):
@@ -95,6 +109,20 @@ def _refuse_below(where: str, values: npt.NDArray[np.integer], least: int, what:
 
 def _refuse(where: str, count: int, total: int, row: int, value: int, what: str, advice: str) -> None:
     raise PlanError(f"{where}: {count} of {total} samples {what} (row {row} has {value}): {advice}")
+
+
+def check_tasks(stage: StageConfig, tasks: Iterable[str]) -> None:
+    """Refuse loss weights of tasks that no sample of the stage has; `tasks`: those of its sources.
+
+    Raises:
+        PlanError: naming them and the tasks there are.
+    """
+    known = sorted(set(tasks))
+    if absent := sorted(set(stage.loss.task_weights) - set(known)):
+        raise PlanError(
+            f"stage {stage.name!r}: loss.task_weights names {', '.join(absent)}, and no sample of its sources has such a task "
+            f"(there are: {', '.join(known) or 'none'})"
+        )
 
 
 def pack_budget(stage: StageConfig, data: DataConfig) -> Budget:

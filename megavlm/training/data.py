@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megavlm.config.schema import Recipe, StageConfig
 from megavlm.data.index import SampleIndex
 from megavlm.data.loader import StageData
-from megavlm.data.plan import StepPlanner
+from megavlm.data.plan import StepPlanner, check_tasks
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer
 from megavlm.data.types import SampleRef, StepData, StepPlan
 from megavlm.parallel.context import ParallelContext
@@ -36,12 +36,16 @@ class StageStream:
     ) -> None:
         self.tokenizer, self._indexes = tokenizer, indexes
         self.tasks = sorted({task for index in indexes.values() for task in index.task_names})
+        check_tasks(stage, self.tasks)
         is_classification = stage.objective == "vision_classification"
         self.pack_tokens = stage.images_per_pack if is_classification else recipe.data.seq_len_tokens
-        self._data = open_stream(recipe, stage, indexes, tokenizer, ctx, seed=recipe.run.seed + state.stage_index, cursor=state.cursor)
+        planner = make_planner(recipe, stage, indexes, ctx, seed=recipe.run.seed + state.stage_index, cursor=state.cursor)
+        self.early_end = planner.early_end
+        """What to tell before the first step when the data are expected to end before the stage's steps do."""
+        self._data = open_stream(recipe, stage, indexes, tokenizer, ctx, planner)
 
     def next(self) -> StepData:
-        """The next step's microbatches of this rank."""
+        """The next step's microbatches of this rank. Raises EndOfData, on all ranks at the same step."""
         return self._data.next()
 
     def count_images(self, plan: StepPlan) -> int:
@@ -87,25 +91,25 @@ class RunData:
         if measured is None:
             return []
         indexes = build_on_rank_zero_first(self.recipe, measured, self.recipe.evaluation.sources, self.tokenizer)
-        stream = open_stream(self.recipe, measured, indexes, self.tokenizer, ctx, seed=self.recipe.run.seed, cursor=None)
+        planner = make_planner(self.recipe, measured, indexes, ctx, seed=self.recipe.run.seed, cursor=None)
+        stream = open_stream(self.recipe, measured, indexes, self.tokenizer, ctx, planner)
         try:
             return [stream.next()]
         finally:
             stream.close()
 
 
-def open_stream(
+def make_planner(
     recipe: Recipe,
     stage: StageConfig,
     indexes: dict[str, SampleIndex],
-    tokenizer: Tokenizer,
     ctx: ParallelContext,
     *,
     seed: int,
     cursor: dict[str, object] | None,
-) -> StageData:
-    """Plan and load a stage's data for this rank. All ranks call its `next` together: they agree on when too many samples are bad."""
-    planner = StepPlanner(
+) -> StepPlanner:
+    """Plans a stage's steps, on every rank alike."""
+    return StepPlanner(
         indexes,
         stage,
         recipe.data,
@@ -115,6 +119,12 @@ def open_stream(
         num_microbatches=ctx.grid.num_microbatches(stage),
         cursor=cursor,
     )
+
+
+def open_stream(
+    recipe: Recipe, stage: StageConfig, indexes: dict[str, SampleIndex], tokenizer: Tokenizer, ctx: ParallelContext, planner: StepPlanner
+) -> StageData:
+    """Load a stage's planned data for this rank. All ranks call its `next` together: they agree on when too many samples are bad."""
     has_pictures = any(bool(index.num_tiles.any()) for index in indexes.values())  # the same on every rank
     return StageData(
         recipe,

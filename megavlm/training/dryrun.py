@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from megavlm.config.schema import Recipe, StageConfig
 from megavlm.data.index import SampleIndex, build_index
-from megavlm.data.plan import StepPlanner, step_table
+from megavlm.data.plan import StepPlanner, check_tasks, step_table
 from megavlm.data.tokenizer import load_tokenizer
 from megavlm.planner.memory import estimate_memory, memory_table
 from megavlm.planner.parameters import params
@@ -35,6 +35,7 @@ def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object]) -> N
         indexes: dict[str, SampleIndex] = {
             name: build_index(recipe.data.sources[name], recipe.data, recipe.model, stage.objective, tokenizer) for name in stage.sources
         }
+        check_tasks(stage, (task for index in indexes.values() for task in index.task_names))
         planner = StepPlanner(
             indexes,
             stage,
@@ -44,6 +45,8 @@ def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object]) -> N
             dp_size=grid.data,
             num_microbatches=grid.num_microbatches(stage),
         )
+        if planner.early_end is not None:
+            echo(f"warning: {planner.early_end}\n")
         echo(step_table(planner.next()) + "\n")
 
 

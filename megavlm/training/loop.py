@@ -19,6 +19,7 @@ import torch
 
 from megavlm.config.load import dump_recipe
 from megavlm.config.schema import Recipe, StageConfig
+from megavlm.data.plan import EndOfData
 from megavlm.data.types import StepData
 from megavlm.parallel.context import ParallelContext, enter_grid, leave_grid
 from megavlm.tracking.tracker import Tracker
@@ -46,7 +47,7 @@ def run_stages(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker,
         signal_number = _run_stage(recipe, state, data, tracker, stop, device)
         if signal_number:
             return 128 + signal_number
-        if state.stage_step < recipe.stages[state.stage_index].steps:
+        if not state.is_stage_done(recipe.stages[state.stage_index].steps):
             break  # run.max_steps
         if state.stage_index + 1 == len(recipe.stages):
             break
@@ -56,7 +57,7 @@ def run_stages(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker,
 
 def _run_stage(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker, stop: StopRequest, device: torch.device) -> int:
     stage = recipe.stages[state.stage_index]
-    if state.stage_step >= stage.steps:
+    if state.is_stage_done(stage.steps):
         return 0
     state.stage_names = [s.name for s in recipe.stages[: state.stage_index + 1]]
     layout = stage_layout(recipe.parallel, stage)
@@ -71,6 +72,8 @@ def _run_stage(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker,
             # Only now: a resume that is refused must leave the run's recipe as it was.
             dump_recipe(recipe, Path(recipe.run.dir) / "recipe.yaml")
         tracker.stage_begins(stage.name, stage.steps, state.stage_step)
+        if stream.early_end is not None:
+            tracker.message(f"warning: {stream.early_end}")
         held_out = data.held_out(stage, ctx)
         return _StageRun(recipe, stage, state, ctx, model, stream, held_out, tracker, checkpointer, stop).run()
     finally:
@@ -101,11 +104,16 @@ class _StageRun:
         self.accountant = Accountant(recipe, ctx.grid.world_size, name)
 
     def run(self) -> int:
-        """Steps until the stage is done, run.max_steps is reached or a signal came. Returns the signal's number or 0."""
+        """Steps until the stage or its data are done, run.max_steps is reached or a signal came. Returns the signal's number or 0."""
         is_first = self.state.stage_step == 0
         signal_number = 0
-        while self.state.stage_step < self.stage.steps and not self._reached_max_steps() and not signal_number:
-            self._one_step(show_pictures=is_first)
+        while not self.state.is_stage_done(self.stage.steps) and not self._reached_max_steps() and not signal_number:
+            try:
+                # All ranks plan alike, so all of them end here.
+                self._one_step(show_pictures=is_first)
+            except EndOfData as end:
+                self._end_early(end)
+                break
             is_first = False
             self._evaluate_if_due()
             signal_number = self.stop.agreed(self.ctx.device)
@@ -115,6 +123,14 @@ class _StageRun:
         if signal_number:
             self.tracker.message(f"signal {signal_number}: saved step {self.state.step}, leaving")
         return signal_number
+
+    def _end_early(self, end: EndOfData) -> None:
+        self.state.stage_ended = True
+        self.tracker.message(
+            f"stage {self.stage.name} ended after {end.num_steps} of {self.stage.steps} steps: every source reached max_epochs; "
+            f"{end.num_left_samples} samples that fill no whole step were left out"
+        )
+        self._evaluate_if_due()
 
     def _one_step(self, show_pictures: bool) -> None:
         start = time.perf_counter()
@@ -156,7 +172,9 @@ class _StageRun:
         every = self.recipe.evaluation.every_steps
         if not self.held_out or every is None:
             return
-        if self.state.stage_step % every and self.state.stage_step != self.stage.steps:
+        is_due = self.state.stage_step % every == 0
+        # When data end right behind a step that was due, that step's measurement is the last.
+        if is_due == self.state.stage_ended and self.state.stage_step != self.stage.steps:
             return
         with self._whole_parameters():
             loss = measure(self.model.chunks, [d.microbatches for d in self.held_out], self.stream.tasks, self.ctx)

@@ -17,6 +17,8 @@ class RunState:
     stage_index: int = 0
     stage_step: int = 0
     """Optimizer steps done in the current stage."""
+    stage_ended: bool = False
+    """The current stage's data ended before its steps did: it trains no more."""
     cursor: dict[str, Any] | None = None
     """Where the stage's data go on; None at the beginning of a stage."""
     checkpoint: str = ""
@@ -62,7 +64,11 @@ class RunState:
 
     def finish_stage(self) -> None:
         """Move to the beginning of the next stage."""
-        self.stage_index, self.stage_step, self.cursor = self.stage_index + 1, 0, None
+        self.stage_index, self.stage_step, self.stage_ended, self.cursor = self.stage_index + 1, 0, False, None
+
+    def is_stage_done(self, steps: int) -> bool:
+        """Whether a stage of so many steps has nothing more to train."""
+        return self.stage_ended or self.stage_step >= steps
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

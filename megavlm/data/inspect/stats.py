@@ -12,6 +12,7 @@ from megavlm.data.index import SampleIndex
 from megavlm.data.inspect.opened import OpenStage
 from megavlm.data.inspect.step import cost_of, target_shares
 from megavlm.data.inspect.views import Cost
+from megavlm.data.plan import EndOfData
 from megavlm.planner.flops import FlopsModel
 
 NUM_BINS = 40
@@ -21,7 +22,7 @@ def stage_statistics(opened: OpenStage, num_steps: int, dp_size: int, at_step: C
     """Everything that `megavlm data stats` tells of a stage, as JSON values.
 
     Args:
-        num_steps: steps to plan, from the stage's first; at most as many as it has.
+        num_steps: steps to plan, from the stage's first; at most as many as it has, or as its data fill.
         at_step: called with the number of each step when it is planned.
     """
     planner, flops = opened.planner(dp_size), FlopsModel(opened.recipe.model, opened.stage)
@@ -32,7 +33,10 @@ def stage_statistics(opened: OpenStage, num_steps: int, dp_size: int, at_step: C
     targets = dict.fromkeys(opened.indexes, 0.0)
     cost = Cost(0.0, 0.0)
     for _ in range(min(num_steps, opened.stage.steps)):
-        plan = planner.next()
+        try:
+            plan = planner.next()
+        except EndOfData:
+            break
         packs = [pack for rank in plan.assignment for group in rank for pack in group]
         for ref, length in ((r, n) for pack in packs for r, n in zip(pack.samples, pack.lengths_tokens, strict=True)):
             samples[ref.source] += 1

@@ -20,6 +20,25 @@ def test_defaults_are_accepted() -> None:
     assert recipe(parallel={"tensor": 4}).parallel.tensor == 4
 
 
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"image": {"min_tokens_per_image": 99}}, "min_tokens_per_image goes with policy=native, not fixed"),
+        (
+            {"image": {"policy": "tiles", "max_tiles": 2, "min_tokens_per_image": 50}},
+            "min_tokens_per_image goes with policy=native, not tiles",
+        ),
+        ({"image": {"policy": "native", "anyres_grids": [[1, 2]]}}, "anyres_grids goes with policy=anyres, not native"),
+        ({"patch_budget": "target"}, "patch_budget=target goes with max_patches_per_pack"),
+    ],
+)
+def test_data_options_that_would_do_nothing(data: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        recipe(data={"sources": {"a": {"path": "x"}}, **data})
+    # Written out with every default, as recipe.yaml is, it is still accepted.
+    assert Recipe.model_validate(recipe(data={"sources": {"a": {"path": "x"}}}).model_dump()) == recipe()
+
+
 @pytest.mark.parametrize("name", ["x.tmp", "a/b", "", "-a", "a b", "x.old"])
 def test_stage_names_that_no_folder_should_have(name: str) -> None:
     with pytest.raises(ValidationError, match="name"):

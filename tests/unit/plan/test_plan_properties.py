@@ -1,6 +1,7 @@
 """Whatever the data: steps keep every budget, lose nothing, do not depend on the layout and resume anywhere."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from megavlm.config.schema import DataConfig, MixtureEntry, ModelConfig, SourceConfig, StageConfig
 from megavlm.data.mixture import MixtureError
-from megavlm.data.plan import CursorError, PlanError, StepPlanner
+from megavlm.data.plan import CursorError, EndOfData, PlanError, StepPlanner
 from tests.unit.plan.conftest import make_index
 
 MODEL = ModelConfig()
@@ -24,6 +25,9 @@ def planner(mixture, indexes, *, dp=1, micro=1, packs=8, cursor=None, seed=5, st
 def packs_of(plan):
     """The global packs of a step, whoever has them."""
     return sorted((pack for rank in plan.assignment for group in rank for pack in group), key=lambda pack: repr(pack.samples))
+
+
+PATCH_BUDGETS = st.fixed_dictionaries({"max_patches_per_pack": st.integers(30, 90), "patch_budget": st.sampled_from(["hard", "target"])})
 
 
 @st.composite
@@ -41,8 +45,7 @@ def recipes(draw):
     data = {
         "seq_len_tokens": draw(st.integers(180, 600)),
         "pack_window_samples": draw(st.integers(1, 40)),
-        "max_patches_per_pack": draw(st.one_of(st.none(), st.integers(30, 90))),
-        "patch_budget": draw(st.sampled_from(["hard", "target"])),
+        **draw(st.one_of(st.just({"max_patches_per_pack": None}), PATCH_BUDGETS)),
         "packing": draw(st.sampled_from([True, True, True, False])),
     }
     return mixture, indexes, data
@@ -133,16 +136,50 @@ def test_changes_land_on_their_step():
 def test_data_that_end_are_told_before_the_run_and_the_last_sample_is_trained():
     indexes = {"pages": make_index("pages", 160), "talk": make_index("talk", 90, 0)}
     mixture = {"pages": {"weight": 1, "max_epochs": 1}, "talk": {"weight": 1, "max_epochs": 2}}
-    with pytest.raises(PlanError, match=r"reach mixture\.\*\.max_epochs after 340 samples, about \d+ steps, but steps=1000"):
-        planner(mixture, indexes)
-    with pytest.raises(PlanError, match=r"set steps to about \d+$"):
-        planner(mixture, indexes, steps=100, packs=64)
+    told = planner(mixture, indexes).early_end
+    assert told is not None and re.search(r"reaches mixture\.\*\.max_epochs after 340 samples, about \d+ steps, before steps=1000", told)
+    assert "Set steps=1 for" in (planner(mixture, indexes, steps=100, packs=64).early_end or "")
+    with pytest.raises(PlanError, match="340, do not fill the 512 packs of one step") as short:
+        planner(mixture, indexes, steps=100, packs=512).next()
+    assert not isinstance(short.value, EndOfData), "a stage without a step is an error"
     steps = planner(mixture, indexes, packs=1, steps=10)
+    assert steps.early_end is None
+    seen, _, end = trained_until_the_end(steps)
+    assert set(seen.values()) == {1, 2} and seen.total() == 340 and end.num_left_samples == 0
+
+
+def trained_until_the_end(steps):
+    """What was trained, the plans, and how it ended."""
     seen: Counter = Counter()
-    with pytest.raises(PlanError, match=r"the data end in step \d+ of 10: .* after 340 samples\. Raise max_epochs, or set steps to \d+"):
-        while True:
-            seen.update((s.source, s.row) for pack in packs_of(steps.next()) for s in pack.samples)
-    assert set(seen.values()) == {1, 2} and seen.total() == 340
+    plans = []
+    while True:
+        try:
+            plans.append(steps.next())
+        except EndOfData:
+            break
+        seen.update((s.source, s.row) for pack in packs_of(plans[-1]) for s in pack.samples)
+    with pytest.raises(EndOfData) as again:
+        steps.next()
+    assert again.value.num_steps == len(plans)
+    return seen, plans, again.value
+
+
+def test_one_epoch_ends_at_the_last_whole_step_wherever_it_was_resumed():
+    indexes = {"pages": make_index("pages", 1000, 2, (5, 60))}
+    mixture = {"pages": {"weight": 1, "max_epochs": 1}}
+    seen, plans, end = trained_until_the_end(planner(mixture, indexes))
+    assert seen.total() + end.num_left_samples == 1000 and set(seen.values()) == {1} and 0 < end.num_left_samples < 60
+    for cut in (0, len(plans) // 2, len(plans) - 2, len(plans) - 1):
+        cursor = json.loads(json.dumps(plans[cut].cursor_after))
+        for dp in (1, 4):
+            rest, again, same = [], planner(mixture, indexes, dp=dp, cursor=cursor), None
+            while same is None:
+                try:
+                    rest.append(packs_of(again.next()))
+                except EndOfData as error:
+                    same = error
+            assert rest == [packs_of(plan) for plan in plans[cut + 1 :]]
+            assert (same.num_steps, same.num_left_samples) == (end.num_steps, end.num_left_samples)
 
 
 def test_what_changed_is_named(tmp_path):
@@ -164,7 +201,7 @@ def test_what_changed_is_named(tmp_path):
         r"settings\.image\.max_tokens_per_image: 'None' then, '99' now": {"image": {"max_tokens_per_image": 99}},
         r"settings\.chat_template: 'megavlm' then, 'chatml' now": {"chat_template": "chatml"},
         r"settings\.over_long: '' then, 'split_turns' now": {"over_long": ["split_turns"]},
-        r"budgets\.patch_budget: 'hard' then, 'target' now": {"patch_budget": "target"},
+        r"budgets\.patch_budget: 'hard' then, 'target' now": {"patch_budget": "target", "max_patches_per_pack": 60},
         r"mixture\.pages: 'weight \{0: 1\.0, 5: 2\.0\} linear' then, 'weight \{0: 1\.0, 5: 3\.0\} linear' now": {
             "mix": {"pages": {"weight": {0: 1, 5: 3}}}
         },

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megavlm.config.schema import DataConfig, ModelConfig, SourceConfig, StageConfig
-from megavlm.data.plan import CursorError, PlanError, StepPlanner, step_table
+from megavlm.data.plan import CursorError, PlanError, StepPlanner, check_tasks, step_table
 from tests.unit.plan.conftest import FakeIndex, make_index
 
 INDEXES = {"pages": make_index("pages", 230), "texts": make_index("texts", 75, most_tiles=0), "talk": make_index("talk", 120)}
@@ -150,6 +150,13 @@ def test_samples_that_cannot_be_planned_are_refused_and_counted():
         planner(indexes={name: i for name, i in INDEXES.items() if name != "talk"})
     with pytest.raises(PlanError, match=r"3 data-parallel ranks x 2 microbatches x micro_batch_packs=1 = 6 packs, but packs_per_step=8"):
         StepPlanner(INDEXES, stage(), DATA, MODEL, seed=1, dp_size=3, num_microbatches=2)
+
+
+def test_weights_of_tasks_that_no_sample_has_are_refused():
+    weighted = stage(loss={"task_weights": {"read": 2.0, "raed": 0.0}})
+    check_tasks(weighted, ["read", "raed", "other"])
+    with pytest.raises(PlanError, match=r"task_weights names raed, and no sample .* \(there are: caption, read\)"):
+        check_tasks(weighted, ["read", "caption"])
 
 
 def test_changed_data_are_refused_and_named():
