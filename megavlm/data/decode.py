@@ -8,6 +8,7 @@ Nothing here holds order or state: the plan feeds it.
 from __future__ import annotations
 
 import io
+import logging
 import threading
 from abc import ABC, abstractmethod
 from functools import lru_cache
@@ -22,6 +23,7 @@ from PIL import Image, ImageOps, features
 
 from megavlm.data.images import ImageError, open_picture
 
+log = logging.getLogger(__name__)
 _PLAIN_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 _CPU_DEVICE = -99999  # NVIMGCODEC_DEVICE_CPU_ONLY
 
@@ -98,7 +100,9 @@ def _from_16_bits(picture: Image.Image) -> Image.Image:
 class NvImageCodecDecoder(ImageDecoder):
     """NVIDIA nvImageCodec; one codec per thread. `device_id` None: on the CPU.
 
-    The header is always read by Pillow first, so that both decoders refuse the same formats and sizes with the same words.
+    The header is always read by Pillow first, and what nvImageCodec does not decode (an uncommon file, or for want of GPU memory just
+    then) goes through Pillow too. So Pillow alone says what can be read: all ranks agree, whatever decoder each has, and nothing
+    transient makes a sample bad.
 
     Raises:
         ImageError: nvImageCodec is not installed.
@@ -127,18 +131,20 @@ class NvImageCodecDecoder(ImageDecoder):
 
     def decode(self, data: bytes) -> np.ndarray:
         with open_picture(data) as header:
-            if not _is_plain(header, data):
-                return pixels_of(to_rgb(header))
+            array = self._codec_pixels(data) if _is_plain(header, data) else None
+            return pixels_of(to_rgb(header)) if array is None else array
+
+    def _codec_pixels(self, data: bytes) -> np.ndarray | None:
+        """nvImageCodec's pixels; None where it gives none, or none of the kind that was asked for."""
         decoder, params = self._codec()
         try:
             picture = decoder.decode(data, params=params)
             array = None if picture is None else np.asarray(picture.cpu())
-        except RuntimeError as error:
-            raise ImageError(f"nvImageCodec could not decode it: {error}") from error
-        if array is None:
-            raise ImageError("nvImageCodec could not decode it: it is damaged or cut short")
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-            raise ImageError(f"nvImageCodec gave {array.dtype} {array.shape}, expected uint8 (H, W, 3)")
+        except (RuntimeError, MemoryError) as error:
+            log.debug("nvImageCodec: %s; Pillow decodes it", error)
+            return None
+        if array is None or array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+            return None
         return array
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError, features
 
 MAX_PIXELS = 178_956_970
 """More are refused by the header, before memory is taken for them. Pillow's own limit for decompression bombs: half a GiB of RGB."""
@@ -110,6 +110,8 @@ def measure_image(data: bytes) -> Measured:
         # Pillow decodes a whole PNG to see whether orientation comes after the pixels: only where the bytes name some.
         told = name != "PNG" or any(mark in data for mark in _PNG_EXIF_MARKS)
         turned = told and picture.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+        if isinstance(picture, TiffImagePlugin.TiffImageFile):  # its size may be turned already (Pillow 11.2 and later): ask the tags
+            width, height = int(picture.tag_v2[256]), int(picture.tag_v2[257])
     if turned:
         width, height = height, width
     return Measured(width, height, _EXTENSIONS.get(name, name.lower()))

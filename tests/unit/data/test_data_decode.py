@@ -238,6 +238,36 @@ def test_measuring_reads_the_header_alone_wherever_orientation_stands():
         assert PillowDecoder().decode(data).shape == (480, 320, 3)
 
 
+@pytest.mark.skipif(not nvimgcodec_available(), reason="nvidia-nvimgcodec is not installed")
+def test_what_nvimgcodec_refuses_pillow_decides():
+    """A lossless WebP with an EXIF block is one that nvImageCodec gives no pixels for and Pillow reads."""
+    decoder, exif = NvImageCodecDecoder(), Image.Exif()
+    exif[0x0112] = 1
+    image = Image.new("RGB", (640, 480), (255, 255, 255))
+    image.paste((10, 10, 250), (5, 5, 21, 21))
+    image = image.convert("L")
+    data = encode(image, "WEBP", lossless=True, exif=exif)
+    assert decoder._codec_pixels(data) is None, "nvImageCodec has learned it: find another file for this test"
+    np.testing.assert_array_equal(decoder.decode(data), np.asarray(image.convert("RGB")))
+    with pytest.raises(ImageError) as ours:
+        decoder.decode(data[:60])
+    with pytest.raises(ImageError) as pillows:
+        PillowDecoder().decode(data[:60])
+    assert str(ours.value) == str(pillows.value)
+
+
+@pytest.mark.skipif(not nvimgcodec_available(), reason="nvidia-nvimgcodec is not installed")
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: out of memory"), MemoryError()])
+def test_a_gpu_without_memory_makes_no_sample_bad(error, monkeypatch):
+    class Full:
+        def decode(self, data, params):
+            raise error
+
+    decoder, data = NvImageCodecDecoder(), encode(Image.fromarray(picture()), "PNG")
+    monkeypatch.setattr(decoder, "_codec", lambda: (Full(), None))
+    np.testing.assert_array_equal(decoder.decode(data), picture())
+
+
 @both
 def test_threads_share_a_decoder(decoder):
     pictures = [encode(Image.fromarray(picture(160, 160, seed=i)), "PNG") for i in range(24)]

@@ -145,10 +145,9 @@ print(json.dumps([refused, here.peak_mib() - before]))
     assert done.returncode == 0, f"the process ended with {done.returncode}: {done.stderr[-2000:]}"
     refused, grown_mib = json.loads(done.stdout.splitlines()[-1])
     assert grown_mib < 64, f"the peak rose by {grown_mib} MiB over 500 files"
-    # It refuses what Pillow refuses, and a few pictures more that Pillow fills with grey: so all ranks must use one decoder.
+    # What nvImageCodec does not decode, Pillow does or refuses: ranks with different decoders lose the same samples.
     by_pillow = {number for number in range(NUM_BROKEN) if _refuses(PillowDecoder(), broken(number)[0])}
-    assert by_pillow <= set(refused)
-    assert len(set(refused) - by_pillow) <= 0.02 * NUM_BROKEN
+    assert set(refused) == by_pillow
 
 
 def _refuses(decoder, data):
