@@ -22,12 +22,14 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from megavlm.data.sample import Sample, ShardError, content_hash, parse_sample
+from megavlm.data.sample import MAX_KEY_BYTES, Sample, ShardError, content_hash, parse_sample
 from megavlm.data.storage import AnyPath, StorageError, StoragePath, as_path, exists, list_files, open_read, open_write, stamp
 from megavlm.data.tar_scan import RawSample, scan_shard
 
 CATALOG_NAME = "index.parquet"
 CATALOG_VERSION = 1
+UNFINISHED = ".prepare/names.json"
+"""Stands in a folder while data prepare names its shards one by one."""
 _NAMES = pa.dictionary(pa.int32(), pa.string())
 _HEAD = b"megavlm"
 _ROWS_PER_GROUP = 1 << 16
@@ -136,9 +138,15 @@ def build_catalog(folder: AnyPath, progress: bool = True, num_workers: int | Non
         num_workers: processes that scan; None: by the number of shards and cores.
 
     Raises:
-        ShardError: a shard that is no tar file or breaks the format. A single bad sample is a row with its `problem`.
+        ShardError: a shard that is no tar file or breaks the format, or a folder whose shards `megavlm data prepare` has not all
+            named yet. A single bad sample is a row with its `problem`.
     """
     place = as_path(folder)
+    if exists(place / UNFINISHED):
+        raise ShardError(
+            f"{folder} holds half a data set: megavlm data prepare was stopped while it named the shards (or still does)."
+            " Run the same command again; it finishes within moments"
+        )
     now = shard_stamps(place)
     old: Catalog | None = None
     for found in _catalogs(place):
@@ -219,6 +227,9 @@ def _row(path: StoragePath, raw: RawSample) -> dict[str, Any]:
         empty = Sample(task="?", split="?")
         return {**row, **_described(empty, []), "problem": str(error), "content_hash": hashlib.sha256(raw.text or b"").digest()[:16]}
     members = [raw.files.get(i.file) for i in sample.images]
+    if len(raw.key.encode()) > MAX_KEY_BYTES:
+        row["problem"] = f"{path}: sample {raw.key[:40]!r}...: its key has {len(raw.key.encode())} bytes, the most is {MAX_KEY_BYTES}"
+        return {**row, **_described(Sample(task="?", split="?"), []), "split": sample.split, "task": sample.task}
     missing = next((i.file for i, m in zip(sample.images, members, strict=True) if m is None), None)
     places = [(m.offset, m.size_bytes) if m is not None else (0, 0) for m in members]
     row.update(_described(sample, places))

@@ -17,16 +17,19 @@ import numpy as np
 from megavlm.config.schema import DataConfig, ImageConfig, ModelConfig, SourceConfig
 from megavlm.data.catalog import ShardStamp, build_catalog, shard_stamps, user_cache
 from megavlm.data.chat import Chat
-from megavlm.data.index_rows import FORMAT_VERSION, index_rows, select_rows
+from megavlm.data.index_rows import FORMAT_VERSION, Unusable, index_rows, select_rows
 from megavlm.data.resizing import PictureGrid, make_resizing, plan_pictures
 from megavlm.data.sample import Sample
 from megavlm.data.sample_index import Objective, SampleIndex, SampleIndexError, open_index, save_index
-from megavlm.data.storage import StorageError, StoragePath, as_path, exists
+from megavlm.data.storage import StorageError, StoragePath, as_path, exists, write_bytes
 from megavlm.data.token_table import CACHE_FOLDER, table_key
 from megavlm.data.tokenizer import Tokenizer
 
 __all__ = ["Objective", "SampleIndex", "SampleIndexError", "build_index", "sample_grids"]
 
+_UNUSABLE = ".unusable.jsonl"
+"""Beside the index: a line a sample that data.unusable=drop left out."""
+_NUM_SHOWN = 5
 log = logging.getLogger(__name__)
 
 
@@ -76,9 +79,14 @@ def build_index(
     name = _cache_key(stamps, source, data, model, objective, chat) + ".arrow"
     index = _load(folder, name)
     if index is None:
-        index = _save(_assemble(folder, source, data, model, objective, chat, progress), name)
-    if any(index.notes.values()):
-        what = ", ".join(f"{count} {kind}" for kind, count in index.notes.items() if count)
+        index, unusable = _assemble(folder, source, data, model, objective, chat, progress)
+        index = _save(index, unusable, name)
+    if unusable := index.notes.get("unusable"):
+        where = index.file.with_suffix(_UNUSABLE) if index.file is not None else "the warnings above"
+        log.warning("%s: %d unusable samples are left out (data.unusable=drop): %s", folder, unusable, where)
+    fitted = {kind: count for kind, count in index.notes.items() if count and kind != "unusable"}
+    if fitted:
+        what = ", ".join(f"{count} {kind}" for kind, count in fitted.items())
         log.info("%s: samples that fit no pack: %s (data.over_long=%s)", folder, what, data.over_long)
     _check_budgets(index, data)
     return index
@@ -86,12 +94,19 @@ def build_index(
 
 def _assemble(
     folder: StoragePath, source: SourceConfig, data: DataConfig, model: ModelConfig, objective: Objective, chat: Chat, progress: bool
-) -> SampleIndex:
+) -> tuple[SampleIndex, Unusable]:
     catalog = build_catalog(folder, progress)
-    index = index_rows(catalog, select_rows(catalog, source), data, model, objective, chat, progress)
+    rows, unreadable = select_rows(catalog, source, data.unusable == "drop")
+    index, unusable = index_rows(catalog, rows, data, model, objective, chat, progress)
+    if unreadable:
+        index.notes["unusable"] += len(unreadable)
+        unusable = [*unreadable, *unusable]
+    if unusable:
+        first = "\n  ".join(why for _, why in unusable[:_NUM_SHOWN])
+        log.warning("%s: %d samples cannot be used and are left out; the first:\n  %s", folder, len(unusable), first)
     if not len(index):
         raise SampleIndexError(f"{folder}: data.over_long=[..., drop] left out all {index.notes['dropped']} samples: none fits a pack")
-    return index
+    return index, unusable
 
 
 def _check_budgets(index: SampleIndex, data: DataConfig) -> None:
@@ -121,7 +136,7 @@ def _cache_key(
     image = data.image.model_dump(exclude={"decoder"})
     vision = [model.vision.model_dump(), model.projector.model_dump(), model.visual_tokens_per_tile]
     budgets = [data.over_long, data.seq_len_tokens, data.max_patches_per_pack] if data.over_long else []
-    parts = [FORMAT_VERSION, stamps, source.split, tasks, image, vision, objective, table_key(chat), budgets]
+    parts = [FORMAT_VERSION, stamps, source.split, tasks, data.unusable, image, vision, objective, table_key(chat), budgets]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:24]
 
 
@@ -141,10 +156,13 @@ def _load(folder: StoragePath, name: str) -> SampleIndex | None:
     return None
 
 
-def _save(index: SampleIndex, name: str) -> SampleIndex:
-    """The index from the file it was written to; as it is where no place can be written."""
+def _save(index: SampleIndex, unusable: Unusable, name: str) -> SampleIndex:
+    """The index from the file it was written to, the unusable samples listed beside; as it is where no place can be written."""
     for place in _cache_folders(index.folder):
         try:
+            if unusable:
+                lines = "".join(json.dumps({"key": key, "reason": why}) + "\n" for key, why in unusable)
+                write_bytes((place / name).with_suffix(_UNUSABLE), lines.encode())
             save_index(index, place / name)
             return open_index(index.folder, place / name)
         except (StorageError, OSError) as error:

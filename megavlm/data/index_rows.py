@@ -23,9 +23,12 @@ from megavlm.data.sample_index import COLUMN_TYPES, GRID_COLUMNS, Objective, Sam
 from megavlm.data.shards import ShardReader
 from megavlm.data.token_table import TextTokens, TokenCounts, count_tokens
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _MAX_PROBLEMS = 10
 log = logging.getLogger(__name__)
+
+Unusable = list[tuple[str, str]]
+"""Key of each sample that was left out, and why."""
 
 
 @dataclass
@@ -45,13 +48,17 @@ class _Problems:
         raise SampleIndexError(f"{len(self.texts)} samples of {folder} cannot be used:\n  " + "\n  ".join(first) + more)
 
 
-def select_rows(catalog: Catalog, source: SourceConfig) -> np.ndarray:
-    """int64 numbers of the catalog's rows of the source's split and tasks.
+def select_rows(catalog: Catalog, source: SourceConfig, drop: bool = False) -> tuple[np.ndarray, Unusable]:
+    """int64 numbers of the catalog's rows of the source's split and tasks, and which others were left out as they are no samples.
+
+    Args:
+        drop: leave out what is no sample (where its split cannot be read: of any split), instead of refusing all.
 
     Raises:
         SampleIndexError: samples that are no samples, no row left, or none of a named task.
     """
     problems = _Problems()
+    keys = catalog.table["key"]
     broken = catalog.table["problem"].combine_chunks()
     splits, split_names = dictionary_codes(catalog.table["split"])
     tasks, task_names = dictionary_codes(catalog.table["task"])
@@ -62,7 +69,9 @@ def select_rows(catalog: Catalog, source: SourceConfig) -> np.ndarray:
     unreadable = splits == split_names.index("?") if "?" in split_names else np.zeros(len(splits), dtype=bool)
     for row in np.flatnonzero(broken.is_valid().to_numpy(zero_copy_only=False) & (wanted | unreadable)).tolist():
         problems.add(row, broken[row].as_py())
-    problems.raise_if_any(catalog.folder)
+    if not drop or not (wanted & broken.is_null().to_numpy(zero_copy_only=False)).any():
+        problems.raise_if_any(catalog.folder)
+    wanted[list(problems.texts)] = False
     if not wanted.any():
         pairs = sorted({(split_names[s], task_names[t]) for s, t in set(zip(splits.tolist(), tasks.tolist(), strict=True))})
         there = ", ".join(f"{s}/{t}" for s, t in pairs)
@@ -75,18 +84,20 @@ def select_rows(catalog: Catalog, source: SourceConfig) -> np.ndarray:
         raise SampleIndexError(
             f"{catalog.folder}: no sample of split {source.split!r} has task {', '.join(map(repr, missing))}; its tasks are {there}"
         )
-    return np.flatnonzero(wanted)
+    return np.flatnonzero(wanted), [(keys[row].as_py(), why) for row, why in sorted(problems.texts.items())]
 
 
 def index_rows(
     catalog: Catalog, rows: np.ndarray, data: DataConfig, model: ModelConfig, objective: Objective, chat: Chat, progress: bool
-) -> SampleIndex:
-    """The index of some rows of a catalog.
+) -> tuple[SampleIndex, Unusable]:
+    """The index of some rows of a catalog, and what data.unusable=drop left out of them.
 
     Raises:
         SampleIndexError: samples that the objective, the conversation format or the resizing policy cannot take.
     """
-    return _Assembly(catalog, rows, data, model, objective, chat, progress).index()
+    assembly = _Assembly(catalog, rows, data, model, objective, chat, progress)
+    index = assembly.index()
+    return index, [(assembly.table["key"][row].as_py(), why) for row, why in sorted(assembly.problems.texts.items())]
 
 
 class _Assembly:
@@ -108,7 +119,12 @@ class _Assembly:
         self.plans = plan_all(self.images["width"], self.images["height"], self.starts, self.resizing, self.image_config)
         for row, why in self.plans.refused.items():
             self.problems.add(row, f"{self.where(row)}: {why}")
-        self.problems.raise_if_any(catalog.folder)
+        self._refuse()
+
+    def _refuse(self) -> None:
+        """Raises SampleIndexError for the problems found so far, unless such samples are dropped and others are left."""
+        if self.data.unusable == "refuse" or len(self.problems.texts) == len(self.rows):
+            self.problems.raise_if_any(self.catalog.folder)
 
     def _values(self, name: str) -> np.ndarray:
         return np.asarray(self.table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False))
@@ -145,15 +161,17 @@ class _Assembly:
     # ------------------------------------------------------------------------------------------------- what does not fit
 
     def _over_long(self) -> tuple[dict[int, list[Piece]], dict[str, int]]:
-        """Pieces that stand in the place of rows which fit no pack, and how many samples were lowered, split and dropped."""
+        """Pieces that stand in the place of rows which fit no pack or cannot be used, and how many samples became what."""
         policies = OverLong(self.data, self.image_config, self.resizing, self.chat)
+        unusable: dict[int, list[Piece]] = {row: [] for row in self.problems.texts}
         if self.objective == "vision_classification":
-            return {}, dict(policies.notes)
+            return unusable, {"unusable": len(unusable)} if self.data.unusable == "drop" else {}
         limit = self.data.max_patches_per_pack
         over = self.tokens.num_tokens + self.plans.sums("tokens", self.starts) > self.data.seq_len_tokens
         if limit is not None:
             over |= self.plans.sums("patches", self.starts) > limit
         over[list(self.plans.over_cap)] = True
+        over[list(unusable)] = False
         found: dict[int, list[Piece]] = {}
         reader = ShardReader(self.catalog.folder, self.catalog.shard_names)
         for row in np.flatnonzero(over).tolist() if self.data.over_long else []:
@@ -163,8 +181,10 @@ class _Assembly:
         reader.close()
         for row in set(self.plans.over_cap) - set(found):
             self.problems.add(row, f"{self.where(row)}: {self.plans.over_cap[row]}")
-        self.problems.raise_if_any(self.catalog.folder)
-        return found, {name: policies.notes[name] for name in ("lowered", "split", "dropped")}
+        self._refuse()
+        found |= {row: [] for row in self.problems.texts}
+        notes = {name: policies.notes[name] for name in ("lowered", "split", "dropped")}
+        return found, notes | ({"unusable": len(self.problems.texts)} if self.data.unusable == "drop" else {})
 
     def _sizes(self, row: int) -> list[tuple[int, int]]:
         span = slice(int(self.starts[row]), int(self.starts[row + 1]))
@@ -205,7 +225,7 @@ class _Assembly:
             shard_names=self.catalog.shard_names,
             task_names=task_names,
             objective=self.objective,
-            fingerprint=self._fingerprint(layout, keys, columns, column["ids_hash"], task_names),
+            fingerprint=self._fingerprint(layout, keys, columns, task_names),
             max_label=int(labels.max(initial=-1)),
             notes=notes,
             keys=keys,
@@ -244,14 +264,13 @@ class _Assembly:
                 keys[at] += f"#{number}".encode()
         return np.array(keys or [b""], dtype=np.bytes_)[: len(keys)]
 
-    def _fingerprint(
-        self, layout: _Layout, keys: np.ndarray, columns: dict[str, np.ndarray], ids_hash: np.ndarray, task_names: list[str]
-    ) -> str:
+    def _fingerprint(self, layout: _Layout, keys: np.ndarray, columns: dict[str, np.ndarray], task_names: list[str]) -> str:
         head: list[Any] = [FORMAT_VERSION, self.objective, task_names, keys.dtype.itemsize]
         digest = hashlib.sha256(json.dumps(head).encode())
         hashes = self.table["content_hash"].combine_chunks().take(pa.array(layout.origin))
         content = np.frombuffer(hashes.buffers()[1], dtype=np.uint8)[: 16 * len(hashes)]
-        parts = [keys, content, ids_hash.astype(np.uint64), *(columns[n] for n in sorted(columns) if n not in _NOT_IN_FINGERPRINT)]
+        weights = self.table["weight"].to_numpy()[layout.origin]
+        parts = [keys, content, weights, *(columns[n] for n in sorted(columns) if n not in _NOT_IN_FINGERPRINT)]
         for part in parts:
             digest.update(np.ascontiguousarray(part).tobytes())
         return digest.hexdigest()[:16]

@@ -23,6 +23,7 @@ from megavlm.data.index import SampleIndex
 from megavlm.data.loss_weights import target_weights
 from megavlm.data.resizing import PictureGrid, make_resizing
 from megavlm.data.sample import Sample
+from megavlm.data.token_table import text_hash
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.data.types import PackedBatch, PackPlan, SampleRef
 from megavlm.planner.flops import VisionWork
@@ -126,6 +127,16 @@ class Materialiser:
             if len(ids) != planned_length:
                 raise MaterialiseError(
                     f"{index.where(ref.row)} has {len(ids)} tokens, the plan says {planned_length}: the shards changed since"
+                )
+            one_each = np.ones(len(ids), dtype=bool)  # as it was indexed: one placeholder a picture, the others left out
+            tokens = [g.tokens for g in grids]
+            one_each[ids == self.tokenizer.image_token_id] = False
+            places = np.flatnonzero(~one_each)
+            one_each[places[np.cumsum([0, *tokens[:-1]])] if tokens else places] = True
+            if text_hash(ids[one_each], encoded.supervised_L[one_each]) != int(index.ids_hash[ref.row]):
+                raise MaterialiseError(
+                    f"{index.where(ref.row)} has another text than when it was indexed, as long in tokens: the shards changed since,"
+                    f" with their sizes and times as before. Touch the shards, so that they are indexed again"
                 )
             rows = np.flatnonzero(encoded.supervised_L) - 1
             targets = ids[rows + 1]

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 IMAGE_TOKEN = "<image>"
 """Where a picture stands in a text. Tokenizers may call the token that stands for it otherwise (data.image_token)."""
+MAX_KEY_BYTES = 255
+"""Of a sample's name in UTF-8. The index keeps names in a column as wide as the longest: one of 4000 bytes would cost GBs."""
 
 
 _compact = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode

@@ -40,11 +40,11 @@ class SampleIndex:
     """task_names[task_ids[row]] is the row's task."""
     objective: Objective
     fingerprint: str
-    """Hash of what plans and batches depend on: keys, content, token ids, lengths, grids, targets and tasks. Survives copying the data."""
+    """Hash of what plans and batches depend on: keys, content, token ids, weights, lengths, grids, targets, tasks. Survives a copy."""
     max_label: int
     """Largest label in any object; -1 without objects."""
     notes: dict[str, int]
-    """What data.over_long did: number of samples lowered, split and dropped."""
+    """What data.over_long did: number of samples lowered, split and dropped; with data.unusable=drop also how many were unusable."""
     keys: np.ndarray = field(repr=False)
     """bytes (R,): the samples' names; pieces of a split one are called key#0, key#1, ..."""
     length_tokens: np.ndarray = field(repr=False)
@@ -71,6 +71,8 @@ class SampleIndex:
     """int32 (R,): message behind a piece's last; -1: the whole sample."""
     num_repeated: np.ndarray = field(repr=False)
     """int32 (R,): pictures of earlier turns that a piece shows again before its first message."""
+    ids_hash: np.ndarray = field(repr=False)
+    """uint64 (R,): token_table.text_hash of the conversation; 0 for vision_classification."""
     image_start: np.ndarray = field(repr=False)
     """int64 (R + 1,): images of row r are image_start[r] .. image_start[r + 1]."""
     image_number: np.ndarray = field(repr=False)
@@ -155,6 +157,7 @@ COLUMN_TYPES: dict[str, str] = {
     **dict.fromkeys(("json_offset", "image_start", "image_offset", "image_size", "image_patch_pairs"), "int64"),
     **dict.fromkeys(("image_cols", "image_rows", "image_tokens", "image_tiles", "image_patches"), "int32"),
     "image_thumbnail": "uint8",
+    "ids_hash": "uint64",
 }
 """Every column but the keys."""
 

@@ -20,7 +20,17 @@ from types import TracebackType
 from typing import Any
 
 from megavlm.data.images import measure_image
-from megavlm.data.sample import ImageEntry, Message, ObjectEntry, Sample, ShardError, check_sample, content_hash, parse_sample
+from megavlm.data.sample import (
+    MAX_KEY_BYTES,
+    ImageEntry,
+    Message,
+    ObjectEntry,
+    Sample,
+    ShardError,
+    check_sample,
+    content_hash,
+    parse_sample,
+)
 from megavlm.data.storage import (
     AnyPath,
     StorageError,
@@ -54,6 +64,7 @@ __all__ = [
     "shard_paths",
 ]
 
+_EXTENSION = re.compile(r"[A-Za-z0-9]+")
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _MAX_OPEN_SHARDS = 128
 
@@ -106,6 +117,8 @@ class ShardWriter:
         where = f"sample {key!r}"
         if not _KEY.fullmatch(key):
             raise ShardError(f"{where}: a key takes letters, digits, '-' and '_', and begins with a letter or digit")
+        if len(key) > MAX_KEY_BYTES:
+            raise ShardError(f"sample {key[:40]!r}...: the key has {len(key)} bytes, the most is {MAX_KEY_BYTES}")
         if key in self._keys:
             raise ShardError(f"{where}: the key was already written")
         if extensions is not None and len(extensions) != len(images):
@@ -117,6 +130,8 @@ class ShardWriter:
             except ValueError as error:
                 raise ShardError(f"{where}: image {i} cannot be read: {error}") from error
             extension = extensions[i].lstrip(".") if extensions is not None else measured.extension
+            if not _EXTENSION.fullmatch(extension):
+                raise ShardError(f"{where}: image {i} has the extension {extension!r}: it takes letters and digits")
             name = f"{key}.{i}.{extension}"
             digest = hashlib.sha256(data).hexdigest()
             entries.append({"file": name, "width": measured.width, "height": measured.height, "sha256": digest})

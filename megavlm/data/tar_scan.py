@@ -40,7 +40,8 @@ def scan_shard(path: AnyPath, with_json: bool = False) -> Iterator[RawSample]:
     """Samples of one shard in file order, from tar headers alone; `with_json` also reads each sample's JSON.
 
     Raises:
-        ShardError: a broken tar file, a sample without JSON, a key that occurs twice, or a member that is not a plain file.
+        ShardError: a broken tar file, a sample without JSON, a key that occurs twice, or a member that is not a plain file
+            or whose name is not UTF-8.
     """
     path = as_path(path)
     try:
@@ -49,6 +50,8 @@ def scan_shard(path: AnyPath, with_json: bool = False) -> Iterator[RawSample]:
             current: str | None = None
             seen: set[str] = set()
             for member in _members(file, str(path)):
+                if not member.name.isascii():
+                    _check_name(path.name, member.name)
                 key = _key_of(member.name)
                 if key != current:
                     if current is not None:
@@ -75,6 +78,14 @@ def _group(file: IO[bytes], shard: str, key: str, members: dict[str, Member], wi
         return RawSample(key, found, files)
     file.seek(found.offset)
     return RawSample(key, found, files, file.read(found.size_bytes))
+
+
+def _check_name(shard: str, name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        shown = name.encode("utf-8", "surrogateescape")
+        raise ShardError(f"{shard}: the name of member {shown!r} is not UTF-8: write the shard again with such names") from error
 
 
 def _key_of(name: str) -> str:

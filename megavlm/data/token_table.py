@@ -69,9 +69,14 @@ class TokenCounts:
 def encode_text(chat: Chat, messages: list[dict[str, str]], num_images: int) -> TextTokens:
     """Counts of one conversation. Raises ValueError as Chat.encode_conversation."""
     encoded = chat.encode_conversation(messages, [1] * num_images)
-    digest = hashlib.blake2b(encoded.ids_L.astype("<i8").tobytes(), digest_size=8)
-    digest.update(np.packbits(encoded.supervised_L).tobytes())
-    return TextTokens(len(encoded.ids_L) - num_images, encoded.num_targets, int.from_bytes(digest.digest(), "little"))
+    return TextTokens(len(encoded.ids_L) - num_images, encoded.num_targets, text_hash(encoded.ids_L, encoded.supervised_L))
+
+
+def text_hash(ids: np.ndarray, supervised: np.ndarray) -> int:
+    """64-bit hash of a conversation's ids, one placeholder a picture, and of its loss mask. Shapes (L,), (L,)."""
+    digest = hashlib.blake2b(ids.astype("<i8").tobytes(), digest_size=8)
+    digest.update(np.packbits(supervised).tobytes())
+    return int.from_bytes(digest.digest(), "little")
 
 
 def count_tokens(catalog: Catalog, rows: np.ndarray, chat: Chat, progress: bool = True, num_workers: int | None = None) -> TokenCounts:
