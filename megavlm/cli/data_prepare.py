@@ -189,4 +189,5 @@ def _show(console: Console, report: PrepareReport) -> None:
             table.add_row(reason, f"{refused.count:,}", "\n".join(refused.examples[:2]))
         console.print(table, markup=False)
     for note, count in sorted(tally.notes.items()):
-        typer.echo(f"note: {count:,} x {note}")
+        examples = tally.note_examples.get(note, [])
+        typer.echo(f"note: {count:,} x {note}" + (f" ({', '.join(examples[:3])}{', ...' if count > 3 else ''})" if examples else ""))

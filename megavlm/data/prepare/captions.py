@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from megavlm.data.prepare.conversations import check_messages
-from megavlm.data.prepare.files import PICTURE_SUFFIXES, PictureFinder, is_folder, parent, suffix, walk
+from megavlm.data.prepare.files import PICTURE_SUFFIXES, UNREAD_PICTURE_SUFFIXES, PictureFinder, is_folder, parent, suffix, walk
 from megavlm.data.prepare.records import RECORD_SUFFIXES, identity, read_record, record_entries, text_field
-from megavlm.data.prepare.types import Draft, Entry, Format, Picture, PrepareError, PrepareOptions, Refused
+from megavlm.data.prepare.types import Draft, Entry, Format, Picture, PrepareError, PrepareOptions, Refused, left_out
 from megavlm.data.sample import IMAGE_TOKEN
 
 
@@ -18,6 +18,11 @@ def captioned(caption: str, pictures: list[Picture], prompt: str | None, **more:
     question = IMAGE_TOKEN * len(pictures) + (f"\n{prompt}" if prompt else "")
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": caption.strip()}]
     return Draft(check_messages(messages, len(pictures)), pictures, **more)
+
+
+def unread_picture(name: str) -> Refused:
+    """For a picture whose name says a format that is not read."""
+    return Refused("picture of a format that is not read", f"{name}: convert it to JPEG, PNG or WebP")
 
 
 def caption_text(data: bytes) -> str:
@@ -55,23 +60,40 @@ class Captions(Format):
             raise PrepareError(f"{self.asked.input}: neither a folder nor a file that ends in .{', .'.join(RECORD_SUFFIXES)}")
         if self.columns or self.asked.images:
             raise PrepareError(f"{self.asked.input} is a folder: --columns and --images go with a manifest")
-        pictures, texts = [], set()
+        pictures, unread, texts = [], [], {}
+        others: dict[str, list[str]] = {}
         for name in walk(self.asked.input):
-            if suffix(name) in PICTURE_SUFFIXES:
+            kind = suffix(name)
+            if kind in PICTURE_SUFFIXES:
                 pictures.append(name)
-            elif suffix(name) == "txt":
-                texts.add(name.rpartition(".")[0])
+            elif kind in UNREAD_PICTURE_SUFFIXES:
+                unread.append(name)
+            elif kind == "txt":
+                texts[name.rpartition(".")[0]] = name
+            else:
+                others.setdefault(
+                    f"files left out, of no known picture format: .{kind}" if kind else "files left out, without a suffix", []
+                ).append(name)
         if not pictures:
             raise PrepareError(f"{self.asked.input}: no pictures below this folder (.{', .'.join(sorted(PICTURE_SUFFIXES))})")
         for number, name in enumerate(pictures):
             base = name.rpartition(".")[0]
             entry = Entry(f"{self.asked.input}/{name}", ("beside", name, base in texts))
             yield entry, (number + 1) / len(pictures)
+        for name in unread:
+            yield Entry(f"{self.asked.input}/{name}", ("unread", name)), 1.0
+        with_picture = {name.rpartition(".")[0] for name in (*pictures, *unread)}
+        if orphans := [name for base, name in texts.items() if base not in with_picture]:
+            others["captions left out, without a picture beside them"] = orphans
+        for note, names in sorted(others.items()):
+            yield left_out(self.asked.input, note, names), 1.0
 
     def convert(self, entry: Entry) -> Iterator[Draft | Refused]:
         if entry.payload[0] == "beside":
             yield self._beside(*entry.payload[1:])
             return
+        if entry.payload[0] == "unread":
+            raise unread_picture(entry.payload[1])
         record = read_record(entry)
         caption = text_field(record, self.column("caption"), "caption")
         pictures = [Picture(self.pictures.load(record.get(self.column("image"))))]

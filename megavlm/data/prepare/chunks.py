@@ -7,7 +7,7 @@ import io
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -16,7 +16,7 @@ from typing import IO, Any
 from megavlm.data.images import ImageError, measure_image
 from megavlm.data.prepare.files import stem
 from megavlm.data.prepare.formats import FORMATS
-from megavlm.data.prepare.types import Draft, Entry, Format, PrepareOptions, Refused
+from megavlm.data.prepare.types import LEFT_OUT, Draft, Entry, Format, LeftOut, PrepareOptions, Refused
 from megavlm.data.sample import ShardError, check_sample
 from megavlm.data.storage import AnyPath, as_path, open_write, read_bytes, stamp, write_bytes
 
@@ -46,6 +46,8 @@ class Tally:
     written: int = 0
     refused: dict[str, Refusals] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
+    """Of what was left out that is no sample, or part of one."""
+    note_examples: dict[str, list[str]] = field(default_factory=dict)
     tasks: Counter[str] = field(default_factory=Counter)
     splits: Counter[str] = field(default_factory=Counter)
     pictures: int = 0
@@ -65,10 +67,21 @@ class Tally:
         """Count one."""
         self.refused.setdefault(refused.reason, Refusals()).add(1, [f"{where}: {refused.detail}"])
 
+    def leave_out(self, left: LeftOut) -> None:
+        """Count what is no sample."""
+        self.notes[left.note] += left.count
+        self._show(left.note, left.examples)
+
+    def _show(self, note: str, examples: Sequence[str]) -> None:
+        shown = self.note_examples.setdefault(note, [])
+        shown += examples[: MAX_EXAMPLES - len(shown)]
+
     def add(self, other: Tally) -> None:
         """Add the counts of what comes after."""
         for reason, more in other.refused.items():
             self.refused.setdefault(reason, Refusals()).add(more.count, more.examples)
+        for note, examples in other.note_examples.items():
+            self._show(note, examples)
         for name in ("entries", "written", "pictures", "size_bytes"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("notes", "tasks", "splits"):
@@ -78,7 +91,12 @@ class Tally:
         """As plain JSON."""
         plain = {name: getattr(self, name) for name in ("entries", "written", "pictures", "size_bytes")}
         counters = {name: dict(getattr(self, name)) for name in ("notes", "tasks", "splits")}
-        return {**plain, **counters, "refused": {reason: asdict(r) for reason, r in self.refused.items()}}
+        return {
+            **plain,
+            **counters,
+            "note_examples": self.note_examples,
+            "refused": {reason: asdict(r) for reason, r in self.refused.items()},
+        }
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Tally:
@@ -139,6 +157,9 @@ def convert_chunk(options: PrepareOptions, number: int, first: int, entries: lis
         tar: tarfile.TarFile | None = None
         for position, entry in enumerate(entries):
             for part, draft in enumerate(_drafts(kind, entry)):
+                if isinstance(draft, LeftOut):
+                    tally.leave_out(draft)
+                    continue
                 try:
                     if isinstance(draft, Refused):
                         raise draft
@@ -159,9 +180,12 @@ def convert_chunk(options: PrepareOptions, number: int, first: int, entries: lis
     return tally
 
 
-def _drafts(kind: Format, entry: Entry) -> Iterator[Draft | Refused]:
+def _drafts(kind: Format, entry: Entry) -> Iterator[Draft | Refused | LeftOut]:
     try:
-        yield from kind.convert(entry)
+        if isinstance(entry.payload, tuple) and entry.payload[0] == LEFT_OUT:
+            yield LeftOut(*entry.payload[1:])
+        else:
+            yield from kind.convert(entry)
     except Refused as refused:
         yield refused
 
@@ -184,7 +208,8 @@ def _members(key: str, draft: Draft, options: PrepareOptions, kind: Format, tall
         "messages": draft.messages,
         "images": images,
         "weight": draft.weight,
-        "source": stem(options.input) if options.source is None else options.source,
+        "objects": draft.objects,
+        "source": next(name for name in (options.source, draft.source, stem(options.input)) if name is not None),
         "scores": draft.scores,
         "meta": draft.meta,
     }

@@ -216,7 +216,7 @@ def _finished(options: PrepareOptions) -> PrepareReport | None:
             "came or went since). Give --restart to prepare it all anew"
         )
     delete_folder(as_path(options.output) / STAGING)  # where the earlier call was stopped at its very end
-    known = {k: values[k] for k in Tally.__dataclass_fields__}
+    known = {k: values[k] for k in Tally.__dataclass_fields__ if k in values}
     return PrepareReport(values["settings"], Tally.of(known), values["shards"], True, values.get("inputs", {}))
 
 

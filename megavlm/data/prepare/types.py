@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 DEFAULT_SAMPLES_PER_SHARD = 1000
+NUM_EXAMPLES = 5
+LEFT_OUT = "left-out"
+"""First part of the payload of an entry that any format may yield: the rest are the fields of LeftOut."""
 
 
 class PrepareError(ValueError):
@@ -26,6 +29,17 @@ class Refused(Exception):
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Parts of the input that are passed over because they are no samples; the report names and counts them as a note."""
+
+    note: str
+    """What they are; the report counts by it."""
+    count: int
+    examples: tuple[str, ...]
+    """The first of them."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +113,11 @@ class Entry:
     """Plain Python values whose repr is the same every time."""
 
 
+def left_out(where: str, note: str, names: Sequence[str], count: int | None = None) -> Entry:
+    """The entry that tells of `names` (all of them, or the first of `count`)."""
+    return Entry(where, (LEFT_OUT, note, len(names) if count is None else count, tuple(names[:NUM_EXAMPLES])))
+
+
 @dataclass(frozen=True)
 class Picture:
     """An encoded picture."""
@@ -117,6 +136,9 @@ class Draft:
     """None: the format's."""
     split: str | None = None
     """What the input says; None: options decide."""
+    source: str | None = None
+    """What the input says; --source goes before it, None: the input's name."""
+    objects: list[Any] | None = None
     weight: float = 1.0
     scores: dict[str, float] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
@@ -149,5 +171,5 @@ class Format(ABC):
         """Entries in a fixed order, with the share of the input (0 to 1) that has been read."""
 
     @abstractmethod
-    def convert(self, entry: Entry) -> Iterator[Draft | Refused]:
+    def convert(self, entry: Entry) -> Iterator[Draft | Refused | LeftOut]:
         """Samples of one entry. May raise Refused: then what is left of the entry is refused as one."""

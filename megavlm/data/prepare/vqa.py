@@ -64,7 +64,10 @@ class Vqa(Format):
                 for question in stream.array():
                     number = question.get("question_id") if isinstance(question, dict) else None
                     where = f"{self.asked.input}: question {number!r}"
-                    yield Entry(where, ("vqav2", question, answers.get(number), subtype)), stream.num_bytes / max(1, size)
+                    yield (
+                        Entry(where, ("vqav2", question, answers.get(number) if isinstance(number, int | str) else None, subtype)),
+                        stream.num_bytes / max(1, size),
+                    )
             else:
                 stream.skip()
         if not found:
@@ -113,9 +116,12 @@ def _annotations(path: str) -> tuple[dict[Any, list[str]], str]:
                 subtype = str(stream.value())
             elif key == "annotations":
                 for item in stream.array():
-                    texts = [a.get("answer") if isinstance(a, dict) else a for a in item.get("answers", [])]
+                    number = item.get("question_id") if isinstance(item, dict) else None
+                    if not isinstance(number, int | str):  # its question is refused, as one without annotation
+                        continue
+                    texts = [a.get("answer") if isinstance(a, dict) else a for a in as_list(item.get("answers"))]
                     texts = texts or [item.get("multiple_choice_answer")]
-                    answers[item.get("question_id")] = [shared.setdefault(t, t) for t in texts if isinstance(t, str)]
+                    answers[number] = [shared.setdefault(t, t) for t in texts if isinstance(t, str)]
             else:
                 stream.skip()
     if not answers:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from megavlm.data.prepare.captions import caption_text, captioned
+from megavlm.data.prepare.captions import caption_text, captioned, unread_picture
 from megavlm.data.prepare.conversations import Messages, check_messages
-from megavlm.data.prepare.files import PICTURE_SUFFIXES, below, is_folder, suffix, walk
-from megavlm.data.prepare.types import Draft, Entry, Format, Picture, PrepareError, PrepareOptions, Refused
+from megavlm.data.prepare.files import PICTURE_SUFFIXES, UNREAD_PICTURE_SUFFIXES, below, is_folder, suffix, walk
+from megavlm.data.prepare.types import Draft, Entry, Format, Picture, PrepareError, PrepareOptions, Refused, left_out
 from megavlm.data.storage import StorageError, as_path, open_read, read_ranges, stamp
 
 Member = tuple[str, int, int]
@@ -41,26 +42,34 @@ class WebDatasetTars(Format):
         done = 0
         for file, size in zip(files, sizes, strict=True):
             version = tuple(stamp(file))
+            passed: dict[str, list[str]] = {}
             try:
-                for key, members in groupby(_members(file), key=lambda m: _key(m[0])):
+                for key, members in groupby(_members(file, passed), key=lambda m: _key(m[0])):
                     group = tuple(members)
                     yield Entry(f"{file}: sample {key!r}", ("tar", file, version, key, group)), (done + group[-1][1]) / sum(sizes)
             except (tarfile.TarError, EOFError) as error:
                 if sum(sizes) == size and done == 0 and isinstance(error, tarfile.ReadError) and "truncated" not in str(error):
                     raise PrepareError(f"{file}: not an uncompressed tar file: {error}") from error
                 yield Entry(file, ("broken", file, str(error))), (done + size) / sum(sizes)
+            for note, names in sorted(passed.items()):
+                yield left_out(file, note, names), (done + size) / sum(sizes)
             done += size
 
     def convert(self, entry: Entry) -> Iterator[Draft | Refused]:
         if entry.payload[0] == "broken":
             raise Refused("tar file that ends too early", f"what lies behind the break is lost: {entry.payload[2]}")
         _, file, _, key, members = entry.payload
-        found = dict(zip((m[0][len(key) :].lstrip(".").lower() for m in members), self._read(file, members), strict=True))
+        names = [m[0][len(key) :].lstrip(".").lower() for m in members]
+        if twice := sorted(n for n, count in Counter(names).items() if count > 1):
+            raise Refused("two members of one name", f"{key}.{twice[0]} is there more than once (capitals do not count)")
+        if unread := [n for n in names if suffix(f".{n}") in UNREAD_PICTURE_SUFFIXES]:
+            raise unread_picture(f"{key}.{unread[0]}")
+        found = dict(zip(names, self._read(file, members), strict=True))
         pictures = {name: data for name, data in found.items() if suffix(f".{name}") in PICTURE_SUFFIXES}
         others = sorted(set(found) - set(pictures) - {"txt", "json", "caption", "cls"})
         notes = {f"members left out: .{name.rpartition('.')[2]}": 1 for name in others}
         fields = _fields(found["json"]) if "json" in found else {}
-        if "messages" in fields or "conversations" in fields:
+        if "messages" in fields or "conversations" in fields or ("objects" in fields and isinstance(fields.get("task"), str)):
             draft = self._conversation(fields, pictures)
         else:
             if not pictures:
@@ -95,7 +104,7 @@ class WebDatasetTars(Format):
         return value
 
     def _conversation(self, fields: dict[str, Any], pictures: dict[str, bytes]) -> Draft:
-        turns = fields.get("messages", fields.get("conversations"))
+        turns = fields.get("messages", fields.get("conversations", [] if "objects" in fields else None))
         if not isinstance(turns, list):
             raise Refused("no conversation", f"messages is {turns!r:.60}")
         messages, inline = self.messages.turns(turns)
@@ -111,22 +120,29 @@ class WebDatasetTars(Format):
             ordered = [Picture(d) for d in pictures.values()]
         if inline and any(a is not None for a in inline):
             raise Refused("pictures named twice", "parts of the messages name pictures by address; in a tar they are its members, in order")
-        draft = Draft(check_messages(messages, len(ordered)), ordered, task="conversation")
-        for name in ("task", "split"):
+        only_objects = bool(fields.get("objects")) and not messages  # our own shards: pictures with labelled boxes, and nothing said
+        draft = Draft([] if only_objects else check_messages(messages, len(ordered)), ordered, task="conversation")
+        for name in ("task", "split", "source"):
             if isinstance(fields.get(name), str) and fields[name]:
                 setattr(draft, name, fields[name])
-        for name, kind in (("weight", int | float), ("scores", dict), ("meta", dict)):
+        for name, kind in (("weight", int | float), ("scores", dict), ("meta", dict), ("objects", list)):
             if isinstance(fields.get(name), kind):
                 setattr(draft, name, fields[name])
         return draft
 
 
-def _members(file: str) -> Iterator[Member]:
+def _members(file: str, passed: dict[str, list[str]]) -> Iterator[Member]:
+    """Members that hold data, in order; the names of others go to `passed` by what they are (folders say nothing and are not told)."""
     with open_read(as_path(file)) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
         while (info := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined] # it would keep every header
             base = info.name.rpartition("/")[2]
-            if info.isreg() and not base.startswith("."):
+            if not info.isreg():
+                if not info.isdir():
+                    passed.setdefault("members left out: links, pipes and devices", []).append(info.name)
+            elif base.startswith("."):
+                passed.setdefault("members left out: hidden files", []).append(info.name)
+            else:
                 if info.offset_data + info.size > _size(stream):
                     raise tarfile.ReadError(f"truncated: {info.name} goes beyond the end of the file")
                 yield info.name, info.offset_data, info.size
@@ -158,4 +174,7 @@ def _score(fields: dict[str, Any], name: str) -> float:
     value = fields.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Refused("score that is no number", f"{name!r} in .json is {value!r:.60}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise Refused("score that is no number", f"{name!r} in .json has more digits than a number can") from None

@@ -79,7 +79,7 @@ def run(tmp_path: Path) -> Callable[..., Prepared]:
     """Prepare in this process into a new folder: run(format, input, **options)."""
     calls = 0
 
-    def call(kind: str, source: Path | str, **options: Any) -> Prepared:
+    def call(kind: str, source: Path | str, /, **options: Any) -> Prepared:
         nonlocal calls
         calls += 1
         folder = tmp_path / f"out-{calls}"
