@@ -17,7 +17,7 @@ from megavlm.config.schema import DataConfig, ModelConfig, StageConfig
 from megavlm.data.mixture import Draw, Mixture, MixtureEnd, Source
 from megavlm.data.packing import Packer, Waiting
 from megavlm.data.plan_columns import Columns, EndOfData, Index, PlanError, check_tasks, expected_fill, pack_budget
-from megavlm.data.plan_cursor import CursorError, Stream, check_cursor, identity
+from megavlm.data.plan_cursor import CursorError, Stream, check_cursor, identity, written
 from megavlm.data.types import PackPlan, SampleRef, StepPlan
 from megavlm.planner.balance import deal
 from megavlm.planner.flops import FlopsModel, VisionWork
@@ -77,11 +77,12 @@ class StepPlanner:
             raise PlanError(f"stage {stage.name!r}: the mixture names sources without an index: {', '.join(missing)}")
         self._columns = {name: Columns(name, indexes[name], stage, data) for name in sorted(stage.sources)}
         self._flops = FlopsModel(model, stage)
-        self._identity = identity(self._columns, stage, data, model, seed)
+        depends_on = identity(self._columns, stage, data, model, seed)
         if cursor is not None:
-            check_cursor(cursor, self._identity)
+            check_cursor(cursor, depends_on)
+        self._identity = written(depends_on)
         self._step = int(cursor["step"]) if cursor is not None else 0
-        self._stream = Stream(self._open_mixture, cursor)
+        self._stream = Stream(list(self._columns), self._open_mixture, cursor)
         self._mixture = self._stream.mixture
         self._end: EndOfData | None = None
         waiting = [self._waiting(draw) for draw in self._stream.held]

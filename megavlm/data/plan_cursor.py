@@ -1,14 +1,19 @@
 """The state of a stage's data: a few KB of JSON that name what the plan depends on and where it stands.
 
 What waits in the packer is not stored but drawn again: the cursor holds the counters from just before the oldest waiting sample
-came, and one bit for each sample drawn since: whether it still waits.
+came, and one bit for each sample drawn since: whether it still waits. What the plan depends on of each source is compressed, so that
+the state of hundreds of sources stays a few KB and a refused resume can still name what changed.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
+import json
+import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,7 @@ from megavlm.config.schema import DataConfig, ModelConfig, StageConfig
 from megavlm.data.mixture import Draw, Mixture
 from megavlm.data.plan_columns import Columns
 
-CURSOR_VERSION = 2
+CURSOR_VERSION = 3
 """Raised whenever the same cursor would lead to other packs: order, mixture rule, packing."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
@@ -47,6 +52,25 @@ def identity(columns: Mapping[str, Columns], stage: StageConfig, data: DataConfi
         "mixture": {name: _describe(entry) for name, entry in sorted(stage.mixture_entries.items())},
         "fingerprints": {name: columns[name].fingerprint for name in sorted(columns)},
     }
+
+
+_PER_SOURCE = ("mixture", "fingerprints")
+
+
+def written(identity: Mapping[str, object]) -> dict[str, object]:
+    """`identity` as the cursor holds it: `mixture` and `fingerprints` together in `sources`, as JSON, deflated, in base 85."""
+    text = json.dumps([identity[key] for key in _PER_SOURCE], separators=(",", ":"))
+    plain = {key: value for key, value in identity.items() if key not in _PER_SOURCE}
+    return {**plain, "sources": base64.b85encode(zlib.compress(text.encode(), 9)).decode()}
+
+
+def _read(cursor: Mapping[str, object]) -> dict[str, object]:
+    """A cursor with `mixture` and `fingerprints` again."""
+    try:
+        found = json.loads(zlib.decompress(base64.b85decode(str(cursor["sources"]))))
+        return {**cursor, **dict(zip(_PER_SOURCE, found, strict=True))}
+    except (zlib.error, binascii.Error, ValueError, TypeError) as error:
+        raise CursorError(f"this data cursor is damaged: its sources cannot be read ({error})") from None
 
 
 def _settings(stage: StageConfig, data: DataConfig, model: ModelConfig) -> dict[str, object]:
@@ -95,15 +119,21 @@ def _describe(entry: MixtureEntry) -> float | str:
 class Stream:
     """The draws of a stage, and what of them the cursor has to tell."""
 
-    def __init__(self, open_mixture: Callable[[Mapping[str, int]], Mixture], cursor: Mapping[str, Any] | None = None) -> None:
-        """`open_mixture` starts the mixture at given counters.
+    def __init__(
+        self, names: Sequence[str], open_mixture: Callable[[Mapping[str, int]], Mixture], cursor: Mapping[str, Any] | None = None
+    ) -> None:
+        """`names`: the sources, sorted. `open_mixture` starts the mixture at given counters.
 
         Raises:
             CursorError: the cursor's counters do not lead where it says.
         """
-        counters: dict[str, int] = cursor["counters"] if cursor else {}
-        behind: list[int] = cursor["waiting"]["behind"] if cursor else []
-        before = {name: count - less for (name, count), less in zip(sorted(counters.items()), behind, strict=True)}
+        nothing = [0] * len(names)
+        counts: list[int] = cursor["counters"] if cursor else nothing
+        behind: list[int] = cursor["waiting"]["behind"] if cursor else nothing
+        if not len(counts) == len(behind) == len(names):
+            raise CursorError(f"this data cursor is damaged: it has {len(counts)} and {len(behind)} counters for {len(names)} sources")
+        counters = dict(zip(names, counts, strict=True))
+        before = {name: count - less for (name, count), less in zip(counters.items(), behind, strict=True)}
         self.mixture = open_mixture(before)
         target = self.mixture.target.at(sum(before.values()))
         if any(count < 0 or abs(count - target[name]) >= 1 for name, count in before.items()):
@@ -123,7 +153,7 @@ class Stream:
         return drawn
 
     def position(self, waiting: Iterable[int]) -> dict[str, object]:
-        """Where the stream stands: `counters` (samples drawn from each source) and `waiting`; given the ordinals that wait.
+        """Where the stream stands: `counters` (samples drawn from each source, by name) and `waiting`; given the ordinals that wait.
 
         waiting.behind: draws of each source, by name, since just before the oldest waiting sample came. waiting.held: those draws in
         order, as the bits of a hexadecimal number from the lowest on; set where the sample still waits.
@@ -135,7 +165,7 @@ class Stream:
         behind = Counter(self._since)
         held = sum(1 << (ordinal - oldest) for ordinal in ordinals)
         waits = {"behind": [behind[name] for name in self.mixture.sources], "held": f"{held:x}"}
-        return {"counters": self.mixture.counters, "waiting": waits}
+        return {"counters": list(self.mixture.counters.values()), "waiting": waits}
 
 
 def check_cursor(cursor: Mapping[str, object], now: Mapping[str, object]) -> None:
@@ -149,8 +179,9 @@ def check_cursor(cursor: Mapping[str, object], now: Mapping[str, object]) -> Non
             f"version: this data cursor was written for plan version {cursor['version']}, and this megavlm plans by version "
             f"{CURSOR_VERSION}: finish the stage with the megavlm that began it, or start a new stage from its checkpoint"
         )
-    if absent := [key for key in (*now, "step", "counters", "waiting") if key not in cursor]:
+    if absent := [key for key in (*written(now), "step", "counters", "waiting") if key not in cursor]:
         raise CursorError(f"this is no data cursor: it lacks {', '.join(absent)}")
+    cursor = _read(cursor)
     changes = []
     for key, value in now.items():
         then = cursor[key]

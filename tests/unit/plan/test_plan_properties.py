@@ -1,5 +1,6 @@
 """Whatever the data: steps keep every budget, lose nothing, do not depend on the layout and resume anywhere."""
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -14,6 +15,8 @@ from megavlm.data.plan import CursorError, EndOfData, PlanError, StepPlanner
 from tests.unit.plan.conftest import make_index
 
 MODEL = ModelConfig()
+FINGERPRINT_DIGITS = 24
+"""Of a real index."""
 
 
 def planner(mixture, indexes, *, dp=1, micro=1, packs=8, cursor=None, seed=5, steps=1000, **data) -> StepPlanner:
@@ -67,9 +70,9 @@ def test_any_recipe_keeps_budgets_loses_nothing_and_resumes_in_any_layout(recipe
             trained.update((s.source, s.row) for s in pack.samples)
         cursor = plan.cursor_after
         waiting = int(cursor["waiting"]["held"], 16).bit_count()
-        assert sum(cursor["counters"].values()) == trained.total() + waiting
+        assert sum(cursor["counters"]) == trained.total() + waiting
     for source, index in indexes.items():
-        drawn = cursor["counters"].get(source, 0)
+        drawn = dict(zip(sorted(mixture), cursor["counters"], strict=True)).get(source, 0)
         seen = [trained[source, row] for row in range(len(index))]
         # Nothing twice before everything once: epochs overlap only by what waits.
         assert max(seen) <= -(-drawn // len(index)) and sum(seen) <= drawn <= sum(seen) + waiting
@@ -211,21 +214,26 @@ def test_what_changed_is_named(tmp_path):
     tokenizer.write_bytes(b"two")
     with pytest.raises(CursorError, match=r"settings\.tokenizer: '[0-9a-f]{16}' then, '[0-9a-f]{16}' now"):
         resume()
-    with pytest.raises(CursorError, match="written for plan version 1, and this megavlm plans by version 2"):
+    with pytest.raises(CursorError, match="written for plan version 1, and this megavlm plans by version 3"):
         planner(mixture, indexes, cursor={**cursor, "version": 1})
     tokenizer.write_bytes(b"one")
-    for position in ({"counters": {"pages": -5}}, {"waiting": {"behind": [10**6], "held": "1"}}):
+    for position in ({"counters": [-5]}, {"counters": [1, 2]}, {"waiting": {"behind": [10**6], "held": "1"}}, {"sources": "x"}):
         with pytest.raises(CursorError, match="damaged"):
             planner(mixture, indexes, tokenizer=str(tokenizer), cursor={**cursor, **position})
 
 
 def test_the_cursor_is_small_with_many_sources_and_a_wide_window():
-    indexes = {f"collection-{i:02}-with-a-name": make_index(f"collection-{i:02}", 500) for i in range(50)}
-    mixture = {name: {"weight": {0: 1 + i, 900: 2}, "max_epochs": 40} for i, name in enumerate(indexes)}
+    indexes = {f"collection-{i:03}-with-a-name": make_index(f"collection-{i:03}", 500) for i in range(200)}
+    for i, index in enumerate(indexes.values()):
+        index.fingerprint = hashlib.sha256(bytes([i])).hexdigest()[:FINGERPRINT_DIGITS]
+    mixture = {name: {"weight": {0: 1 + i / 7, 500: 0.2, 900: 2}, "max_epochs": 40} for i, name in enumerate(indexes)}
     steps = planner(mixture, indexes, packs=64, pack_window_samples=1024, steps=10)
-    for _ in range(20):
+    for _ in range(3):
         plan = steps.next()
     assert len(json.dumps(plan.cursor_after)) <= 10_000
+    indexes["collection-017-with-a-name"].fingerprint = "changed"
+    with pytest.raises(CursorError, match="fingerprints.collection-017-with-a-name: '[0-9a-f]+' then, 'changed' now\n[^\n]*$"):
+        planner(mixture, indexes, packs=64, pack_window_samples=1024, steps=10, cursor=plan.cursor_after)
 
 
 def test_an_impossible_mixture_is_refused():
