@@ -69,6 +69,8 @@ class _Found:
         number, category = item["image_id"], item.get("category_id")
         if isinstance(item.get("caption"), str):
             self.captions[number].append(item["caption"])
+            if "bbox" in item:
+                self._pass("boxes left out, of annotations that hold a caption too", f"{place}: image {number!r}")
         elif "bbox" in item:
             numbers = tuple(item["bbox"]) if isinstance(item["bbox"], list) else ()
             self.boxes[number].append((category if isinstance(category, int | str) else None, numbers, bool(item.get("iscrowd"))))

@@ -131,6 +131,12 @@ def test_coco_boxes_that_are_no_numbers(numbers, tmp_path, pictures, run):
     assert run("coco", path, images=str(pictures)).refused == {"broken annotation": 1}
 
 
+def test_coco_caption_with_a_box(tmp_path, pictures, run):
+    done = run("coco", coco(tmp_path / "i.json", [image(0)], [{**box(0, [1, 1, 5, 5]), "caption": "hello"}]), images=str(pictures))
+    assert done.texts == [["<image>", "hello"]]
+    assert dict(done.report.tally.notes) == {"boxes left out, of annotations that hold a caption too": 1}
+
+
 def test_coco_that_is_no_coco(tmp_path, run):
     (tmp_path / "i.json").write_text('{"images": {"a": 1}, "annotations": []}')
     with pytest.raises(PrepareError, match="images is not a list"):
