@@ -70,6 +70,8 @@ class RunData:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        self.held_out_tasks: list[str] = []
+        """Tasks of the held-out packs, which the stage's own sources need not have."""
         self.tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.data.image_token)
         if self.tokenizer.vocab_size > recipe.model.language.vocab_size:
             raise ValueError(
@@ -91,6 +93,7 @@ class RunData:
         if measured is None:
             return []
         indexes = build_on_rank_zero_first(self.recipe, measured, self.recipe.evaluation.sources, self.tokenizer)
+        self.held_out_tasks = sorted({task for index in indexes.values() for task in index.task_names})
         planner = make_planner(self.recipe, measured, indexes, ctx, seed=self.recipe.run.seed, cursor=None)
         stream = open_stream(self.recipe, measured, indexes, self.tokenizer, ctx, planner)
         try:

@@ -75,6 +75,7 @@ def _run_stage(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker,
         if stream.early_end is not None:
             tracker.message(f"warning: {stream.early_end}")
         held_out = data.held_out(stage, ctx)
+        stream.tasks = sorted({*stream.tasks, *data.held_out_tasks})
         return _StageRun(recipe, stage, state, ctx, model, stream, held_out, tracker, checkpointer, stop).run()
     finally:
         for stream in streams:
