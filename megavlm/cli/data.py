@@ -53,7 +53,7 @@ def index(recipe: RecipePath, overrides: Overrides = None) -> None:
         rows.setdefault(objective, []).append((name, *(f"{int(n):,}" for n in numbers)))
         counts = [f"{int((built.task_ids == i).sum()):,} {task}" for i, task in enumerate(built.task_names)]
         notes = [f"{count:,} {kind}" for kind, count in built.notes.items() if count]
-        typer.echo(f"{name}: {', '.join(counts)}" + (f"; over-long: {', '.join(notes)}" if notes else ""))
+        typer.echo(f"{name}: {', '.join(counts)}" + (f"; too long or unusable: {', '.join(notes)}" if notes else ""))
     for objective, table in rows.items():
         typer.echo("\n" + text_table(("source", "samples", "tokens", "longest", "targets", "tiles"), table, objective))
 

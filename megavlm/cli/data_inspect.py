@@ -140,5 +140,6 @@ def _statistics_text(found: dict[str, Any]) -> str:
         "",
         *(f"{name}: " + ", ".join(f"{count:,} {task}" for task, count in s["tasks"].items()) for name, s in sources.items()),
     ]
-    over = [f"{name}: {count:,} over-long samples {kind}" for name, s in sources.items() for kind, count in s["over_long"].items() if count]
+    kinds = [(name, kind, count) for name, s in sources.items() for kind, count in s["over_long"].items() if count]
+    over = [f"{n}: {count:,} {'samples left out as' if kind == 'unusable' else 'over-long samples'} {kind}" for n, kind, count in kinds]
     return "\n".join(lines + over)

@@ -72,6 +72,24 @@ def test_unusable_samples_are_refused_or_dropped_counted_and_listed(tmp_path, pn
         build(folder, **native)
 
 
+def test_both_commands_print_the_note(tmp_path, make_recipe, tokenizer, capsys):
+    import yaml
+
+    from megavlm.cli.data import index as index_command
+    from megavlm.cli.data_inspect import stats
+
+    with ShardWriter(tmp_path / "some") as writer:
+        for i in range(40):
+            writer.write(f"k{i}", sample(f"What {i}? {'<|end|>' if i < 3 else ''}"))
+    recipe = make_recipe(source={"path": str(tmp_path / "some")}, data={"unusable": "drop"})
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
+    index_command(path)
+    assert "3 unusable" in capsys.readouterr().out
+    stats(path, steps=1, out=tmp_path / "stats")
+    assert "3 samples left out as unusable" in capsys.readouterr().out
+
+
 def test_a_data_set_of_nothing_usable_is_refused_even_so(tmp_path, build):
     with ShardWriter(tmp_path / "none") as writer:
         writer.write("token", sample("What? <|end|>"))
