@@ -14,32 +14,21 @@ from pathlib import Path
 
 import numpy as np
 
-from megavlm.config.schema import DataConfig, ImageConfig, ModelConfig, SourceConfig
+from megavlm.config.schema import DataConfig, ModelConfig, SourceConfig
 from megavlm.data.catalog import ShardStamp, build_catalog, shard_stamps, user_cache
 from megavlm.data.chat import Chat
 from megavlm.data.index_rows import FORMAT_VERSION, Unusable, index_rows, select_rows
-from megavlm.data.resizing import PictureGrid, make_resizing, plan_pictures
-from megavlm.data.sample import Sample
 from megavlm.data.sample_index import Objective, SampleIndex, SampleIndexError, open_index, save_index
 from megavlm.data.storage import StorageError, StoragePath, as_path, exists, write_bytes
 from megavlm.data.token_table import CACHE_FOLDER, table_key
 from megavlm.data.tokenizer import Tokenizer
 
-__all__ = ["Objective", "SampleIndex", "SampleIndexError", "build_index", "sample_grids"]
+__all__ = ["Objective", "SampleIndex", "SampleIndexError", "build_index"]
 
 _UNUSABLE = ".unusable.jsonl"
 """Beside the index: a line a sample that data.unusable=drop left out."""
 _NUM_SHOWN = 5
 log = logging.getLogger(__name__)
-
-
-def sample_grids(sample: Sample, data: DataConfig, model: ModelConfig, objective: Objective) -> list[PictureGrid]:
-    """Plan of each picture of a sample that is in no index. vision_classification always takes one tile.
-
-    Of an indexed sample ask `SampleIndex.grids`: it knows whether the sample was too long for a pack.
-    """
-    image = ImageConfig() if objective == "vision_classification" else data.image
-    return plan_pictures([(i.width, i.height) for i in sample.images], make_resizing(image, model), image)
 
 
 def build_index(

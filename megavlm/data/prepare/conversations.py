@@ -6,9 +6,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from megavlm.data.prepare.files import PictureFinder, parent
-from megavlm.data.prepare.records import identity, read_record, record_entries
-from megavlm.data.prepare.types import Draft, Entry, Format, Picture, PrepareOptions, Refused
+from megavlm.data.prepare.records import RecordFormat, identity, read_record
+from megavlm.data.prepare.types import Draft, Entry, Picture, Refused
 from megavlm.data.sample import IMAGE_TOKEN
 
 _ROLES = {
@@ -65,18 +64,11 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-class _Records(Format):
+class _Records(RecordFormat):
     """Shared by formats with one record a sample."""
 
     options = frozenset({"columns"})
     fields = ("id", "image", "images", "conversations", "messages")
-
-    def __init__(self, asked: PrepareOptions) -> None:
-        super().__init__(asked)
-        self.pictures = PictureFinder(asked.images or parent(asked.input))
-
-    def entries(self) -> Iterator[tuple[Entry, float]]:
-        return record_entries(self.asked.input)
 
     def convert(self, entry: Entry) -> Iterator[Draft | Refused]:
         record = read_record(entry)

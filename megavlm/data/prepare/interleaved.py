@@ -6,16 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from megavlm.data.prepare.conversations import check_messages
-from megavlm.data.prepare.files import PictureFinder, parent
-from megavlm.data.prepare.records import identity, read_record, record_entries
-from megavlm.data.prepare.types import Draft, Entry, Format, Picture, PrepareOptions, Refused
+from megavlm.data.prepare.records import RecordFormat, identity, read_record
+from megavlm.data.prepare.types import Draft, Entry, Picture, Refused
 from megavlm.data.sample import IMAGE_TOKEN
 
 Piece = tuple[str, Any]
 """("text", the text) or ("image", the picture's address)."""
 
 
-class Interleaved(Format):
+class Interleaved(RecordFormat):
     """A web page as pictures and texts in their order.
 
     Pictures stand in user turns and the texts after them in assistant turns, so that all text behind the first picture is learned.
@@ -27,13 +26,6 @@ class Interleaved(Format):
     default_task = "interleaved"
     options = frozenset({"columns", "missing_pictures"})
     fields = ("id", "texts", "images", "text_list", "image_info", "image_name", "matched_text_index")
-
-    def __init__(self, asked: PrepareOptions) -> None:
-        super().__init__(asked)
-        self.pictures = PictureFinder(asked.images or parent(asked.input))
-
-    def entries(self) -> Iterator[tuple[Entry, float]]:
-        return record_entries(self.asked.input)
 
     def convert(self, entry: Entry) -> Iterator[Draft | Refused]:
         record = read_record(entry)

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import IO, Any
 
-from megavlm.data.prepare.files import below, is_folder, suffix, walk
+from megavlm.data.prepare.files import PictureFinder, below, is_folder, parent, suffix, walk
 from megavlm.data.prepare.jsonstream import JsonStream
-from megavlm.data.prepare.types import Entry, PrepareError, Refused
+from megavlm.data.prepare.types import Entry, Format, PrepareError, PrepareOptions, Refused
 from megavlm.data.storage import as_path, open_read, stamp
 
 RECORD_SUFFIXES = ("json", "jsonl", "ndjson", "csv", "tsv", "parquet")
@@ -179,3 +179,14 @@ def identity(record: dict[str, Any], name: str) -> dict[str, Any]:
     """The `meta` that lets a person find the entry again."""
     value = record.get(name)
     return {"id": value} if isinstance(value, str | int) and value != "" else {}
+
+
+class RecordFormat(Format):
+    """A format whose INPUT is records, with pictures beside it or below --images."""
+
+    def __init__(self, asked: PrepareOptions) -> None:
+        super().__init__(asked)
+        self.pictures = PictureFinder(asked.images or parent(asked.input))
+
+    def entries(self) -> Iterator[tuple[Entry, float]]:
+        return record_entries(self.asked.input)

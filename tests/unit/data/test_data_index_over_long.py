@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megavlm.data.chat import Chat
-from megavlm.data.index import SampleIndexError, build_index, sample_grids
+from megavlm.data.index import SampleIndexError, build_index
 from megavlm.data.over_long import turn_groups
 from megavlm.data.resizing import ResizingError, make_resizing, plan_pictures
 from megavlm.data.sample import Sample, parse_sample
@@ -110,7 +110,8 @@ def test_the_property_test_met_every_policy():
 
 
 def is_lowered(index, recipe, row):
-    return index.grids(row) != sample_grids(index.sample(row), recipe.data, recipe.model, "multimodal")
+    sizes = [(i.width, i.height) for i in index.sample(row).images]
+    return index.grids(row) != plan_pictures(sizes, make_resizing(recipe.data.image, recipe.model), recipe.data.image)
 
 
 def check_pieces(whole, index, rows):
