@@ -59,7 +59,7 @@ def train_speed(steps: int) -> dict[str, Any]:
 
     from megavlm.config.schema import Recipe
     from megavlm.models.init import initialise
-    from megavlm.models.specs import has_transformer_engine
+    from megavlm.models.layers.specs import has_transformer_engine
     from megavlm.parallel.context import enter_grid, start_process_group
     from megavlm.planner.flops import VisionWork, pack_flops
     from megavlm.training.build import build_chunks, wrap_for_training

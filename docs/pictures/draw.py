@@ -30,7 +30,7 @@ from megavlm.data.materialise import Materialiser
 from megavlm.data.plan import StepPlanner
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer
 from megavlm.data.types import PackedBatch
-from megavlm.models.packing import pack
+from megavlm.models.layers.packing import pack
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

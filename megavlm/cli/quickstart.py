@@ -25,7 +25,7 @@ def quickstart(
     from megavlm.config import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    check_pictures(loaded.data.image)  # what cannot be exported in the end is not trained first
+    check_pictures(loaded.model, loaded.data.image)  # what cannot be exported in the end is not trained first
     run_dir = Path(loaded.run.dir)
     _title("1/4  data: pages of real scanned digits")
     _make_data(loaded, pages)

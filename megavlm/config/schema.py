@@ -13,8 +13,11 @@ from pydantic import Field, field_validator, model_validator
 
 from megavlm.config.blocks import Block, NonNegativeInt, PositiveFloat, PositiveInt
 from megavlm.config.data import DataConfig, ImageConfig, LossConfig, MixtureEntry, SourceConfig
-from megavlm.config.model import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from megavlm.config.language import LanguageConfig, RopeScaling
+from megavlm.config.model import ModelConfig
+from megavlm.config.projector import ProjectorConfig
 from megavlm.config.stages import ModuleTraining, OptimizerConfig, ScheduleConfig, StageConfig
+from megavlm.config.vision import VisionConfig
 
 __all__ = [
     "Block",
@@ -32,6 +35,7 @@ __all__ = [
     "PrecisionConfig",
     "ProjectorConfig",
     "Recipe",
+    "RopeScaling",
     "RunConfig",
     "ScheduleConfig",
     "SourceConfig",

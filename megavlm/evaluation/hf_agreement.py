@@ -20,9 +20,9 @@ from PIL import Image
 
 from megavlm.checkpoint.hf.config import quiet_transformers
 from megavlm.data.decode import to_rgb
+from megavlm.data.prompt import Prompt, prompt_batch
 from megavlm.evaluation.pictures import write_comparison
 from megavlm.evaluation.questions import EvaluationError, Question
-from megavlm.inference.generate import Prompt, prompt_batch
 from megavlm.inference.load import LoadedModel
 from megavlm.inference.prompts import make_prompt
 

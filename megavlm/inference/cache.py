@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from megavlm.models.attention import attend_packed
-from megavlm.models.packing import Packing
+from megavlm.models.layers.attention import attend_packed
+from megavlm.models.layers.packing import Packing
 
 GROWTH_TOKENS = 64
 """The cache grows in steps of this many tokens: answers are mostly far shorter than their limit."""

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
 from megavlm.config.schema import ModelConfig
-from megavlm.data.types import PackedBatch, SampleRef
+from megavlm.data.prompt import Prompt, prompt_batch, token_batch
+from megavlm.data.types import PackedBatch
 from megavlm.inference.cache import KVCache
 from megavlm.inference.sampling import GenerationError, Sampler, Sampling
 from megavlm.models.vlm import VisionLanguageModel
@@ -27,35 +27,6 @@ OnToken = Callable[[int, int], None]
 
 class PromptError(GenerationError):
     """A prompt that the model cannot take."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What one sequence starts from."""
-
-    ids: Sequence[int]
-    """Token ids; each picture's placeholder stands there once per visual token (`Chat.encode_prompt` does this)."""
-    tiles_TCHW: torch.Tensor | None = None
-    """uint8 tiles of all pictures of the prompt, in order; None: no picture, or native resolution."""
-    pixels_X: torch.Tensor | None = None
-    """Native resolution only: uint8, all pictures one after another, each (C, H, W) flattened."""
-    tile_grids: list[tuple[int, int]] | None = None
-    """Native resolution only: (rows, columns) of patches of each picture."""
-    feature_rows_N: torch.Tensor | None = None
-    """int64: row of this prompt's projected features that each visual token takes, -1 the image_newline; None: all rows in order."""
-
-    @property
-    def num_tiles(self) -> int:
-        """Tiles, or with native resolution pictures."""
-        if self.tile_grids is not None:
-            return len(self.tile_grids)
-        return 0 if self.tiles_TCHW is None else len(self.tiles_TCHW)
-
-    def num_feature_rows(self, model: ModelConfig) -> int:
-        """Rows that the projector makes of the pictures."""
-        if self.tile_grids is not None:
-            return sum(rows * columns for rows, columns in self.tile_grids) // model.projector.pixel_shuffle**2
-        return self.num_tiles * model.visual_tokens_per_tile
 
 
 @torch.no_grad()
@@ -108,62 +79,9 @@ def generate(
             batch = _token_batch([tokens[b] for b in keep], cache.lengths).to(model.ctx.device)
 
 
-def prompt_batch(prompts: Sequence[Prompt], image_token_id: int, model: ModelConfig) -> PackedBatch:
-    """All prompts end to end in one `PackedBatch` without targets; what generation and logit comparisons feed the model."""
-    ids = [torch.as_tensor(list(p.ids), dtype=torch.int64) for p in prompts]
-    tokens_S = torch.cat(ids)
-    batch = _batch(tokens_S, torch.cat([torch.arange(len(i)) for i in ids]), [len(i) for i in ids])
-    return replace(
-        batch,
-        image_positions_N=torch.nonzero(tokens_S == image_token_id).squeeze(1),
-        num_tiles=sum(p.num_tiles for p in prompts),
-        tiles_TCHW=_joined([p.tiles_TCHW for p in prompts]),
-        pixels_X=_joined([p.pixels_X for p in prompts]),
-        tile_grids=[grid for p in prompts for grid in p.tile_grids or ()] if any(p.tile_grids for p in prompts) else None,
-        feature_rows_N=_joined(_feature_rows(prompts, model)),
-    )
-
-
-def _joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    present = [part for part in parts if part is not None and len(part)]
-    return torch.cat(present) if present else None
-
-
-def _feature_rows(prompts: Sequence[Prompt], model: ModelConfig) -> list[torch.Tensor | None]:
-    """Rows of the whole batch's projected features instead of each prompt's own."""
-    if all(p.feature_rows_N is None for p in prompts):
-        return []
-    found: list[torch.Tensor | None] = []
-    start = 0
-    for prompt in prompts:
-        made = prompt.num_feature_rows(model)
-        rows = torch.arange(made) if prompt.feature_rows_N is None else prompt.feature_rows_N
-        found.append(torch.where(rows < 0, rows, rows + start))
-        start += made
-    return found
-
-
 def _token_batch(tokens: list[int], positions: list[int]) -> PackedBatch:
     """One token of each sequence."""
-    return _batch(torch.tensor(tokens), torch.tensor(positions), [1] * len(tokens))
-
-
-def _batch(tokens_S: torch.Tensor, positions_S: torch.Tensor, lengths: list[int]) -> PackedBatch:
-    """Tokens without pictures or targets."""
-    none = torch.empty(0, dtype=torch.int64)
-    return PackedBatch(
-        tokens_S=tokens_S,
-        positions_S=positions_S,
-        segment_lengths=lengths,
-        segment_samples=[SampleRef("prompt", i) for i in range(len(lengths))],
-        segment_tasks=[""] * len(lengths),
-        target_positions_Q=none,
-        target_ids_Q=none,
-        target_weights_Q=torch.empty(0),
-        target_segments_Q=none,
-        image_positions_N=none,
-        num_tiles=0,
-    )
+    return token_batch(torch.tensor(tokens), torch.tensor(positions), [1] * len(tokens))
 
 
 def _last_logits(model: VisionLanguageModel, batch: PackedBatch, cache: KVCache) -> torch.Tensor:

@@ -13,8 +13,9 @@ from megavlm.config.data import CHAT_TEMPLATES
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import DataConfig, ParallelConfig, PrecisionConfig, Recipe, RunConfig
 from megavlm.data.chat import TEMPLATES, Chat
+from megavlm.data.prompt import Prompt
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer
-from megavlm.inference.generate import OnToken, Prompt, generate
+from megavlm.inference.generate import OnToken, generate
 from megavlm.inference.prompts import Picture, make_prompt, question
 from megavlm.models.init import initialise
 from megavlm.models.vlm import VisionLanguageModel

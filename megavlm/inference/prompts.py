@@ -16,9 +16,10 @@ from megavlm.config.schema import DataConfig, ModelConfig
 from megavlm.data.chat import Chat
 from megavlm.data.decode import make_decoder, to_rgb
 from megavlm.data.images import ImageError
-from megavlm.data.resizing import PictureGrid, Resizing, make_resizing, plan_pictures
+from megavlm.data.prompt import Prompt
+from megavlm.data.resizing import make_resizing, plan_pictures
+from megavlm.data.resizing_rows import feature_rows
 from megavlm.data.sample import IMAGE_TOKEN
-from megavlm.inference.generate import Prompt
 
 Picture = str | Path | bytes | Image.Image
 """A file, an encoded picture, or a decoded one."""
@@ -49,24 +50,9 @@ def make_prompt(
         return Prompt(ids)
     cut = torch.cat([resizing.cut(pixels_HWC, grid) for pixels_HWC, grid in zip(decoded, grids, strict=True)])
     if resizing.native:
-        return Prompt(ids, pixels_X=cut, tile_grids=[(grid.rows, grid.cols) for grid in grids])
-    return Prompt(ids, cut, feature_rows_N=_feature_rows(sizes, grids, resizing, model.visual_tokens_per_tile))
-
-
-def _feature_rows(
-    sizes: Sequence[tuple[int, int]], grids: Sequence[PictureGrid], resizing: Resizing, tokens_per_tile: int
-) -> torch.Tensor | None:
-    """Rows of all pictures' projected features; None: all in order."""
-    rows = [resizing.feature_rows(grid, width, height) for grid, (width, height) in zip(grids, sizes, strict=True)]
-    if all(own is None for own in rows):
-        return None
-    found, start = [], 0
-    for own, grid in zip(rows, grids, strict=True):
-        made = grid.work.tiles * tokens_per_tile
-        own = np.arange(made) if own is None else own
-        found.append(np.where(own < 0, own, own + start))
-        start += made
-    return torch.from_numpy(np.concatenate(found)).to(torch.int64)
+        return Prompt(ids, pixels_X=cut, tile_grids=[(grid.rows, grid.cols) for grid in grids], sizes=sizes)
+    rows = feature_rows(sizes, grids, resizing, model.visual_tokens_per_tile)
+    return Prompt(ids, cut, feature_rows_N=rows, tiles_per_picture=[grid.work.tiles for grid in grids], sizes=sizes)
 
 
 def _decode(picture: Picture, data: DataConfig) -> np.ndarray:

@@ -1,6 +1,6 @@
 """The encoder alone with a linear head, for pretraining it by classifying labelled patches.
 
-Shape legend: T tiles, P patches, D encoder width, Q labelled patches.
+Shape legend: N patches of all tiles, D feature width, Q labelled patches.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from megatron.core.transformer.module import MegatronModule
 
 from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megavlm.data.types import PackedBatch
-from megavlm.models.families import carried_shapes
 from megavlm.models.language import weight_of
-from megavlm.models.specs import DTYPES
+from megavlm.models.layers.configs import DTYPES
 from megavlm.models.vision import VisionEncoder
 from megavlm.models.vlm import TargetLoss
 from megavlm.parallel.context import ParallelContext
@@ -26,14 +25,14 @@ class VisionClassifier(MegatronModule):
     def __init__(
         self, model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, ctx: ParallelContext, num_classes: int
     ) -> None:
-        vision = VisionEncoder(model.vision, precision, parallel, ctx.device, carried_shapes(model))
+        vision = VisionEncoder(model.vision, precision, parallel, ctx.device)
         super().__init__(config=vision.config)
         self.pre_process = self.post_process = True
         self.share_embeddings_and_output_weights = False
         self.model_type = ModelType.encoder_or_decoder
         self.vision = vision
         self.vision_head = torch.nn.Linear(
-            model.vision.hidden_size, num_classes, bias=False, dtype=DTYPES[precision.dtype], device=ctx.device
+            model.vision.feature_size, num_classes, bias=False, dtype=DTYPES[precision.dtype], device=ctx.device
         )
 
     def set_input_tensor(self, tensor: torch.Tensor | list[torch.Tensor]) -> None:
@@ -42,9 +41,9 @@ class VisionClassifier(MegatronModule):
     def forward(self, batch: PackedBatch) -> TargetLoss:
         """Loss of each labelled patch; rows are the patches of all tiles in order."""
         assert batch.tiles_TCHW is not None, "classification needs the tiles of its batch"
-        features_TPD = self.vision(batch.tiles_TCHW)
+        features_ND = self.vision(batch.tiles_TCHW).x_ND
         if self.vision.vision.class_token and self.vision.vision.keep_class_token:
-            features_TPD = features_TPD[:, 1:]
-        hidden_QD = features_TPD.flatten(0, 1)[batch.target_positions_Q]
+            features_ND = features_ND.view(batch.num_tiles, -1, features_ND.shape[-1])[:, 1:].flatten(0, 1)
+        hidden_QD = features_ND[batch.target_positions_Q]
         weight = weight_of(self.vision_head)
         return TargetLoss(*linear_cross_entropy(hidden_QD, weight, batch.target_ids_Q, batch.target_weights_Q), slice(None))

@@ -37,7 +37,7 @@ def _unfreeze_top(part: torch.nn.Module, module: str, last_layers: int) -> None:
     decoder = getattr(part, "decoder", None)
     if decoder is None:
         raise ValueError(f"{module}.train=last_layers: the {module} has no transformer layers; use frozen or full")
-    total = decoder.config.num_layers
+    total = part.vision.num_used_layers if isinstance(part, VisionEncoder) else decoder.config.num_layers
     if last_layers > total:
         raise ValueError(f"{module}.last_layers={last_layers}, but the {module} has {total} layers")
     for layer in decoder.layers:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from megavlm.config.schema import ModelConfig
-from megavlm.models.weights import Provider, assign
+from megavlm.models.weights import Provider, Where, assign, is_vocabulary
 from megavlm.parallel.context import ParallelContext
 
 RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
@@ -29,15 +29,19 @@ def initialise(chunks: Sequence[torch.nn.Module], model: ModelConfig, seed: int,
 
 
 def random_provider(model: ModelConfig, seed: int) -> Provider:
-    """(key, shape) -> freshly drawn tensor in fp32."""
+    """(key, shape, slice) -> freshly drawn numbers in fp32."""
 
-    def provide(key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def provide(key: str, shape: tuple[int, ...], where: Where) -> torch.Tensor:
+        return whole(key, shape)[where]
+
+    def whole(key: str, shape: tuple[int, ...]) -> torch.Tensor:
         name = key.rsplit(".", 1)[-1]
-        if name in ("bias", "layer_norm_bias"):
+        if name in ("bias", "layer_norm_bias", "in_proj_bias"):
             return torch.zeros(shape)
         if "norm" in key.rsplit(".", 2)[-2] or name == "layer_norm_weight" or (len(shape) == 1 and name.endswith("weight")):
-            return torch.ones(shape)
-        if "word_embeddings" in key or "output_layer" in key:
+            zero_centered = key.startswith("language.") and model.language.zero_centered_norm
+            return torch.zeros(shape) if zero_centered else torch.ones(shape)
+        if is_vocabulary(key):
             shape = (model.language.vocab_size, *shape[1:])  # padding depends on the layout: it is never drawn
         std = model.init_std
         if key.endswith(RESIDUAL_OUTPUTS):

@@ -16,10 +16,10 @@ from megatron.core.transformer.module import MegatronModule
 
 from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megavlm.data.types import PackedBatch
-from megavlm.models.families import carried_shapes
 from megavlm.models.language import LanguageModel
-from megavlm.models.packing import Packing, pack
-from megavlm.models.projector import Projector
+from megavlm.models.language.rotary import rotary_tables
+from megavlm.models.layers.packing import Packing, pack
+from megavlm.models.projectors import build_projector
 from megavlm.models.vision import VisionEncoder
 from megavlm.parallel.context import ParallelContext
 
@@ -56,9 +56,9 @@ class VisionLanguageModel(MegatronModule):
         self.model, self.ctx = model, ctx
         # Without overlap an image-less microbatch simply has no encoder gradient; with it the encoder must be touched.
         self.touch_encoder = parallel.overlap_grad_reduce
-        has_encoder = self.pre_process and not text_only
-        self.vision = VisionEncoder(model.vision, precision, parallel, ctx.device, carried_shapes(model)) if has_encoder else None
-        self.projector = Projector(model, precision, parallel, ctx.device) if has_encoder else None
+        has_encoder = self.pre_process and not (text_only or model.text_only)
+        self.vision = VisionEncoder(model.vision, precision, parallel, ctx.device) if has_encoder else None
+        self.projector = build_projector(model, precision, parallel, ctx.device) if has_encoder else None
         self.language = language
 
     def set_input_tensor(self, tensor: torch.Tensor | list[torch.Tensor]) -> None:
@@ -102,12 +102,12 @@ class VisionLanguageModel(MegatronModule):
         return x.index_put((batch.image_positions_N,), features_ND.unsqueeze(1).to(x.dtype))
 
     @staticmethod
-    def _visual_tokens(batch: PackedBatch, vision: VisionEncoder, projector: Projector) -> torch.Tensor:
+    def _visual_tokens(batch: PackedBatch, vision: VisionEncoder, projector: MegatronModule) -> torch.Tensor:
         """(N, D), by whichever policy of data.image made the batch."""
         pixels, grids = (batch.pixels_X, batch.tile_grids) if batch.tile_grids is not None else (batch.tiles_TCHW, None)
         assert pixels is not None, "the first pipeline stage needs the pixels of its batch"
-        features: torch.Tensor = projector(vision(pixels, grids), grids, batch.feature_rows_N)
-        return features
+        tokens_ND: torch.Tensor = projector(vision(pixels, grids), batch.feature_rows_N)
+        return tokens_ND
 
     def _untouched_encoder(self) -> torch.Tensor:
         """A zero that depends on every weight of encoder and projector, by way of one grey tile.
@@ -128,7 +128,7 @@ class VisionLanguageModel(MegatronModule):
             batch.tokens_S.device,
             causal=True,
             context=(self.ctx.context_rank, self.ctx.grid.context),
-            rotary=(batch.positions_S, language.head_width, language.rope_theta, self.config.params_dtype),
+            rotary=rotary_tables(language, batch.positions_S, self.config.params_dtype),
         )
 
 

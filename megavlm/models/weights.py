@@ -15,8 +15,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 
 from megavlm.parallel.context import ParallelContext
 
-Provider = Callable[[str, tuple[int, ...]], torch.Tensor]
-"""(checkpoint key, global shape) -> the full tensor; vocabulary rows may be fewer than the padded shape."""
+Where = tuple[slice, ...]
+"""A slice of a global tensor: a start and a stop for each dimension."""
+Provider = Callable[[str, tuple[int, ...], Where], torch.Tensor]
+"""(checkpoint key, global shape, this rank's slice) -> that slice; vocabulary rows may be fewer than asked for, padding being zero."""
 
 
 def sharding_metadata(ctx: ParallelContext) -> dict[str, Any]:
@@ -51,18 +53,21 @@ def assign(chunks: Sequence[torch.nn.Module], provider: Provider, ctx: ParallelC
     count = 0
     for tensor in sharded_tensors(chunks, ctx):
         assert tensor.prepend_axis_num == 0, f"{tensor.key}: layers are stored one by one"
-        shape = tuple(tensor.global_shape)
-        full = provider(tensor.key, shape)
-        if tuple(full.shape) != shape:
-            full = _pad_rows(full, shape, tensor.key)
         where = tuple(slice(o, o + n) for o, n in zip(tensor.global_offset, tensor.local_shape, strict=True))
-        tensor.data.copy_(full[where])
+        own = provider(tensor.key, tuple(tensor.global_shape), where)
+        if tuple(own.shape) != tuple(tensor.local_shape):
+            own = _pad_rows(own, tuple(tensor.local_shape), tensor.key)
+        tensor.data.copy_(own)
         count += 1
     return count
 
 
-def _pad_rows(full: torch.Tensor, shape: tuple[int, ...], key: str) -> torch.Tensor:
-    is_vocabulary = "word_embeddings" in key or "output_layer" in key
-    if not is_vocabulary or full.shape[1:] != shape[1:] or full.shape[0] > shape[0]:
-        raise ValueError(f"{key}: the weights have shape {tuple(full.shape)}, the model expects {shape}: check the recipe's model block")
-    return torch.cat([full, full.new_zeros(shape[0] - full.shape[0], *shape[1:])])
+def is_vocabulary(key: str) -> bool:
+    """Is it a tensor whose rows are padded for tensor parallelism?"""
+    return "word_embeddings" in key or "output_layer" in key
+
+
+def _pad_rows(own: torch.Tensor, shape: tuple[int, ...], key: str) -> torch.Tensor:
+    if not is_vocabulary(key) or own.shape[1:] != shape[1:] or own.shape[0] > shape[0]:
+        raise ValueError(f"{key}: the weights have shape {tuple(own.shape)}, the model expects {shape}: check the recipe's model block")
+    return torch.cat([own, own.new_zeros(shape[0] - own.shape[0], *shape[1:])])

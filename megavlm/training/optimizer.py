@@ -13,7 +13,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 
 from megavlm.config.schema import ParallelConfig, PrecisionConfig, StageConfig
 from megavlm.models.freezing import MODULES, decays
-from megavlm.models.specs import DTYPES
+from megavlm.models.layers.configs import DTYPES
 from megavlm.training.schedule import learning_rate
 
 NO_CLIPPING = 1e30

@@ -9,7 +9,7 @@ import torch
 from megavlm.config.schema import Recipe, StageConfig
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.data.types import PackedBatch, StepData
-from megavlm.models.native import split_pictures
+from megavlm.models.vision.pictures import split_pictures
 from megavlm.parallel.context import ParallelContext
 from megavlm.tracking.tracker import Tracker
 

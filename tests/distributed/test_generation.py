@@ -8,7 +8,8 @@ import torch
 
 from megavlm.checkpoint.hf import config_from_hf, load_hf
 from megavlm.config.schema import ModelConfig, ParallelConfig
-from megavlm.inference.generate import Prompt, generate
+from megavlm.data.prompt import Prompt
+from megavlm.inference.generate import generate
 from megavlm.inference.sampling import GenerationError
 from megavlm.parallel.context import enter_grid
 from megavlm.testing.hf_models import Kind, make_hf

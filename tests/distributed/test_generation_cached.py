@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
-from megavlm.inference.generate import Prompt, PromptError, generate, prompt_batch
+from megavlm.data.prompt import Prompt, prompt_batch
+from megavlm.inference.generate import PromptError, generate
 from megavlm.models.init import initialise
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.testing.in_rank import in_rank

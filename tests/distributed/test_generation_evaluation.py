@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from megavlm.checkpoint.hf import config_to_hf
+from megavlm.checkpoint.hf import TokenIds, config_to_hf
 from megavlm.config.schema import ModelConfig, ParallelConfig
 from megavlm.data.chat import Chat
 from megavlm.data.demo import make_demo
@@ -35,7 +35,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     )
     torch.manual_seed(0)
     hf = transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(**config_to_hf(model, image_token_id=tokenizer.image_token_id))
+        transformers.LlavaConfig(**config_to_hf(model, TokenIds(image=tokenizer.image_token_id)))
     )
     with torch.no_grad():
         for name, parameter in hf.named_parameters():

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from megavlm.checkpoint.hf import config_to_hf
+from megavlm.checkpoint.hf import TokenIds, config_to_hf
 from megavlm.config.schema import DataConfig, ModelConfig, SourceConfig
 from megavlm.data.chat import Chat
 from megavlm.data.demo import make_demo
@@ -36,7 +36,7 @@ def folder(demo, tmp_path_factory):
         vision={**small, "image_size_px": PAGE_PX, "patch_size_px": 8, "hidden_size": 32},
         language={**small, "vocab_size": tokenizer.vocab_size, "hidden_size": 48, "max_positions": 512},
     )
-    config = transformers.LlavaConfig(**config_to_hf(model, image_token_id=tokenizer.image_token_id))
+    config = transformers.LlavaConfig(**config_to_hf(model, TokenIds(image=tokenizer.image_token_id)))
     torch.manual_seed(0)
     hf = transformers.LlavaForConditionalGeneration(config)
     with torch.no_grad():

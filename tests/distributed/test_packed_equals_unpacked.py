@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megavlm.config.schema import ModelConfig, ParallelConfig
 from megavlm.data.types import PackedBatch
 from megavlm.models.init import initialise
-from megavlm.models.packing import pack
+from megavlm.models.layers.packing import pack
 from megavlm.models.vlm import TargetLoss, VisionLanguageModel
 from megavlm.parallel.context import ParallelContext, enter_grid
 from megavlm.testing.pool import RankPool

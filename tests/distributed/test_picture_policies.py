@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from megavlm.config.schema import ImageConfig, ModelConfig
+from megavlm.data.prompt import Prompt, prompt_batch
 from megavlm.data.resizing import make_resizing
-from megavlm.inference.generate import Prompt, PromptError, generate, prompt_batch
+from megavlm.inference.generate import PromptError, generate
 from megavlm.models.freezing import decays
 from megavlm.models.init import initialise
-from megavlm.models.projector import pixel_shuffle
+from megavlm.models.projectors.shuffle import pixel_shuffle
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.models.weights import assign
 from megavlm.parallel.context import ParallelContext
@@ -39,10 +40,11 @@ def encoder(model: ModelConfig, ctx: ParallelContext) -> VisionLanguageModel:
 
 def hf_vision(model: ModelConfig) -> tuple[Any, dict[str, str]]:
     """Hugging Face's encoder with the shape of ours, without weights."""
+    from megavlm.checkpoint.hf import TokenIds
     from megavlm.checkpoint.hf.config import config_to_hf, quiet_transformers
 
     tf = quiet_transformers()
-    config = tf.LlavaConfig(**config_to_hf(model, image_token_id=3)).vision_config
+    config = tf.LlavaConfig(**config_to_hf(model, TokenIds(image=3))).vision_config
     classes = {"clip_vision_model": tf.CLIPVisionModel, "siglip_vision_model": tf.SiglipVisionModel}
     return classes[config.model_type](config).eval()
 
@@ -168,9 +170,10 @@ def with_newline(model: ModelConfig) -> ModelConfig:
 
 def llava_next(model: ModelConfig) -> Any:
     """A random LlavaNextForConditionalGeneration of the shape of ours."""
+    from megavlm.checkpoint.hf import TokenIds
     from megavlm.checkpoint.hf.config import config_to_hf, quiet_transformers
 
-    base = config_to_hf(model, image_token_id=IMAGE_TOKEN_ID)
+    base = config_to_hf(model, TokenIds(image=IMAGE_TOKEN_ID))
     side = model.vision.image_size_px
     tf = quiet_transformers()
     torch.manual_seed(3)

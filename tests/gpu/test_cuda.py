@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from megavlm.models.attention import attend_packed
-from megavlm.models.packing import pack
+from megavlm.models.layers.attention import attend_packed
+from megavlm.models.layers.packing import pack
 from megavlm.testing.recipes import make_tiny_data, tiny_recipe, tiny_stage
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

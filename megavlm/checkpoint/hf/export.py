@@ -23,12 +23,14 @@ from megavlm.checkpoint import folders, store
 from megavlm.checkpoint.errors import HuggingFaceError, some
 from megavlm.checkpoint.hf.config import config_to_hf
 from megavlm.checkpoint.hf.folder import INDEX, SINGLE
-from megavlm.checkpoint.hf.links import Link, links, part_sizes
+from megavlm.checkpoint.hf.links import Link
+from megavlm.checkpoint.hf.registry import family
+from megavlm.checkpoint.hf.tensors import to_theirs
 from megavlm.checkpoint.hf.texts import check_pictures, copy_texts, token_ids, write_texts
 from megavlm.checkpoint.reader import CheckpointReader
 from megavlm.config.schema import DataConfig, ImageConfig, ModelConfig
 from megavlm.data.chat import Chat
-from megavlm.models.weights import sharding_metadata
+from megavlm.models.weights import is_vocabulary, sharding_metadata
 
 TensorSource = Callable[[str], torch.Tensor]
 """Checkpoint key -> whole tensor."""
@@ -58,7 +60,7 @@ def export_hf(
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
 ) -> Exported:
-    """Write `LlavaForConditionalGeneration` weights, config, generation config, tokenizer, chat template and processor.
+    """Write the weights of the family's Hugging Face class, config, generation config, tokenizer, chat template and processor.
 
     Args:
         source: a run's folder (its newest checkpoint), a checkpoint's folder, or the chunks of a model on a single rank.
@@ -92,14 +94,16 @@ def export_hf(
     if chat is None and texts is None:
         raise HuggingFaceError(f"no tokenizer is known for {source}: give one (--tokenizer, --chat-template)")
     image = image or ImageConfig()
-    check_pictures(image)
+    check_pictures(model, image)
     ids = token_ids(chat, texts, model)
-    config_to_hf(model, image_token_id=ids["image_token_id"])  # refuses before the first byte is written
+    config_to_hf(model, ids)  # refuses before the first byte is written
+    if chat is not None:
+        family(model.family).processor_files(model, image, chat.tokenizer)
     unfinished = folder.with_name(folder.name + folders.UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     written = write_weights(hf_tensors(model, read, dtype), unfinished, max_shard_bytes)
-    config = config_to_hf(model, dtype=written.dtype, **ids)
+    config = config_to_hf(model, ids, dtype=written.dtype)
     (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if chat is not None:
         write_texts(unfinished, model, chat, image)
@@ -159,11 +163,10 @@ def live_source(chunks: Sequence[torch.nn.Module]) -> TensorSource:
 
 def hf_tensors(model: ModelConfig, read: TensorSource, dtype: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """(disk name, tensor) of every Hugging Face weight, in the order of the forward pass."""
-    for link in links(model):
+    for link in family(model.family).links(model):
         ours = read(link.key)
-        _check_shape(link, ours, model)
-        theirs = link.to_theirs(ours if dtype is None else ours.to(DTYPES[dtype]), part_sizes(link, model))
-        yield from zip(link.names, theirs, strict=True)
+        _check_shape(link, ours)
+        yield from zip(link.names, to_theirs(link, ours if dtype is None else ours.to(DTYPES[dtype])), strict=True)
 
 
 @dataclass(frozen=True)
@@ -211,13 +214,11 @@ def write_weights(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, max
     return Weights(sum(map(len, shards)), num_parameters, str(widest).removeprefix("torch."))
 
 
-def _check_shape(link: Link, ours: torch.Tensor, model: ModelConfig) -> None:
-    """Splitting by sizes of the config must come out even, or weights would be cut in the wrong place."""
-    sizes = part_sizes(link, model)
-    rows = sum(sizes) if sizes else link.rows
-    too_few = rows is not None and (ours.shape[0] != rows if sizes else ours.shape[0] < rows)
-    if too_few:
-        raise HuggingFaceError(f"{link.key} has {ours.shape[0]} rows, the model block wants {rows} for {some(link.names)}")
+def _check_shape(link: Link, ours: torch.Tensor) -> None:
+    """Weights must not be cut in the wrong place."""
+    padded = is_vocabulary(link.key) and ours.shape[0] >= link.shape[0] and tuple(ours.shape[1:]) == link.shape[1:]
+    if tuple(ours.shape) != link.shape and not padded:
+        raise HuggingFaceError(f"{link.key} has shape {tuple(ours.shape)}, the model block wants {link.shape} for {some(link.names)}")
 
 
 def _no_model(checkpoint: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,19 +11,20 @@ from typing import Any
 import torch
 
 from megavlm.checkpoint.errors import HuggingFaceError, some
-from megavlm.checkpoint.hf.links import disk_name
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class WeightFolder:
-    """Tensors of a folder by the names of transformers 5; files stay open (memory-mapped) until `close`.
+    """Tensors of a folder by the names that transformers 5 writes; files stay open (memory-mapped) until `close`.
+
+    `disk_name` maps a stored name to that name, or to None for what is no weight (`Family.disk_name`).
 
     Raises:
         HuggingFaceError: no safetensors, a damaged file, a file or tensor that the index names and the folder lacks.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, disk_name: Callable[[str], str | None]) -> None:
         self.folder = Path(folder)
         self._files: dict[str, Any] = {}
         self._places: dict[str, tuple[str, str]] = {}
@@ -43,6 +45,11 @@ class WeightFolder:
         """One whole tensor."""
         file, stored = self._places[name]
         return self._open(file).get_tensor(stored)  # type: ignore[no-any-return]
+
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Rows first .. last of a tensor; nothing else is read."""
+        file, stored = self._places[name]
+        return self._open(file).get_slice(stored)[first:last]  # type: ignore[no-any-return]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""

@@ -12,10 +12,9 @@ from megavlm.checkpoint import store
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.config import config_from_hf
 from megavlm.checkpoint.hf.export import DTYPES, TEXTS
-from megavlm.checkpoint.hf.folder import WeightFolder
-from megavlm.checkpoint.hf.load import load_hf
+from megavlm.checkpoint.hf.load import load_hf, open_weights
 from megavlm.checkpoint.hf.texts import keep_texts
-from megavlm.config.schema import ParallelConfig, PrecisionConfig
+from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.context import ParallelContext
 
@@ -41,7 +40,7 @@ def import_hf(
     if checkpoint.exists():
         raise HuggingFaceError(f"{checkpoint} is there already: give another folder")
     model = config_from_hf(folder)
-    number = dtype or _dtype(folder)
+    number = dtype or _dtype(folder, model)
     chunk = VisionLanguageModel(model, PrecisionConfig(dtype=number), ParallelConfig(), ctx)
     count = load_hf([chunk], folder, model, ctx)
     store.save(checkpoint, [chunk], None, {"model": model.model_dump(mode="json"), "step": 0}, ctx)
@@ -49,9 +48,9 @@ def import_hf(
     return Imported(count, number)
 
 
-def _dtype(folder: Path) -> Literal["fp32", "bf16"]:
+def _dtype(folder: Path, model: ModelConfig) -> Literal["fp32", "bf16"]:
     names: dict[torch.dtype, Literal["fp32", "bf16"]] = {t: n for n, t in DTYPES.items()}  # type: ignore[misc]
-    with WeightFolder(folder) as weights:
+    with open_weights(folder, model) as weights:
         found = {weights.dtype(name) for name in weights.names}
     if len(found) > 1 or not found <= set(names):
         listed = ", ".join(sorted(str(d).removeprefix("torch.") for d in found))

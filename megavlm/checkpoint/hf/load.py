@@ -1,4 +1,4 @@
-"""From a Hugging Face folder straight into a model of any parallel layout."""
+"""From a Hugging Face folder straight into a model of any parallel layout; a rank reads only the rows that it holds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 
 from megavlm.checkpoint.errors import HuggingFaceError, some
 from megavlm.checkpoint.hf.folder import WeightFolder
-from megavlm.checkpoint.hf.links import HEAD, LANGUAGE, Link, links, part_sizes
+from megavlm.checkpoint.hf.links import Link
+from megavlm.checkpoint.hf.registry import family
+from megavlm.checkpoint.hf.tensors import to_ours
 from megavlm.config.schema import ModelConfig
-from megavlm.models.weights import Provider, assign
+from megavlm.models.weights import Provider, Where, assign, is_vocabulary
 from megavlm.parallel.context import ParallelContext
 
 
@@ -23,55 +25,52 @@ def load_hf(chunks: Sequence[torch.nn.Module], folder: str | Path, model: ModelC
     Raises:
         HuggingFaceError: the folder is damaged, or its weights are not those of `model`.
     """
-    with WeightFolder(folder) as weights:
+    with open_weights(folder, model) as weights:
         return assign(chunks, hf_provider(weights, model), ctx)
 
 
-def hf_provider(folder: str | Path | WeightFolder, model: ModelConfig) -> Provider:
-    """(checkpoint key, shape) -> full tensor, read when asked for. The folder is checked against `model` at once.
+def open_weights(folder: str | Path, model: ModelConfig) -> WeightFolder:
+    """The folder's weights, by the names of the model's family."""
+    return WeightFolder(folder, family(model.family).disk_name)
+
+
+def hf_provider(weights: WeightFolder, model: ModelConfig) -> Provider:
+    """(checkpoint key, shape, slice) -> that slice, read when asked for. The folder is checked against `model` at once.
 
     Raises:
         HuggingFaceError: weights are missing, unknown or of another shape; every one is named.
     """
-    weights = folder if isinstance(folder, WeightFolder) else WeightFolder(folder)
-    table = {link.key: link for link in links(model)}
-    _check_names(weights, table, model)
+    table = {link.key: link for link in family(model.family).links(model)}
+    check_weights(weights, table.values())
 
-    def provide(key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def provide(key: str, shape: tuple[int, ...], where: Where) -> torch.Tensor:
         if key not in table:
             raise HuggingFaceError(f"the model has a weight {key} that no Hugging Face weight belongs to: check the recipe's model block")
         link = table[key]
-        parts = [weights.tensor(name) for name in link.names]
-        _check_parts(link, parts, shape, model, weights.folder)
-        return link.to_ours(parts)
+        if link.shape != shape and not (is_vocabulary(key) and link.shape[1:] == shape[1:]):
+            raise HuggingFaceError(f"{key} has shape {shape}, the folder's weights make {link.shape}: check the recipe's model block")
+        return to_ours(link, weights.rows, where)
 
     return provide
 
 
-def _check_names(weights: WeightFolder, table: dict[str, Link], model: ModelConfig) -> None:
-    wanted = {name for link in table.values() for name in link.names}
+def check_weights(weights: WeightFolder, links: Sequence[Link]) -> None:
+    """Every weight must be there, in its shape, and no other. Raises HuggingFaceError naming those that are not."""
+    wanted = {part.name: part.shape for link in links for part in link.parts}
     found = weights.names
-    if model.language.tie_embeddings and HEAD in found:
-        # Some exporters store a tied head; it must then be the embedding.
-        if not torch.equal(weights.tensor(HEAD), weights.tensor(f"{LANGUAGE}embed_tokens.weight")):
-            raise HuggingFaceError(f"{weights.folder}: {HEAD} differs from the embedding, though tie_word_embeddings is true")
-        found = found - {HEAD}
-    missing, unknown = sorted(wanted - found), sorted(found - wanted)
+    for link in links:
+        for alias in link.aliases:
+            # Some exporters store a tied weight again; it must then be the same.
+            if alias in found:
+                if not torch.equal(weights.tensor(alias), weights.tensor(link.names[0])):
+                    raise HuggingFaceError(f"{weights.folder}: {alias} differs from {link.names[0]}, though the config ties them")
+                found = found - {alias}
+    missing, unknown = sorted(wanted.keys() - found), sorted(found - wanted.keys())
     problems = [f"lacks {some(missing)}"] * bool(missing) + [f"holds unknown weights {some(unknown)}"] * bool(unknown)
     if problems:
         raise HuggingFaceError(
             f"{weights.folder} " + " and ".join(problems) + ": it is not the model that the recipe's model block describes"
         )
-
-
-def _check_parts(link: Link, parts: list[torch.Tensor], shape: tuple[int, ...], model: ModelConfig, folder: Path) -> None:
-    """Fused weights are cut by sizes of the config; a part of another size would be cut in the wrong place."""
-    if link.kind in ("concat", "qkv"):
-        expected = [(size, *shape[1:]) for size in part_sizes(link, model)]
-    elif link.kind == "reshape":
-        expected = [link.shape]
-    else:
-        expected = [(link.rows, *shape[1:])] if link.rows is not None else [shape]
-    for name, part, wanted in zip(link.names, parts, expected, strict=True):
-        if tuple(part.shape) != tuple(wanted):
-            raise HuggingFaceError(f"{folder}: {name} has shape {tuple(part.shape)}, the recipe's model block wants {tuple(wanted)}")
+    for name, shape in wanted.items():
+        if weights.shape(name) != shape:
+            raise HuggingFaceError(f"{weights.folder}: {name} has shape {weights.shape(name)}, the recipe's model block wants {shape}")

@@ -10,11 +10,13 @@ import torch
 
 from megavlm.checkpoint import folders, store
 from megavlm.checkpoint.errors import HuggingFaceError
-from megavlm.checkpoint.hf.config import config_from_hf, quiet_transformers
+from megavlm.checkpoint.hf.config import config_from_hf, network
 from megavlm.checkpoint.hf.export import checkpoint_source, find_checkpoint, hf_tensors
-from megavlm.checkpoint.hf.folder import WeightFolder
+from megavlm.checkpoint.hf.load import open_weights
+from megavlm.checkpoint.hf.registry import family
+from megavlm.checkpoint.hf.seeded import seeded_prompts
 from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
-from megavlm.data.types import PackedBatch, SampleRef
+from megavlm.data.prompt import prompt_batch
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.context import ParallelContext
 
@@ -62,7 +64,7 @@ def verify(run_or_checkpoint: str | Path, folder: str | Path, ctx: ParallelConte
 def compare_tensors(checkpoint: Path, folder: str | Path, model: ModelConfig) -> tuple[list[str], int]:
     """(names that differ in any bit, format or shape or that one side lacks, number of names of both sides)."""
     unequal, seen = [], set()
-    with WeightFolder(folder) as weights:
+    with open_weights(folder, model) as weights:
         for name, ours in hf_tensors(model, checkpoint_source(checkpoint)):
             seen.add(name)
             theirs = weights.tensor(name) if name in weights.names else None
@@ -76,56 +78,19 @@ def logits_of_both(
     checkpoint: Path, folder: str | Path, model: ModelConfig, ctx: ParallelContext, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """fp32 logits (tokens, vocabulary) of one pack by our model, and of its samples one by one by Hugging Face's."""
-    hf = quiet_transformers().LlavaForConditionalGeneration.from_pretrained(str(folder), dtype=torch.float32).eval()
-    image_token = hf.config.image_token_index
-    batch = _batch(model, image_token, seed)
+    kind = family(model.family)
+    hf = kind.hf_model(folder)
+    image_token = getattr(hf.config, kind.image_token_field, None)
+    prompts = seeded_prompts(model, kind.image_from_hf(Path(folder), model), image_token, seed)
     ours = VisionLanguageModel(model, PrecisionConfig(dtype="fp32"), ParallelConfig(), ctx)
     for module, where in store.module_folders(checkpoint).items():
         if getattr(ours, module, None) is not None:
             store.load(where, [ours], None, ctx, modules={module})
+    batch = prompt_batch(prompts, -1 if image_token is None else image_token, model)
     with torch.no_grad():
         hidden = ours.eval().transform(batch, ours.packing(batch))
-        return ours.language.logits(hidden), _hf_logits(hf, batch, model, image_token)
-
-
-def _batch(model: ModelConfig, image_token: int, seed: int) -> PackedBatch:
-    """Three samples of one pack, with no, one and two tiles."""
-    generator = torch.Generator().manual_seed(seed)
-    pieces, images, start = [], [], 0
-    for num_tiles, num_text in ((0, 11), (1, 7), (2, 13)):
-        text = torch.randint(0, model.language.vocab_size, (num_text,), generator=generator)
-        text[text == image_token] = (image_token + 1) % model.language.vocab_size
-        visual = torch.full((num_tiles * model.visual_tokens_per_tile,), image_token)
-        images.append(torch.arange(visual.numel()) + start + 3)
-        pieces.append(torch.cat([text[:3], visual, text[3:]]))
-        start += pieces[-1].numel()
-    none, side = torch.zeros(0, dtype=torch.int64), model.vision.image_size_px
-    return PackedBatch(
-        tokens_S=torch.cat(pieces),
-        positions_S=torch.cat([torch.arange(p.numel()) for p in pieces]),
-        segment_lengths=[p.numel() for p in pieces],
-        segment_samples=[SampleRef("verify", i) for i in range(len(pieces))],
-        segment_tasks=[""] * len(pieces),
-        target_positions_Q=none,
-        target_ids_Q=none,
-        target_weights_Q=none.float(),
-        target_segments_Q=none,
-        image_positions_N=torch.cat(images),
-        num_tiles=3,
-        tiles_TCHW=torch.randint(0, 256, (3, model.vision.num_channels, side, side), generator=generator, dtype=torch.uint8),
-    )
-
-
-def _hf_logits(hf: Any, batch: PackedBatch, model: ModelConfig, image_token: int) -> torch.Tensor:
-    assert batch.tiles_TCHW is not None
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (model.vision.image_mean, model.vision.image_std))
-    pixels = (batch.tiles_TCHW.float() / 255 - mean) / std
-    out, tile = [], 0
-    for ids in torch.split(batch.tokens_S, batch.segment_lengths):
-        tiles = int((ids == image_token).sum()) // model.visual_tokens_per_tile
-        out.append(hf(input_ids=ids[None], pixel_values=pixels[tile : tile + tiles] if tiles else None).logits[0])
-        tile += tiles
-    return torch.cat(out)
+        theirs = [hf(**kind.hf_inputs(model, prompt)).logits[0].float() for prompt in prompts]
+        return ours.language.logits(hidden), torch.cat(theirs)
 
 
 def _check_same_model(checkpoint: Path, model: ModelConfig) -> None:
@@ -134,23 +99,8 @@ def _check_same_model(checkpoint: Path, model: ModelConfig) -> None:
     if stored is None:
         return
     ours = ModelConfig.model_validate(stored)
-    ignored = {"init_from", "init_std"}
-    here, there = (m.model_dump(exclude=ignored) for m in (ours, model))
-    differing = [
-        f"model.{block}.{field}: {here[block][field]!r} in the checkpoint, {there[block][field]!r} in the folder"
-        for block in ("vision", "projector", "language")
-        for field in here[block]
-        if here[block][field] != there[block][field] and not _same(ours, block, field, there[block][field])
-    ]
-    if differing:
+    here, there = network(ours), network(model)
+    names = [name for name in here | there if here.get(name) != there.get(name)]
+    if names:
+        differing = [f"model.{name}: {here.get(name)!r} in the checkpoint, {there.get(name)!r} in the folder" for name in names]
         raise HuggingFaceError(f"{checkpoint} and the folder hold different models: " + "; ".join(differing))
-
-
-def _same(ours: ModelConfig, block: str, field: str, there: Any) -> bool:
-    """None stands for a value that follows from others."""
-    defaults = {
-        ("language", "num_query_groups"): ours.language.kv_heads,
-        ("language", "head_dim"): ours.language.head_width,
-        ("projector", "hidden_size"): ours.language.hidden_size,
-    }
-    return (block, field) in defaults and there in (None, defaults[block, field])

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from megavlm.checkpoint.errors import HuggingFaceError
-from megavlm.checkpoint.hf import config_from_hf, config_to_hf
+from megavlm.checkpoint.hf import TokenIds, config_from_hf, config_to_hf
 from megavlm.config.schema import ModelConfig
 from megavlm.testing.tiny import tiny_model_config
 
 
 def write(folder: Path, **changes: Any) -> Path:
     """A LLaVA config.json; a change's key is a dotted path."""
-    config = config_to_hf(tiny_model_config(), image_token_id=3)
+    config = config_to_hf(tiny_model_config(), TokenIds(image=3))
     for path, value in changes.items():
         block, *rest = path.split("__")
         target = config[block] if rest else config
@@ -34,7 +34,7 @@ MODELS = [
 
 @pytest.mark.parametrize("model", MODELS)
 def test_round_trip(tmp_path: Path, model: ModelConfig) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(model, image_token_id=3)))
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(model, TokenIds(image=3))))
     (tmp_path / "processor_config.json").write_text(
         json.dumps({"image_processor": {"image_mean": model.vision.image_mean, "image_std": model.vision.image_std}})
     )
@@ -63,7 +63,7 @@ def test_unsupported_settings_are_named(tmp_path: Path, changes: dict[str, Any],
 
 
 def test_siglip_with_default_selection_would_drop_a_patch(tmp_path: Path) -> None:
-    config = config_to_hf(tiny_model_config(siglip=True), image_token_id=3)
+    config = config_to_hf(tiny_model_config(siglip=True), TokenIds(image=3))
     assert config["vision_feature_select_strategy"] == "full"
     (tmp_path / "config.json").write_text(json.dumps(config | {"vision_feature_select_strategy": "default"}))
     with pytest.raises(HuggingFaceError, match="drops its first patch"):
@@ -85,12 +85,12 @@ def test_what_hugging_face_cannot_hold_is_named(path: str, value: Any, message: 
     block, field = path.split(".")
     setattr(getattr(model, block), field, value)
     with pytest.raises(HuggingFaceError, match=message):
-        config_to_hf(model, image_token_id=3)
+        config_to_hf(model, TokenIds(image=3))
 
 
 def test_image_token_outside_the_vocabulary() -> None:
     with pytest.raises(HuggingFaceError, match="id 101 lies outside model.language.vocab_size=101"):
-        config_to_hf(tiny_model_config(), image_token_id=101)
+        config_to_hf(tiny_model_config(), TokenIds(image=101))
 
 
 def test_pixel_statistics_come_from_the_processor(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import torch
 from megavlm.data.chat import Chat
 from megavlm.data.index import build_index
 from megavlm.data.materialise import Materialiser
+from megavlm.data.prompt import prompt_batch
 from megavlm.data.tokenizer import load_tokenizer
 from megavlm.data.types import PackPlan, SampleRef
-from megavlm.inference.generate import prompt_batch
 from megavlm.inference.prompts import make_prompt
 from megavlm.planner.flops import VisionWork
 from megavlm.testing.recipes import tiny_recipe, tiny_stage

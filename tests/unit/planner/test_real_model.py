@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megavlm.config.schema import DataConfig, ModelConfig, ModuleTraining, ParallelConfig, PrecisionConfig, StageConfig
 from megavlm.models.freezing import apply_freezing
 from megavlm.models.init import initialise
-from megavlm.models.native import interpolated_positions
+from megavlm.models.vision.positions import interpolated_positions
 from megavlm.parallel.context import enter_grid
 from megavlm.planner.flops import VisionWork, pack_flops
 from megavlm.planner.memory import estimate_memory

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,9 +23,30 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention.bias import causal_lower_right
 
-from megavlm.models.packing import Packing, apply_rotary
+from megavlm.models.layers.packing import Packing, apply_rotary
 
 CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+
+
+@dataclass(frozen=True)
+class AttentionStyle:
+    """What tells one family's attention from another's; one object for all layers of a model."""
+
+    scale: float | None = None
+    """None: 1 / sqrt(head width)."""
+    softcap: float | None = None
+    window_tokens: int | None = None
+    """Sliding window (itself included) of the layers `window_layers`."""
+    window_layers: frozenset[int] = frozenset()
+    """Numbers from 1, over all pipeline stages."""
+    rotary_by_window: bool = False
+    """Layers with a window use the rotary table "local" instead of "global"."""
+
+    def window_of(self, layer_number: int) -> int | None:
+        return self.window_tokens if layer_number in self.window_layers else None
+
+    def rotary_of(self, layer_number: int) -> str:
+        return "local" if self.rotary_by_window and layer_number in self.window_layers else "global"
 
 
 class PackedAttention(MegatronModule):
@@ -40,12 +62,15 @@ class PackedAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        style: AttentionStyle | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
+        style = style or AttentionStyle()
+        self.window, self.softcap, self.rotary = style.window_of(layer_number), style.softcap, style.rotary_of(layer_number)
         self.is_causal = attn_mask_type in CAUSAL
-        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.scale = style.scale or softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.context_group = pg_collection.cp if pg_collection is not None and config.context_parallel_size > 1 else None
 
     def forward(
@@ -60,10 +85,10 @@ class PackedAttention(MegatronModule):
     ) -> torch.Tensor:
         """(L, H, K), (L, G, K), (L, G, K) -> (L, H x K)."""
         packing = packed_seq_params
-        assert isinstance(packing, Packing), "every forward pass here is packed: build a Packing with megavlm.models.packing.pack"
-        if packing.cos_LK is not None and packing.sin_LK is not None:
-            query = apply_rotary(query, packing.cos_LK, packing.sin_LK)
-            key = apply_rotary(key, packing.cos_LK, packing.sin_LK)
+        assert isinstance(packing, Packing), "every forward pass here is packed: build a Packing with megavlm.models.layers.packing.pack"
+        if self.rotary in packing.rotary:
+            cos_LK, sin_LK = packing.rotary[self.rotary]
+            query, key = (apply_rotary(x, cos_LK, sin_LK) for x in (query, key))
         if packing.cache is not None:
             out = packing.cache.attend(self.layer_number, query, key, value, packing, self.scale)
             return out.reshape(query.shape[0], -1)

@@ -8,7 +8,7 @@ Shape legend: S rows of the packed sequence (all of them), L rows of this contex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
@@ -34,8 +34,8 @@ class Packing(PackedSeqParams):
     pieces: tuple[Piece, ...] = ()
     equal_length: int | None = None
     """Length of every segment when all are equal (tiles): attention then runs as one batch."""
-    cos_LK: torch.Tensor | None = None
-    sin_LK: torch.Tensor | None = None
+    rotary: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """Name of a table -> cos and sin, each (L, rotated width); a layer's attention picks one. Empty: positions are not rotated."""
     gathered_order_S: torch.Tensor | None = None
     """With context parallelism: row of the rank-major gathered keys that holds each row of the sequence."""
     cache: Any = None
@@ -56,19 +56,13 @@ def context_rows(num_rows: int, rank: int, size: int) -> torch.Tensor:
     return torch.cat([torch.arange(rank * chunk, (rank + 1) * chunk), torch.arange(mirror * chunk, (mirror + 1) * chunk)])
 
 
-def rotary_tables(positions_L: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, each (L, head_dim), of rotary embeddings (https://arxiv.org/abs/2104.09864) in the half-split order of Llama."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_L.device) / head_dim
-    angle = positions_L.float()[:, None] * (1.0 / theta**exponent)[None, :]
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
 def apply_rotary(x_LHK: torch.Tensor, cos_LK: torch.Tensor, sin_LK: torch.Tensor) -> torch.Tensor:
-    """Rotate (L, heads, K)."""
-    first, second = x_LHK.chunk(2, dim=-1)
-    rotated = torch.cat([-second, first], dim=-1)
-    return x_LHK * cos_LK[:, None, :] + rotated * sin_LK[:, None, :]
+    """Rotate the leading cos.shape[-1] elements of each head of (L, heads, K), in the half-split order of Llama."""
+    width = cos_LK.shape[-1]
+    turned, rest = x_LHK[..., :width], x_LHK[..., width:]
+    first, second = turned.chunk(2, dim=-1)
+    out = turned * cos_LK[:, None, :] + torch.cat([-second, first], dim=-1) * sin_LK[:, None, :]
+    return out if rest.shape[-1] == 0 else torch.cat([out, rest], dim=-1)
 
 
 def pack(
@@ -77,12 +71,12 @@ def pack(
     *,
     causal: bool,
     context: tuple[int, int] = (0, 1),
-    rotary: tuple[torch.Tensor, int, float, torch.dtype] | None = None,
+    rotary: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> Packing:
     """Describe a packed sequence of `segment_lengths`.
 
-    `context` is (rank, size) of context parallelism; `rotary` is (positions_S, head_dim, theta, dtype), None for encoders
-    with learned positions. Without `causal` every row of a segment sees the whole segment.
+    `context` is (rank, size) of context parallelism; `rotary` holds cos and sin (S, width) of the whole sequence by name.
+    Without `causal` every row of a segment sees the whole segment.
     """
     rank, size = context
     bounds = [0, *accumulate(segment_lengths)]
@@ -97,10 +91,8 @@ def pack(
     elif segment_lengths and min(segment_lengths) == longest:
         packing.equal_length = longest
     packing.pieces = _pieces(bounds, _owned_chunks(bounds[-1], rank, size), causal)
-    if rotary is not None:
-        positions_S, head_dim, theta, dtype = rotary
-        positions = positions_S if packing.rows_L is None else positions_S[packing.rows_L]
-        packing.cos_LK, packing.sin_LK = rotary_tables(positions, head_dim, theta, dtype)
+    for name, tables in (rotary or {}).items():
+        packing.rotary[name] = tables if packing.rows_L is None else (tables[0][packing.rows_L], tables[1][packing.rows_L])
     return packing
 
 

@@ -1,35 +1,14 @@
-"""Pictures in their own size: patches of unequal pictures end to end, and learned positions interpolated to each one's grid.
+"""Where a patch lies in its picture, as a vector that is added to it. One function a kind of `model.vision.positions`.
 
-The packing of NaViT (https://arxiv.org/abs/2307.06304, section 2): every picture is one segment of one sequence.
-
-Shape legend: X pixels of all pictures, C channels, P patches of a picture, N patches of all pictures, D width.
+Shape legend: P patches of a picture, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-
-Grid = tuple[int, int]
-"""(rows, columns) of patches."""
-
-
-def split_pictures(pixels_X: torch.Tensor, grids: Sequence[Grid], channels: int, patch_px: int) -> list[torch.Tensor]:
-    """Pictures (C, height, width) out of a flat run.
-
-    Raises ValueError when the run is not exactly as long as the grids say.
-    """
-    sizes = [channels * rows * columns * patch_px**2 for rows, columns in grids]
-    if sum(sizes) != pixels_X.numel():
-        raise ValueError(
-            f"{pixels_X.numel()} pixel values, but {len(grids)} pictures of {sum(r * c for r, c in grids)} patches of {patch_px} px have "
-            f"{sum(sizes)}: the data were prepared for another model.vision"
-        )
-    shapes = [(channels, rows * patch_px, columns * patch_px) for rows, columns in grids]
-    return [run.view(shape) for run, shape in zip(pixels_X.split(sizes), shapes, strict=True)]
 
 
 def interpolated_positions(table_PD: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

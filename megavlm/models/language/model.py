@@ -15,8 +15,11 @@ from megatron.core.tensor_parallel import (
 )
 
 from megavlm.config.schema import LanguageConfig, ParallelConfig, PrecisionConfig
-from megavlm.models.packing import Packing
-from megavlm.models.specs import block_spec, language_transformer_config, layer_spec, recompute_input
+from megavlm.models.layers.attention import AttentionStyle
+from megavlm.models.layers.configs import language_transformer_config
+from megavlm.models.layers.packing import Packing
+from megavlm.models.layers.run import run_layers
+from megavlm.models.layers.specs import LayerStyle, block_spec, layer_spec, post_of
 from megavlm.parallel.context import ParallelContext
 from megavlm_kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -35,11 +38,11 @@ class LanguageModel(GPTModel):
     ) -> None:
         first, last, vp_stage = ctx.chunk_position(chunk)
         config = language_transformer_config(language, precision, parallel, device or ctx.device)
-        layer = layer_spec(causal=True, rms_norm=True, qk_norm=language.qk_norm)
+        layer = layer_spec(language_style(language))
         self.language, self.ctx = language, ctx
         super().__init__(
             config,
-            block_spec(config, layer, rms_norm=True, vp_stage=vp_stage),  # type: ignore[arg-type]
+            block_spec(config, layer, norm=language.norm, vp_stage=vp_stage),  # type: ignore[arg-type]
             vocab_size=padded_vocab_size(language.vocab_size, parallel.tensor),
             max_sequence_length=language.max_positions,
             pre_process=first,
@@ -52,7 +55,9 @@ class LanguageModel(GPTModel):
 
     def embed(self, tokens_S: torch.Tensor) -> torch.Tensor:
         """Token embeddings (S, 1, D), whole on every rank: visual features are merged before anything is split."""
-        return self.embedding(tokens_S[None], None)  # type: ignore[no-any-return]
+        x: torch.Tensor = self.embedding(tokens_S[None], None)
+        scale = self.language.embedding_scale
+        return x if scale == 1.0 else x * torch.tensor(scale, dtype=x.dtype, device=x.device)
 
     def split(self, x_SBD: torch.Tensor, packing: Packing) -> torch.Tensor:
         """This rank's rows (L, 1, D) of a whole sequence."""
@@ -64,9 +69,11 @@ class LanguageModel(GPTModel):
 
     def transform(self, x_LBD: torch.Tensor | None, packing: Packing) -> torch.Tensor:
         """Run this chunk's layers. Later stages pass None: their input came through `set_input_tensor`."""
-        if x_LBD is not None:
-            x_LBD = recompute_input(x_LBD, self.decoder)
-        return self.decoder(x_LBD, None, packed_seq_params=packing)  # type: ignore[no-any-return]
+        if x_LBD is None:
+            x_LBD = self.decoder.input_tensor
+        assert x_LBD is not None, "a later stage needs the hidden states of the one before"
+        x_LBD, _ = run_layers(self.decoder, x_LBD, packing)
+        return x_LBD if self.decoder.final_layernorm is None else self.decoder.final_layernorm(x_LBD)
 
     def head_weight(self) -> torch.Tensor:
         """This rank's rows of the output head (V, D)."""
@@ -102,6 +109,19 @@ class LanguageModel(GPTModel):
         if self.ctx.grid.tensor > 1:
             local = gather_from_tensor_model_parallel_region(local)
         return local[:, : self.language.vocab_size].float()
+
+
+def language_style(language: LanguageConfig) -> LayerStyle:
+    """The LLM's layers by what its config says."""
+    attention = AttentionStyle(
+        scale=language.attention_scale,
+        softcap=language.attention_softcap,
+        window_tokens=language.sliding_window_tokens,
+        window_layers=frozenset(layer + 1 for layer in language.sliding_layers),
+        rotary_by_window=language.rope_local_theta is not None,
+    )
+    post = post_of(norm=language.norm if language.sandwich_norm else None)
+    return LayerStyle(causal=True, norm=language.norm, qk_norm=language.qk_norm, post=post, attention=attention)
 
 
 def weight_of(module: torch.nn.Module) -> torch.Tensor:

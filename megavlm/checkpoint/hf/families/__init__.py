@@ -1,0 +1,1 @@
+"""Whole Hugging Face model classes, one small file each."""

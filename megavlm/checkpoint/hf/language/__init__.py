@@ -1,0 +1,45 @@
+"""Language models of transformers, one small class each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megavlm.checkpoint.errors import HuggingFaceError
+from megavlm.checkpoint.hf.holding import which_holds
+from megavlm.checkpoint.hf.language.base import LanguageKind
+from megavlm.checkpoint.hf.language.llama import Llama, Qwen2, Qwen3
+from megavlm.checkpoint.hf.reading import Problems, hf_config
+from megavlm.config.schema import LanguageConfig
+
+LANGUAGES: dict[str, LanguageKind] = {kind.model_type: kind for kind in (Llama(), Qwen2(), Qwen3())}
+
+
+def language(model_type: str, allowed: tuple[str, ...] | None = None) -> LanguageKind:
+    """The model of a text config's model_type. Raises HuggingFaceError when there is none (or none that the family takes)."""
+    names = allowed or tuple(LANGUAGES)
+    if model_type not in names:
+        raise HuggingFaceError(f"text_config.model_type is {model_type!r}, supported: {', '.join(names)}")
+    return LANGUAGES[model_type]
+
+
+def language_of(config: LanguageConfig, allowed: tuple[str, ...] | None = None) -> LanguageKind:
+    """The transformers class that can hold this LLM. Raises HuggingFaceError with what the nearest class would lose."""
+    kinds = [LANGUAGES[name] for name in allowed or tuple(LANGUAGES)]
+
+    def back(kind: LanguageKind) -> dict[str, Any]:
+        problems = Problems()
+        fields = kind.from_hf(hf_config(kind.to_hf(config)), problems)
+        problems.check("model.language")
+        return canonical(LanguageConfig(**fields))
+
+    return which_holds("model.language", canonical(config), {kind.model_type: kind for kind in kinds}, back)
+
+
+def canonical(config: LanguageConfig) -> dict[str, Any]:
+    """The block with every value that follows from others written out, so that equal models have equal blocks."""
+    values = config.model_dump() | {"num_query_groups": config.kv_heads, "head_dim": config.head_width}
+    if not config.sliding_layers:
+        values["sliding_window_tokens"] = None
+    if config.attention_scale is not None and abs(config.attention_scale - config.head_width**-0.5) < 1e-12:
+        values["attention_scale"] = None
+    return values

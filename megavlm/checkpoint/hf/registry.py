@@ -1,0 +1,32 @@
+"""All families, and which one a folder or a model block belongs to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megavlm.checkpoint.errors import HuggingFaceError
+from megavlm.checkpoint.hf.families.base import Family
+from megavlm.checkpoint.hf.families.causal_lm import CausalLM
+from megavlm.checkpoint.hf.families.llava import Llava
+from megavlm.checkpoint.hf.reading import CONFIG, read_json
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (Llava(), CausalLM())}
+
+
+def family(name: str) -> Family:
+    """By `model.family`. Raises HuggingFaceError."""
+    if name not in FAMILIES:
+        raise HuggingFaceError(f"model.family={name!r} is not known: it is one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def family_of_folder(folder: str | Path) -> Family:
+    """By the folder's config.json. Raises HuggingFaceError when there is none, or no family for it."""
+    file = Path(folder) / CONFIG
+    values = read_json(file)
+    for candidate in FAMILIES.values():
+        if candidate.handles(values):
+            return candidate
+    raise HuggingFaceError(
+        f"{file}: model_type={values.get('model_type')!r} is none of the families here: {', '.join(FAMILIES)} (docs/families.md)"
+    )

@@ -1,0 +1,110 @@
+"""The recipe's `model.language` block."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megavlm.config.blocks import Block, Fraction, PositiveFloat, PositiveInt
+
+
+class RopeScaling(Block):
+    """How rotary positions reach beyond the length that the model was first trained with.
+
+    The formulas are those of transformers 5.23, `modeling_rope_utils.py`; `parameters` are its keys (factor, low_freq_factor, ...).
+    """
+
+    kind: Literal["linear", "llama3", "yarn", "longrope"]
+    parameters: dict[str, float | int | bool | list[float]] = Field(default_factory=dict)
+
+
+class LanguageConfig(Block):
+    """A decoder-only language model. The defaults are Llama's: RMSNorm, SwiGLU, rotary positions."""
+
+    vocab_size: PositiveInt = 32064
+    """Rows of the embedding as the tokenizer and Hugging Face know it; padded internally for tensor parallelism."""
+    num_layers: PositiveInt = 32
+    hidden_size: PositiveInt = 4096
+    num_attention_heads: PositiveInt = 32
+    num_query_groups: PositiveInt | None = None
+    """Key/value heads (grouped-query attention); None: as many as attention heads."""
+    head_dim: PositiveInt | None = None
+    """Width of a head; None: hidden_size / num_attention_heads."""
+    ffn_hidden_size: PositiveInt = 11008
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    gated_mlp: bool = True
+    """activation(gate) x up (SwiGLU with silu, GeGLU with gelu_tanh) instead of activation(up)."""
+    norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    norm_eps: PositiveFloat = 1e-5
+    zero_centered_norm: bool = False
+    """Norms multiply by 1 + weight (Gemma)."""
+    sandwich_norm: bool = False
+    """A norm also on what attention and MLP add to the residual (Gemma 2 and 3)."""
+    qkv_bias: bool = False
+    """Bias on query, key and value (Qwen2)."""
+    linear_bias: bool = False
+    """Biases of the attention's output and of the MLP (OPT)."""
+    qk_norm: bool = False
+    """RMSNorm on each head's query and key (Qwen3, Gemma 3)."""
+    positions: Literal["rotary", "learned"] = "rotary"
+    """learned: one vector a position, added to the embedding (OPT)."""
+    position_offset: int = Field(default=0, ge=0)
+    """Rows of the table of learned positions before that of position 0 (OPT: 2)."""
+    rope_theta: PositiveFloat = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rope_local_theta: PositiveFloat | None = None
+    """Base of rotary positions, unscaled, in layers with a sliding window (Gemma 3); None: as in the others."""
+    rotary_fraction: Fraction = 1.0
+    """Leading part of each head that is rotated (Phi)."""
+    mrope_sections: list[PositiveInt] | None = None
+    """Multimodal rotary positions: rotation pairs that follow time, row and column (Qwen2-VL); None: ordinary positions."""
+    mrope_interleaved: bool = False
+    """Time, row and column take turns through the pairs instead of following each other (Qwen3-VL)."""
+    attention_scale: PositiveFloat | None = None
+    """What query x key is multiplied by; None: 1 / sqrt(head width)."""
+    attention_softcap: PositiveFloat | None = None
+    """Attention scores are softcap x tanh(score / softcap) (Gemma 2)."""
+    logit_softcap: PositiveFloat | None = None
+    """The same for logits."""
+    sliding_window_tokens: PositiveInt | None = None
+    """Tokens, itself included, that a token sees in the layers `sliding_layers`; None: all before it."""
+    sliding_layers: list[int] = Field(default_factory=list)
+    """Layers, counted from 0, with the sliding window."""
+    bidirectional: Literal["none", "prefix", "pictures"] = "none"
+    """Tokens that see each other both ways: none; a sample's tokens before its first target (PaliGemma); those of one picture (Gemma 3)."""
+    embedding_scale: PositiveFloat = 1.0
+    """Token embeddings are multiplied by this, rounded to their format (Gemma: sqrt(hidden_size))."""
+    tie_embeddings: bool = False
+    """Output head shares the embedding's weight."""
+    max_positions: PositiveInt = 4096
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_width(self) -> int:
+        """Leading elements of each head that are rotated."""
+        return int(self.head_width * self.rotary_fraction)
+
+    @model_validator(mode="after")
+    def _check(self) -> LanguageConfig:
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}")
+        if self.positions == "rotary" and self.rotary_width % 2:
+            raise ValueError(f"heads are {self.head_width} wide, and rotary positions need an even width: change head_dim or hidden_size")
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(f"num_attention_heads={self.num_attention_heads} is not a multiple of num_query_groups={self.kv_heads}")
+        if self.sliding_layers and self.sliding_window_tokens is None:
+            raise ValueError("sliding_layers needs sliding_window_tokens")
+        for layer in self.sliding_layers:
+            if not 0 <= layer < self.num_layers:
+                raise ValueError(f"sliding_layers names layer {layer}, but layers go from 0 to {self.num_layers - 1}")
+        if self.mrope_sections is not None and 2 * sum(self.mrope_sections) != self.rotary_width:
+            raise ValueError(f"mrope_sections={self.mrope_sections} must add up to half the {self.rotary_width} rotated elements of a head")
+        return self

@@ -1,0 +1,132 @@
+"""The recipe's `model.vision` block."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megavlm.config.blocks import Block, PositiveFloat, PositiveInt
+
+ROTARY_POSITIONS = ("rotary", "learned_rotary")
+
+
+class VisionConfig(Block):
+    """A pre-norm vision transformer: CLIP, SigLIP, DINOv2, InternViT, Pixtral, Qwen-VL and what is built alike."""
+
+    image_size_px: PositiveInt = 336
+    """Side of the square tile that the encoder sees; with positions=learned also the size of the position table."""
+    patch_size_px: PositiveInt = 14
+    temporal_patch_size: PositiveInt = 1
+    """Frames that one patch spans; a picture is seen as that many equal frames (Qwen-VL: 2)."""
+    num_channels: PositiveInt = 3
+    num_layers: PositiveInt = 24
+    """Transformer layers that the weights have (including any above `feature_layer`)."""
+    hidden_size: PositiveInt = 1024
+    num_attention_heads: PositiveInt = 16
+    ffn_hidden_size: PositiveInt = 4096
+    activation: Literal["quick_gelu", "gelu", "gelu_tanh", "silu"] = "quick_gelu"
+    gated_mlp: bool = False
+    """activation(gate) x up instead of activation(up) (SwiGLU with silu: Pixtral, Qwen2.5-VL, DINOv2 giant)."""
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    norm_eps: PositiveFloat = 1e-5
+    qkv_bias: bool = True
+    linear_bias: bool = True
+    """Biases of the attention's output and of the MLP."""
+    qk_norm: bool = False
+    """RMSNorm over the whole width of query and key, all heads together (InternViT 6B)."""
+    layer_scale: bool = False
+    """A learned factor for each channel of what a layer adds to the residual (DINOv2, InternViT)."""
+    positions: Literal["learned", "bucketed", "factorised", "rotary", "learned_rotary"] = "learned"
+    """learned: one vector a patch, interpolated to other grids; bucketed: by where the patch lies in the picture, as a fraction
+    (Idefics2); factorised: one vector a row plus one a column (NaViT); rotary: two-dimensional rotary embeddings (Pixtral, Qwen-VL);
+    learned_rotary: both (Qwen3-VL)."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of two-dimensional rotary positions."""
+    class_token: bool = True
+    """CLIP has one, SigLIP has none."""
+    num_register_tokens: int = Field(default=0, ge=0)
+    """Learned tokens between class token and patches (DINOv2 with registers); never features."""
+    pre_norm: bool = True
+    """A norm between embeddings and the first layer (CLIP)."""
+    patch_bias: bool = False
+    """Bias of the patch embedding (SigLIP)."""
+    attention_window_px: PositiveInt | None = None
+    """Side of the square windows that attention stays in, except in `full_attention_layers` (Qwen2.5-VL); None: the whole picture."""
+    full_attention_layers: list[int] = Field(default_factory=list)
+    """Layers, counted from 0, that see the whole picture although `attention_window_px` is set."""
+    feature_layer: int | list[int] = -2
+    """Which hidden state feeds the projector, counted as Hugging Face does: -1 is the last layer's output, -2 the one before.
+    Several are joined by channel, in the order given."""
+    final_norm: bool = False
+    """Apply the encoder's final norm to the features. LLaVA takes raw hidden states: False."""
+    has_final_norm: bool = True
+    """The encoder's weights have a final norm, whether or not features pass it (Pixtral and Qwen2-VL have none)."""
+    keep_class_token: bool = False
+    """Feed the class token to the LLM as well (Hugging Face's vision_feature_select_strategy="full")."""
+    pooling_head: bool = False
+    """The weights hold an attention-pooling head (SigLIP); kept for a lossless export."""
+    pooled: bool = False
+    """One feature a tile, from the pooling head, instead of one a patch."""
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    @property
+    def grid_side(self) -> int:
+        """Patches on a side of one tile."""
+        return self.image_size_px // self.patch_size_px
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one tile."""
+        return self.grid_side**2
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """Hidden states that feed the projector, as numbers of layers executed (0: the embeddings)."""
+        wanted = self.feature_layer if isinstance(self.feature_layer, list) else [self.feature_layer]
+        return tuple(layer + 1 + self.num_layers if layer < 0 else layer for layer in wanted)
+
+    @property
+    def num_used_layers(self) -> int:
+        """Layers that the forward pass executes."""
+        return max(self.feature_layers)
+
+    @property
+    def num_features(self) -> int:
+        """Feature vectors that one tile hands to the projector."""
+        if self.pooled:
+            return 1
+        return self.num_patches + (1 if self.class_token and self.keep_class_token else 0)
+
+    @property
+    def feature_size(self) -> int:
+        """Width of a feature vector."""
+        return self.hidden_size * len(self.feature_layers)
+
+    @property
+    def has_position_table(self) -> bool:
+        return self.positions in ("learned", "bucketed", "learned_rotary")
+
+    @model_validator(mode="after")
+    def _check(self) -> VisionConfig:
+        if self.image_size_px % self.patch_size_px:
+            raise ValueError(f"image_size_px={self.image_size_px} is not a multiple of patch_size_px={self.patch_size_px}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}")
+        if self.feature_layer == []:
+            raise ValueError("feature_layer=[] names no layer")
+        for layer in self.feature_layers:
+            if not 0 <= layer <= self.num_layers:
+                raise ValueError(f"feature_layer={self.feature_layer} does not name the output of one of {self.num_layers} layers")
+        if self.num_used_layers < 1:
+            raise ValueError(f"feature_layer={self.feature_layer} uses none of the {self.num_layers} layers")
+        if self.final_norm and (self.feature_layers != (self.num_layers,) or not self.has_final_norm):
+            raise ValueError("final_norm needs feature_layer=-1 and has_final_norm: the final norm belongs to the last layer's output")
+        if self.pooled and not (self.pooling_head and self.final_norm):
+            raise ValueError("pooled needs pooling_head=true, final_norm=true and feature_layer=-1: the head reads normed features")
+        if self.positions in ROTARY_POSITIONS and (self.hidden_size // self.num_attention_heads) % 4:
+            raise ValueError(f"positions={self.positions} turns rows and columns apart: heads must be a multiple of 4 wide")
+        if self.attention_window_px is None and self.full_attention_layers:
+            raise ValueError("full_attention_layers needs attention_window_px: without windows every layer sees the whole picture")
+        return self

@@ -1,0 +1,99 @@
+"""megatron-core's configurations of the encoder and the LLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megavlm.config.schema import LanguageConfig, ParallelConfig, PrecisionConfig, VisionConfig
+from megavlm.models.layers.activations import ACTIVATIONS
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NORM_NAMES = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm"}
+
+
+def _leave_unset(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _common(precision: PrecisionConfig, parallel: ParallelConfig, device: torch.device) -> dict[str, Any]:
+    dtype = DTYPES[precision.dtype]
+    recompute: dict[str, Any] = {}
+    if parallel.recompute == "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif parallel.recompute == "selective":
+        recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "use_cpu_initialization": device.type == "cpu",
+        # Weights come from models/init.py or from a checkpoint. Initialisation stays switched on, with nothing to do, because
+        # megatron-core marks tensor-parallel parameters there; unmarked ones count once instead of per rank in the gradient norm.
+        "init_method": _leave_unset,
+        "output_layer_init_method": _leave_unset,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "apply_rope_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "calculate_per_token_loss": True,
+        **recompute,
+    }
+
+
+def language_transformer_config(
+    language: LanguageConfig, precision: PrecisionConfig, parallel: ParallelConfig, device: torch.device
+) -> TransformerConfig:
+    """megatron-core's configuration of the LLM."""
+    virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+    return TransformerConfig(
+        num_layers=language.num_layers,
+        hidden_size=language.hidden_size,
+        num_attention_heads=language.num_attention_heads,
+        num_query_groups=language.kv_heads,
+        kv_channels=language.head_width,
+        ffn_hidden_size=language.ffn_hidden_size,
+        layernorm_epsilon=language.norm_eps,
+        normalization=NORM_NAMES[language.norm],
+        layernorm_zero_centered_gamma=language.zero_centered_norm,
+        gated_linear_unit=language.gated_mlp,
+        activation_func=ACTIVATIONS[language.activation],
+        add_bias_linear=language.linear_bias,
+        add_qkv_bias=language.qkv_bias,
+        qk_layernorm=language.qk_norm,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=virtual,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence,
+        # With two virtual chunks and two stages, batched point-to-point messages to the same peer arrive in the wrong
+        # order over gloo and activations are taken for gradients: send them one by one (docs/architecture.md, traps).
+        overlap_p2p_comm=virtual is not None,
+        batch_p2p_comm=virtual is None,
+        deallocate_pipeline_outputs=False,
+        **_common(precision, parallel, device),
+    )
+
+
+def vision_transformer_config(
+    vision: VisionConfig, precision: PrecisionConfig, parallel: ParallelConfig, device: torch.device
+) -> TransformerConfig:
+    """megatron-core's configuration of the encoder: tensor-parallel, on one pipeline stage, never sequence-parallel."""
+    return TransformerConfig(
+        num_layers=vision.num_layers,
+        hidden_size=vision.hidden_size,
+        num_attention_heads=vision.num_attention_heads,
+        ffn_hidden_size=vision.ffn_hidden_size,
+        layernorm_epsilon=vision.norm_eps,
+        normalization=NORM_NAMES[vision.norm],
+        gated_linear_unit=vision.gated_mlp,
+        activation_func=ACTIVATIONS[vision.activation],
+        add_bias_linear=vision.linear_bias,
+        add_qkv_bias=vision.qkv_bias,
+        **_common(precision, parallel, device),
+    )

@@ -1,0 +1,16 @@
+"""Projectors: visual features -> the LLM's width. One file a kind; `build_projector` picks by `model.projector.kind`."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+
+from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from megavlm.models.projectors.mlp import MLPProjector
+
+PROJECTORS: dict[str, type[MegatronModule]] = {"mlp": MLPProjector}
+
+
+def build_projector(model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, device: torch.device) -> MegatronModule:
+    """Every kind: forward(features, rows_N) -> visual tokens (N, LLM width), picture after picture; see `MLPProjector.forward`."""
+    return PROJECTORS[model.projector.kind](model, precision, parallel, device)

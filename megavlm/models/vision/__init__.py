@@ -1,0 +1,6 @@
+"""Vision encoders."""
+
+from megavlm.models.vision.encoder import VisionEncoder
+from megavlm.models.vision.features import Features
+
+__all__ = ["Features", "VisionEncoder"]

@@ -1,0 +1,32 @@
+"""What an encoder hands to the projector.
+
+Shape legend: N features of all pictures end to end, D width of a feature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from megavlm.models.vision.pictures import Grid
+
+
+@dataclass
+class Features:
+    """Features of all pictures of a microbatch (tiles count as pictures), picture after picture, row by row."""
+
+    x_ND: torch.Tensor
+    grids: list[Grid]
+    """(rows, columns) of patches of each picture."""
+    lengths: list[int]
+    """Features of each picture: rows x columns, one more with a class token, one where they are pooled."""
+    deep: list[torch.Tensor] = field(default_factory=list)
+    """Features (N, D) from the middle of the encoder for the LLM's first layers (DeepStack)."""
+
+    @property
+    def equal_grid(self) -> Grid | None:
+        """The grid of every picture when all are equal and nothing but patches is there."""
+        if len(set(self.grids)) == 1 and set(self.lengths) == {self.grids[0][0] * self.grids[0][1]}:
+            return self.grids[0]
+        return None
