@@ -18,32 +18,37 @@ from megavlm.parallel.context import enter_grid
 from megavlm.testing.families.case import hf_logits
 from megavlm.testing.families.in_ranks import generated, gradients, logits_of_packs, targets_of
 from megavlm.testing.pool import RankPool
-from tests.families.conftest import Oracle
+from tests.families.conftest import Oracle, Record
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {"TP1": (1, {}), "TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2})}
 NEW_TOKENS = 64
 
 
-def assert_close(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
-    """Within 1e-4, relative to the largest logit where that exceeds 1."""
+def assert_close(got: torch.Tensor, want: torch.Tensor, what: str) -> float:
+    """Within 1e-4, relative to the largest logit where that exceeds 1; returns the difference."""
     assert got.shape == want.shape, what
     difference = float((got - want).abs().max()) / max(1.0, float(want.abs().max()))
     assert difference <= 1e-4, f"{what}: {difference:.2e}"
+    return difference
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_logits(pool: RankPool, oracle: Oracle, layout: str) -> None:
+def test_logits(pool: RankPool, oracle: Oracle, record: Record, layout: str) -> None:
     """Each sample alone, and all of them in one pack, against Hugging Face's samples one by one."""
     expected = hf_logits(oracle.case, oracle.hf, oracle.model, oracle.prompts)
     packs = [[prompt] for prompt in oracle.prompts] + [oracle.prompts]
     world_size, parallel = LAYOUTS[layout]
     results = pool.run(logits_of_packs, oracle.folder, parallel, packs, oracle.image_token, world_size=world_size)
     for ours in [r for r in results if r is not None]:
-        for i, (got, want) in enumerate(zip(ours, [*expected, torch.cat(expected)], strict=True)):
-            assert_close(got, want, f"pack {i}")
+        found = [
+            assert_close(got, want, f"pack {i}") for i, (got, want) in enumerate(zip(ours, [*expected, torch.cat(expected)], strict=True))
+        ]
+        record(f"logits {layout}", max(found))
+        if layout == "TP1":
+            record("packed", found[-1])
 
 
-def test_gradients(pool: RankPool, oracle: Oracle) -> None:
+def test_gradients(pool: RankPool, oracle: Oracle, record: Record) -> None:
     """Three plain gradient steps: every gradient and their norm, against autograd through the Hugging Face model."""
     rows, targets = targets_of(oracle.prompts)
     hf, theirs, lr = copy.deepcopy(oracle.hf), [], 1e-3
@@ -57,9 +62,11 @@ def test_gradients(pool: RankPool, oracle: Oracle) -> None:
             for parameter in hf.parameters():
                 if parameter.grad is not None:
                     parameter -= lr * parameter.grad
-    for ours, norm, difference in pool.run(gradients, oracle.folder, oracle.prompts, oracle.image_token, 3, lr, theirs)[0]:
+    steps = pool.run(gradients, oracle.folder, oracle.prompts, oracle.image_token, 3, lr, theirs)[0]
+    for ours, norm, difference in steps:
         assert abs(ours - norm) <= 1e-4 * norm
         assert difference <= 1e-3
+    record("gradients", max(abs(ours - norm) / norm for ours, norm, _ in steps))
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -72,7 +79,7 @@ def import_and_export(folder: Path, root: Path) -> None:
     export_hf(root / "checkpoint", root / "out", max_shard_bytes=60_000)
 
 
-def test_round_trip(pool: RankPool, oracle: Oracle, tmp_path: Path) -> None:
+def test_round_trip(pool: RankPool, oracle: Oracle, record: Record, tmp_path: Path) -> None:
     """Imported and exported again: the same tensors bit for bit, the same config, and transformers misses nothing."""
     pool.run(import_and_export, oracle.folder, tmp_path)
     before, after = (
@@ -90,10 +97,11 @@ def test_round_trip(pool: RankPool, oracle: Oracle, tmp_path: Path) -> None:
     for got, want in zip(hf_logits(oracle.case, again.eval(), oracle.model, oracle.prompts),
                          hf_logits(oracle.case, oracle.hf, oracle.model, oracle.prompts), strict=True):  # fmt: skip
         assert torch.equal(got, want), "transformers computes other logits with the exported config"
+    record("round trip", len(before))
 
 
 @pytest.mark.parametrize("layout", ["TP1", "TP2"])
-def test_generation(pool: RankPool, oracle: Oracle, layout: str) -> None:
+def test_generation(pool: RankPool, oracle: Oracle, record: Record, layout: str) -> None:
     """64 greedy tokens for unequal prompts in one batch, token for token those of Hugging Face's `generate`, one prompt at a time."""
     world_size, parallel = LAYOUTS[layout]
     ours = pool.run(generated, oracle.folder, parallel, oracle.prompts, oracle.image_token, NEW_TOKENS, world_size=world_size)
@@ -104,3 +112,4 @@ def test_generation(pool: RankPool, oracle: Oracle, layout: str) -> None:
             theirs = oracle.hf.generate(**inputs, **settings)[0, len(prompt.ids) :].tolist()
         for answer in answers:
             assert answer == theirs
+    record(f"generation {layout}", NEW_TOKENS)
