@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all check format clean
+.PHONY: help install quickstart test test-all families check format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -38,6 +38,11 @@ test: $(STAMP) ## Run the tests (no GPU needed)
 
 test-all: $(STAMP) ## Run the slow tests and, where there is a GPU, those too
 	$(BIN)/python -m pytest -m "" $(ARGS)
+
+families: $(STAMP) ## Prove every model family against transformers and write the table of docs/families.md
+	mkdir -p build
+	MEGAVLM_FAMILIES_RESULTS=build/families.json $(BIN)/python -m pytest -m "not gpu" tests/families/test_families.py $(ARGS)
+	$(BIN)/python -m megavlm.testing.families.table build/families.json docs/families.md
 
 check: $(STAMP) ## Lint, format, types, floors, Dockerfile, shell
 	$(BIN)/ruff check .
