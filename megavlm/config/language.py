@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megavlm.config.blocks import Block, Fraction, PositiveFloat, PositiveInt
+from megavlm.config.blocks import Block, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 
 
 class RopeScaling(Block):
@@ -17,6 +17,28 @@ class RopeScaling(Block):
 
     kind: Literal["linear", "llama3", "yarn", "longrope"]
     parameters: dict[str, float | int | bool | list[float]] = Field(default_factory=dict)
+
+
+class MoeConfig(Block):
+    """Experts instead of one MLP (https://arxiv.org/abs/2101.03961): a router sends each token to a few of them."""
+
+    num_experts: PositiveInt = 8
+    top_k: PositiveInt = 2
+    """Experts that a token goes to."""
+    ffn_hidden_size: PositiveInt = 14336
+    """Inner width of one expert."""
+    norm_topk_prob: bool = True
+    """The weights of a token's experts add up to 1; False: they are their share of all experts' (Qwen3-MoE before its release)."""
+    dense_layers: list[int] = Field(default_factory=list)
+    """Layers, counted from 0, that have one MLP of language.ffn_hidden_size instead."""
+    aux_loss: NonNegativeFloat = 0.0
+    """Coefficient of the loss that balances experts (Switch Transformer, section 2.2), added to gradients, not to the reported loss."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MoeConfig:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k} is more than num_experts={self.num_experts}")
+        return self
 
 
 class LanguageConfig(Block):
@@ -35,6 +57,8 @@ class LanguageConfig(Block):
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     gated_mlp: bool = True
     """activation(gate) x up (SwiGLU with silu, GeGLU with gelu_tanh) instead of activation(up)."""
+    moe: MoeConfig | None = None
+    """Mixture of experts (Qwen3-MoE, Mixtral); None: one MLP a layer."""
     norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
     norm_eps: PositiveFloat = 1e-5
     zero_centered_norm: bool = False
@@ -100,11 +124,20 @@ class LanguageConfig(Block):
             raise ValueError(f"heads are {self.head_width} wide, and rotary positions need an even width: change head_dim or hidden_size")
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(f"num_attention_heads={self.num_attention_heads} is not a multiple of num_query_groups={self.kv_heads}")
+        if self.linear_bias and not self.qkv_bias:
+            raise ValueError("linear_bias=true needs qkv_bias=true: layers have biases everywhere, or on query, key and value only")
+        if self.position_offset and self.positions != "learned":
+            raise ValueError(f"position_offset={self.position_offset} goes with positions=learned, not {self.positions}")
         if self.sliding_layers and self.sliding_window_tokens is None:
             raise ValueError("sliding_layers needs sliding_window_tokens")
         for layer in self.sliding_layers:
             if not 0 <= layer < self.num_layers:
                 raise ValueError(f"sliding_layers names layer {layer}, but layers go from 0 to {self.num_layers - 1}")
+        for layer in self.moe.dense_layers if self.moe else ():
+            if not 0 <= layer < self.num_layers:
+                raise ValueError(f"moe.dense_layers names layer {layer}, but layers go from 0 to {self.num_layers - 1}")
+        if self.moe and (self.linear_bias or self.sandwich_norm):
+            raise ValueError("moe needs linear_bias=false and sandwich_norm=false: no model with experts has them")
         if self.mrope_sections is not None and 2 * sum(self.mrope_sections) != self.rotary_width:
             raise ValueError(f"mrope_sections={self.mrope_sections} must add up to half the {self.rotary_width} rotated elements of a head")
         return self

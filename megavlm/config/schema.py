@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from megavlm.config.blocks import Block, NonNegativeInt, PositiveFloat, PositiveInt
 from megavlm.config.data import DataConfig, ImageConfig, LossConfig, MixtureEntry, SourceConfig
-from megavlm.config.language import LanguageConfig, RopeScaling
+from megavlm.config.language import LanguageConfig, MoeConfig, RopeScaling
 from megavlm.config.model import ModelConfig
 from megavlm.config.projector import ProjectorConfig
 from megavlm.config.stages import ModuleTraining, OptimizerConfig, ScheduleConfig, StageConfig
@@ -29,6 +29,7 @@ __all__ = [
     "LossConfig",
     "MixtureEntry",
     "ModelConfig",
+    "MoeConfig",
     "ModuleTraining",
     "OptimizerConfig",
     "ParallelConfig",
@@ -81,7 +82,7 @@ class ParallelConfig(Block):
     context: PositiveInt = 1
     """Ranks that share each sequence."""
     expert: PositiveInt = 1
-    """Ranks that share the experts of a mixture-of-experts layer; a dense model takes only 1."""
+    """Ranks that share the experts of a mixture-of-experts layer. They lie inside the data and context ranks, and add none."""
     sequence: bool = False
     """Megatron sequence parallelism: activations outside attention and MLP are split over the tensor ranks."""
     distributed_optimizer: bool = False
@@ -99,8 +100,6 @@ class ParallelConfig(Block):
             raise ValueError("sequence=true needs tensor > 1: there is no tensor group to split over")
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise ValueError("virtual_pipeline > 1 needs pipeline > 1")
-        if self.expert > 1:
-            raise ValueError("expert > 1 needs a mixture-of-experts model, and model.language describes a dense one: set expert=1")
         if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
             raise ValueError("overlap_param_gather needs distributed_optimizer=true and overlap_grad_reduce=true")
         return self
@@ -198,8 +197,15 @@ class Recipe(Block):
                 wanted = getattr(stage, module).last_layers
                 if wanted is not None and wanted > total:
                     raise ValueError(f"stages[{i}].{module}.last_layers={wanted}, but {total} layers of model.{module} are used")
+        language = self.model.language
+        if language.positions == "learned" and self.data.seq_len_tokens > language.max_positions:
+            raise ValueError(
+                f"data.seq_len_tokens={self.data.seq_len_tokens} exceeds model.language.max_positions={language.max_positions}: "
+                "learned positions end there"
+            )
         self._check_pictures()
         self._check_tensor_split()
+        self._check_experts()
         return self
 
     def _check_pictures(self) -> None:
@@ -228,3 +234,21 @@ class Recipe(Block):
         for name, width in widths.items():
             if width % tp:
                 raise ValueError(f"parallel.tensor={tp} does not divide model.{name}={width}")
+
+    def _check_experts(self) -> None:
+        moe, parallel = self.model.language.moe, self.parallel
+        if moe is None:
+            if parallel.expert > 1:
+                raise ValueError(f"parallel.expert={parallel.expert} needs model.language.moe: the language model has no experts")
+            return
+        if moe.num_experts % parallel.expert:
+            raise ValueError(f"parallel.expert={parallel.expert} does not divide model.language.moe.num_experts={moe.num_experts}")
+        if moe.ffn_hidden_size % parallel.tensor:
+            raise ValueError(
+                f"parallel.tensor={parallel.tensor} does not divide model.language.moe.ffn_hidden_size={moe.ffn_hidden_size}"
+            )
+        if parallel.tensor > 1 and not parallel.sequence:
+            raise ValueError(
+                "model.language.moe with parallel.tensor > 1 needs parallel.sequence=true: without it each tensor rank would send "
+                "the same tokens to the experts again"
+            )

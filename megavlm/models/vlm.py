@@ -83,7 +83,7 @@ class VisionLanguageModel(MegatronModule):
         """Hidden states (L, 1, D) after this chunk's layers."""
         x = None
         if self.pre_process:
-            x = self.language.split(self.embed(batch), packing)
+            x = self.language.split(self.language.placed(self.embed(batch), batch.positions_S), packing)
         return self.language.transform(x, packing)
 
     def embed(self, batch: PackedBatch) -> torch.Tensor:

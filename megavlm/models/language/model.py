@@ -5,6 +5,8 @@ Shape legend: S packed sequence, L this rank's rows of it (after context and seq
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
@@ -13,10 +15,12 @@ from megatron.core.tensor_parallel import (
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megavlm.config.schema import LanguageConfig, ParallelConfig, PrecisionConfig
 from megavlm.models.layers.attention import AttentionStyle
 from megavlm.models.layers.configs import language_transformer_config
+from megavlm.models.layers.experts import experts_spec
 from megavlm.models.layers.packing import Packing
 from megavlm.models.layers.run import run_layers
 from megavlm.models.layers.specs import LayerStyle, block_spec, layer_spec, post_of
@@ -38,11 +42,11 @@ class LanguageModel(GPTModel):
     ) -> None:
         first, last, vp_stage = ctx.chunk_position(chunk)
         config = language_transformer_config(language, precision, parallel, device or ctx.device)
-        layer = layer_spec(language_style(language))
+        layers = language_layers(language)
         self.language, self.ctx = language, ctx
         super().__init__(
             config,
-            block_spec(config, layer, norm=language.norm, vp_stage=vp_stage),  # type: ignore[arg-type]
+            block_spec(config, layers, norm=language.norm, vp_stage=vp_stage),  # type: ignore[arg-type]
             vocab_size=padded_vocab_size(language.vocab_size, parallel.tensor),
             max_sequence_length=language.max_positions,
             pre_process=first,
@@ -52,12 +56,24 @@ class LanguageModel(GPTModel):
             scatter_embedding_sequence_parallel=False,
             vp_stage=vp_stage,
         )
+        # Not megatron-core's own table: features of pictures take their tokens' places before positions are added.
+        self.position_embedding: torch.nn.Embedding | None = None
+        if first and language.positions == "learned":
+            rows, where = language.max_positions + language.position_offset, device or ctx.device
+            self.position_embedding = torch.nn.Embedding(rows, language.hidden_size, dtype=config.params_dtype, device=where)
 
     def embed(self, tokens_S: torch.Tensor) -> torch.Tensor:
         """Token embeddings (S, 1, D), whole on every rank: visual features are merged before anything is split."""
         x: torch.Tensor = self.embedding(tokens_S[None], None)
         scale = self.language.embedding_scale
         return x if scale == 1.0 else x * torch.tensor(scale, dtype=x.dtype, device=x.device)
+
+    def placed(self, x_SBD: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
+        """A whole sequence (S, 1, D) with learned positions added; with rotary ones it is as it was."""
+        if self.position_embedding is None:
+            return x_SBD
+        table_SD: torch.Tensor = self.position_embedding(positions_S + self.language.position_offset)
+        return x_SBD + table_SD[:, None]
 
     def split(self, x_SBD: torch.Tensor, packing: Packing) -> torch.Tensor:
         """This rank's rows (L, 1, D) of a whole sequence."""
@@ -122,6 +138,15 @@ def language_style(language: LanguageConfig) -> LayerStyle:
     )
     post = post_of(norm=language.norm if language.sandwich_norm else None)
     return LayerStyle(causal=True, norm=language.norm, qk_norm=language.qk_norm, post=post, attention=attention)
+
+
+def language_layers(language: LanguageConfig) -> ModuleSpec | list[ModuleSpec]:
+    """One spec for all layers, or one for each."""
+    style = language_style(language)
+    if language.moe is None:
+        return layer_spec(style)
+    dense, sparse = layer_spec(style), layer_spec(replace(style, mlp=experts_spec()))
+    return [dense if layer in language.moe.dense_layers else sparse for layer in range(language.num_layers)]
 
 
 def weight_of(module: torch.nn.Module) -> torch.Tensor:

@@ -8,10 +8,11 @@ from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.holding import which_holds
 from megavlm.checkpoint.hf.language.base import LanguageKind
 from megavlm.checkpoint.hf.language.llama import Llama, Qwen2, Qwen3
+from megavlm.checkpoint.hf.language.opt import Opt
 from megavlm.checkpoint.hf.reading import Problems, hf_config
 from megavlm.config.schema import LanguageConfig
 
-LANGUAGES: dict[str, LanguageKind] = {kind.model_type: kind for kind in (Llama(), Qwen2(), Qwen3())}
+LANGUAGES: dict[str, LanguageKind] = {kind.model_type: kind for kind in (Llama(), Qwen2(), Qwen3(), Opt())}
 
 
 def language(model_type: str, allowed: tuple[str, ...] | None = None) -> LanguageKind:
