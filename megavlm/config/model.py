@@ -28,9 +28,15 @@ class ModelConfig(Block):
     @property
     def visual_tokens_per_tile(self) -> int:
         """Placeholders that one tile expands to."""
+        if self.projector.tokens_per_picture is not None:
+            return self.projector.tokens_per_picture
         if self.projector.pixel_shuffle == 1:
             return self.vision.num_features
         return self.vision.num_patches // self.projector.pixel_shuffle**2
+
+    def visual_tokens(self, rows: int, columns: int) -> int:
+        """Placeholders that a picture of so many patches expands to (native resolution: no class token)."""
+        return self.projector.tokens_per_picture or rows * columns // self.projector.pixel_shuffle**2
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

@@ -4,14 +4,42 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megavlm.config.blocks import Block, PositiveInt
+from pydantic import model_validator
+
+from megavlm.config.blocks import Block, PositiveFloat, PositiveInt
+
+
+class ResamplerConfig(Block):
+    """Learned queries that read a picture's features, so that every picture becomes as many visual tokens (Perceiver, Idefics2)."""
+
+    num_latents: PositiveInt = 64
+    """Visual tokens of a picture, whatever its size."""
+    num_layers: PositiveInt = 3
+    num_attention_heads: PositiveInt = 16
+    num_query_groups: PositiveInt | None = None
+    """Key/value heads; None: as many as attention heads."""
+    head_dim: PositiveInt = 96
+    ffn_hidden_size: PositiveInt | None = None
+    """None: four times the LLM's width."""
+    activation: Literal["gelu", "gelu_tanh", "silu"] = "silu"
+    norm_eps: PositiveFloat = 1e-6
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @model_validator(mode="after")
+    def _check(self) -> ResamplerConfig:
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(f"num_attention_heads={self.num_attention_heads} is not a multiple of num_query_groups={self.kv_heads}")
+        return self
 
 
 class ProjectorConfig(Block):
     """What maps visual features to the LLM's width."""
 
-    kind: Literal["mlp"] = "mlp"
-    """mlp: linear layers on each feature."""
+    kind: Literal["mlp", "perceiver"] = "mlp"
+    """mlp: linear layers on each feature. perceiver: a gated MLP (activation(gate) x up) on each feature, then `resampler` (Idefics2)."""
     num_layers: Literal[1, 2, 3] = 2
     """Linear layers, with the activation between them (1: linear; 2: LLaVA-1.5)."""
     hidden_size: PositiveInt | None = None
@@ -24,3 +52,18 @@ class ProjectorConfig(Block):
     """A learned token at the end of each row of patches, for data.image.policy=anyres (LLaVA-NeXT)."""
     input_norm: bool = False
     """A LayerNorm on the (shuffled) features before the first linear layer (InternVL)."""
+    resampler: ResamplerConfig | None = None
+    """kind=perceiver, and only there."""
+
+    @property
+    def tokens_per_picture(self) -> int | None:
+        """Visual tokens of a picture or tile whatever its size; None: as many as its (merged) patches."""
+        return self.resampler.num_latents if self.resampler is not None else None
+
+    @model_validator(mode="after")
+    def _check_resampler(self) -> ProjectorConfig:
+        if (self.kind == "perceiver") != (self.resampler is not None):
+            raise ValueError("kind=perceiver and the block resampler go together: give both (resampler={} has defaults) or neither")
+        if self.resampler is not None and (self.bias or self.num_layers != 2 or self.image_newline or self.input_norm):
+            raise ValueError("kind=perceiver has a gated MLP without biases: set bias=false; num_layers, image_newline and input_norm stay")
+        return self

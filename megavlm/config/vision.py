@@ -39,14 +39,18 @@ class VisionConfig(Block):
     """A learned factor for each channel of what a layer adds to the residual (DINOv2, InternViT)."""
     positions: Literal["learned", "bucketed", "factorised", "rotary", "learned_rotary"] = "learned"
     """learned: one vector a patch, interpolated to other grids; bucketed: by where the patch lies in the picture, as a fraction
-    (Idefics2); factorised: one vector a row plus one a column (NaViT); rotary: two-dimensional rotary embeddings (Pixtral, Qwen-VL);
+    (Idefics2); factorised: one vector a row plus one a column, up to image_size_px (NaViT, https://arxiv.org/abs/2307.06304); rotary: two-dimensional rotary embeddings (Pixtral, Qwen-VL);
     learned_rotary: both (Qwen3-VL)."""
+    antialiased_positions: bool = False
+    """Learned positions are smoothed where they are shrunk to a smaller grid (DINOv2 with registers)."""
     rope_theta: PositiveFloat = 10000.0
     """Base of two-dimensional rotary positions."""
     class_token: bool = True
     """CLIP has one, SigLIP has none."""
     num_register_tokens: int = Field(default=0, ge=0)
     """Learned tokens between class token and patches (DINOv2 with registers); never features."""
+    mask_token: bool = False
+    """The weights hold the token of masked pretraining (DINOv2); kept for a lossless export, frozen."""
     pre_norm: bool = True
     """A norm between embeddings and the first layer (CLIP)."""
     patch_bias: bool = False
@@ -105,8 +109,9 @@ class VisionConfig(Block):
         return self.hidden_size * len(self.feature_layers)
 
     @property
-    def has_position_table(self) -> bool:
-        return self.positions in ("learned", "bucketed", "learned_rotary")
+    def num_position_rows(self) -> int:
+        """Vectors in the table of learned positions of patches; 0: there is none."""
+        return {"factorised": 2 * self.grid_side, "rotary": 0}.get(self.positions, self.num_patches)
 
     @model_validator(mode="after")
     def _check(self) -> VisionConfig:

@@ -24,7 +24,7 @@ from megavlm.models.layers.specs import LayerStyle, block_spec, layer_spec, post
 from megavlm.models.vision.features import Features
 from megavlm.models.vision.pictures import Grid, split_pictures
 from megavlm.models.vision.pooling import PoolingHead
-from megavlm.models.vision.positions import interpolated_positions
+from megavlm.models.vision.positions import POSITIONS
 
 
 class VisionEncoder(MegatronModule):
@@ -43,8 +43,8 @@ class VisionEncoder(MegatronModule):
         inputs = vision.num_channels * vision.temporal_patch_size * vision.patch_size_px**2
         self.patch_embedding = torch.nn.Linear(inputs, width, bias=vision.patch_bias, **new)
         self.position_embedding = None
-        if vision.has_position_table:
-            rows = vision.num_patches + int(vision.class_token)
+        if vision.num_position_rows:
+            rows = vision.num_position_rows + int(vision.class_token)
             self.position_embedding = torch.nn.Parameter(torch.empty(rows, width, **new))
         self.class_embedding = torch.nn.Parameter(torch.empty(width, **new)) if vision.class_token else None
         self.register_tokens = None
@@ -118,7 +118,8 @@ class VisionEncoder(MegatronModule):
 
     def _positions(self, table: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         """(N, D): position vectors of all patches."""
-        own = {grid: interpolated_positions(table[int(self.vision.class_token) :], *grid) for grid in set(grids)}
+        place = POSITIONS[self.vision.positions]
+        own = {grid: place(table[int(self.vision.class_token) :], *grid) for grid in set(grids)}
         if len(own) == 1:
             return own[grids[0]].repeat(len(grids), 1)
         return torch.cat([own[grid] for grid in grids])
