@@ -15,7 +15,8 @@ class VisionConfig(Block):
     """A pre-norm vision transformer: CLIP, SigLIP, DINOv2, InternViT, Pixtral, Qwen-VL and what is built alike."""
 
     image_size_px: PositiveInt = 336
-    """Side of the square tile that the encoder sees; with positions=learned also the size of the position table."""
+    """Side of the square tile that the encoder sees; with positions=learned also the size of the position table. What is left beside
+    whole patches goes unseen, as by a convolution (SigLIP so400m: 384 with patches of 14)."""
     patch_size_px: PositiveInt = 14
     temporal_patch_size: PositiveInt = 1
     """Frames that one patch spans; a picture is seen as that many equal frames (Qwen-VL: 2)."""
@@ -39,12 +40,16 @@ class VisionConfig(Block):
     """A learned factor for each channel of what a layer adds to the residual (DINOv2, InternViT)."""
     positions: Literal["learned", "bucketed", "factorised", "rotary", "learned_rotary"] = "learned"
     """learned: one vector a patch, interpolated to other grids; bucketed: by where the patch lies in the picture, as a fraction
-    (Idefics2); factorised: one vector a row plus one a column, up to image_size_px (NaViT, https://arxiv.org/abs/2307.06304); rotary: two-dimensional rotary embeddings (Pixtral, Qwen-VL);
-    learned_rotary: both (Qwen3-VL)."""
-    antialiased_positions: bool = False
-    """Learned positions are smoothed where they are shrunk to a smaller grid (DINOv2 with registers)."""
+    (Idefics2); factorised: one vector a row plus one a column, up to image_size_px (NaViT); rotary: two-dimensional rotary embeddings
+    (Pixtral, Qwen-VL); learned_rotary: both (Qwen3-VL)."""
+    position_interpolation: Literal["bicubic", "bicubic_antialiased", "bilinear_antialiased", "bilinear_corners"] = "bicubic"
+    """How learned positions reach another grid. bicubic: CLIP, SigLIP, DINOv2; bicubic_antialiased: DINOv2 with registers;
+    bilinear_antialiased: SigLIP2 NaFlex; bilinear_corners: the outermost points of both grids coincide (Qwen3-VL)."""
     rope_theta: PositiveFloat = 10000.0
     """Base of two-dimensional rotary positions."""
+    rotary_layout: Literal["shared", "alternating"] = "shared"
+    """Two-dimensional rotary positions. shared: rows and columns turn at the same frequencies (Qwen-VL); alternating: they take every
+    other one of a single series (Pixtral)."""
     class_token: bool = True
     """CLIP has one, SigLIP has none."""
     num_register_tokens: int = Field(default=0, ge=0)
@@ -53,12 +58,17 @@ class VisionConfig(Block):
     """The weights hold the token of masked pretraining (DINOv2); kept for a lossless export, frozen."""
     pre_norm: bool = True
     """A norm between embeddings and the first layer (CLIP)."""
+    patch_channels_last: bool = False
+    """The patch embedding takes a patch's values pixel by pixel, not channel by channel (SigLIP2 NaFlex)."""
     patch_bias: bool = False
     """Bias of the patch embedding (SigLIP)."""
     attention_window_px: PositiveInt | None = None
     """Side of the square windows that attention stays in, except in `full_attention_layers` (Qwen2.5-VL); None: the whole picture."""
     full_attention_layers: list[int] = Field(default_factory=list)
     """Layers, counted from 0, that see the whole picture although `attention_window_px` is set."""
+    deepstack_layers: list[int] = Field(default_factory=list)
+    """Layers, counted from 0 and ascending, whose output goes past the projector: each through a merger of its own into the hidden states
+    of visual tokens, the first after the LLM's first layer and so on (DeepStack, https://arxiv.org/abs/2406.04334; Qwen3-VL)."""
     feature_layer: int | list[int] = -2
     """Which hidden state feeds the projector, counted as Hugging Face does: -1 is the last layer's output, -2 the one before.
     Several are joined by channel, in the order given."""
@@ -113,10 +123,28 @@ class VisionConfig(Block):
         """Vectors in the table of learned positions of patches; 0: there is none."""
         return {"factorised": 2 * self.grid_side, "rotary": 0}.get(self.positions, self.num_patches)
 
+    def _check_plane(self) -> None:
+        """What is arranged by rows and columns of patches has no place for other tokens; layers that are named must run."""
+        plane = {
+            f"positions={self.positions}": self.positions in ROTARY_POSITIONS,
+            "attention_window_px": self.attention_window_px is not None,
+            "deepstack_layers": bool(self.deepstack_layers),
+        }
+        for name, is_set in plane.items():
+            if is_set and (self.class_token or self.num_register_tokens):
+                raise ValueError(f"{name} is about patches in a plane: set class_token=false and num_register_tokens=0")
+        for name, layers in (("full_attention_layers", self.full_attention_layers), ("deepstack_layers", self.deepstack_layers)):
+            if any(not 0 <= layer < self.num_layers for layer in layers) or sorted(set(layers)) != layers:
+                raise ValueError(f"{name}={layers} must be ascending numbers of layers, from 0 to {self.num_layers - 1}")
+        if self.deepstack_layers and self.deepstack_layers[-1] >= self.num_used_layers:
+            raise ValueError(
+                f"deepstack_layers={self.deepstack_layers} names a layer above feature_layer={self.feature_layer}, which does not run"
+            )
+
     @model_validator(mode="after")
     def _check(self) -> VisionConfig:
-        if self.image_size_px % self.patch_size_px:
-            raise ValueError(f"image_size_px={self.image_size_px} is not a multiple of patch_size_px={self.patch_size_px}")
+        if self.image_size_px < self.patch_size_px:
+            raise ValueError(f"image_size_px={self.image_size_px} holds no patch of patch_size_px={self.patch_size_px}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}")
         if self.feature_layer == []:
@@ -134,4 +162,7 @@ class VisionConfig(Block):
             raise ValueError(f"positions={self.positions} turns rows and columns apart: heads must be a multiple of 4 wide")
         if self.attention_window_px is None and self.full_attention_layers:
             raise ValueError("full_attention_layers needs attention_window_px: without windows every layer sees the whole picture")
+        if self.attention_window_px is not None and self.attention_window_px % self.patch_size_px:
+            raise ValueError(f"attention_window_px={self.attention_window_px} is not a multiple of patch_size_px={self.patch_size_px}")
+        self._check_plane()
         return self

@@ -9,22 +9,26 @@ tokens, D encoder width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from megavlm.config.schema import ParallelConfig, PrecisionConfig, VisionConfig
+from megavlm.config.vision import ROTARY_POSITIONS
 from megavlm.models.layers.attention import AttentionStyle
 from megavlm.models.layers.configs import DTYPES, vision_transformer_config
 from megavlm.models.layers.norms import NORMS
-from megavlm.models.layers.packing import pack
 from megavlm.models.layers.run import run_layers
 from megavlm.models.layers.specs import LayerStyle, block_spec, layer_spec, post_of
+from megavlm.models.vision.attention import EncoderAttention, WideNormAttention
 from megavlm.models.vision.features import Features
 from megavlm.models.vision.pictures import Grid, split_pictures
 from megavlm.models.vision.pooling import PoolingHead
-from megavlm.models.vision.positions import POSITIONS
+from megavlm.models.vision.positions import POSITIONS, interpolated_positions
+from megavlm.models.vision.rotary import rotary_tables
+from megavlm.models.vision.windows import layer_packings
 
 
 class VisionEncoder(MegatronModule):
@@ -50,6 +54,7 @@ class VisionEncoder(MegatronModule):
         self.register_tokens = None
         if vision.num_register_tokens:
             self.register_tokens = torch.nn.Parameter(torch.empty(vision.num_register_tokens, width, **new))
+        self.mask_token = torch.nn.Parameter(torch.empty(width, **new)) if vision.mask_token else None
         norm = NORMS[vision.norm]
         self.pre_norm = norm(config, width, vision.norm_eps).to(device) if vision.pre_norm else None  # type: ignore[call-arg]
         self.decoder = TransformerBlock(
@@ -79,23 +84,29 @@ class VisionEncoder(MegatronModule):
         x_MD, rows_M = self._with_extra_tokens(x_ND, lengths)
         if self.pre_norm is not None:
             x_MD = self.pre_norm(x_MD)
-        packing = pack(rows_M, x_MD.device, causal=False)
-        _, taken = run_layers(
-            self.decoder,
-            x_MD.unsqueeze(1),
-            packing,
-            num_layers=self.vision.num_used_layers,
-            taps=self.vision.feature_layers,
-        )
-        features = torch.cat([x.squeeze(1) for x in taken], dim=-1)
+        taken, deep = self._layers(x_MD, grids, rows_M)
+        features = torch.cat(taken, dim=-1)
         if self.vision.final_norm:
             assert self.final_norm is not None
             features = self.final_norm(features)
         selected = self._selected(features, lengths, list(grids))
+        selected.deep = deep
         if self.vision.pooled:
             assert self.pooling_head is not None
             return Features(self.pooling_head(selected.x_ND, selected.lengths), selected.grids, [1] * len(grids))
         return selected
+
+    def _layers(self, x_MD: torch.Tensor, grids: Sequence[Grid], rows_M: list[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Hidden states (M, D) of the feature layers, and of those whose features go past the projector (DeepStack)."""
+        vision = self.vision
+        rotary = {"global": rotary_tables(vision, grids, x_MD.device)} if vision.positions in ROTARY_POSITIONS else {}
+        packing, windows = layer_packings(vision, grids, rows_M, rotary, x_MD.device)
+        if windows is not None:
+            x_MD = windows.order(x_MD)
+        taps = (*vision.feature_layers, *(layer + 1 for layer in vision.deepstack_layers))
+        _, taken = run_layers(self.decoder, x_MD.unsqueeze(1), packing, num_layers=vision.num_used_layers, taps=taps)
+        states = [x.squeeze(1) if windows is None else windows.back(x.squeeze(1)) for x in taken]
+        return states[: len(vision.feature_layers)], states[len(vision.feature_layers) :]
 
     def patchify(self, tiles_TCHW: torch.Tensor) -> torch.Tensor:
         """uint8 tiles -> normalised patches (T, P, C x frames x patch x patch) in the encoder's dtype, channels first in each patch."""
@@ -103,6 +114,8 @@ class VisionEncoder(MegatronModule):
         pixels = (tiles_TCHW.float() - self._mean) * self._inverse_std
         patches = pixels.unfold(2, size, size).unfold(3, size, size)  # T, C, rows, columns, size, size
         patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)  # T, P, C, size, size
+        if self.vision.patch_channels_last:
+            patches = patches.permute(0, 1, 3, 4, 2)
         if frames > 1:
             patches = patches.unsqueeze(3).expand(-1, -1, -1, frames, -1, -1)
         return patches.flatten(2).to(self.config.params_dtype)
@@ -119,6 +132,8 @@ class VisionEncoder(MegatronModule):
     def _positions(self, table: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         """(N, D): position vectors of all patches."""
         place = POSITIONS[self.vision.positions]
+        if place is interpolated_positions:
+            place = partial(interpolated_positions, method=self.vision.position_interpolation)
         own = {grid: place(table[int(self.vision.class_token) :], *grid) for grid in set(grids)}
         if len(own) == 1:
             return own[grids[0]].repeat(len(grids), 1)
@@ -168,9 +183,17 @@ class VisionEncoder(MegatronModule):
             unused |= set(self.final_norm.parameters())
         if self.pooling_head is not None and not self.vision.pooled:
             unused |= set(self.pooling_head.parameters())
+        if self.mask_token is not None:
+            unused.add(self.mask_token)
         return unused
 
 
 def vision_style(vision: VisionConfig) -> LayerStyle:
     """The encoder's layers by what its config says."""
-    return LayerStyle(causal=False, norm=vision.norm, post=post_of(scale=vision.layer_scale), attention=AttentionStyle())
+    return LayerStyle(
+        causal=False,
+        norm=vision.norm,
+        post=post_of(scale=vision.layer_scale),
+        attention=AttentionStyle(),
+        self_attention=WideNormAttention if vision.qk_norm else EncoderAttention,
+    )

@@ -12,18 +12,19 @@ import torch
 import torch.nn.functional as F
 
 
-def interpolated_positions(table_PD: torch.Tensor, rows: int, columns: int, antialias: bool = False) -> torch.Tensor:
-    """Learned positions of a square of patches, stretched bicubically to rows x columns: (rows x columns, D), row by row.
+def interpolated_positions(table_PD: torch.Tensor, rows: int, columns: int, method: str = "bicubic") -> torch.Tensor:
+    """Learned positions of a square of patches, stretched to rows x columns: (rows x columns, D), row by row.
 
-    The numbers of Hugging Face's `interpolate_pos_encoding` (transformers 5.23, models/clip, models/siglip and models/dinov2), which is
-    torch's bicubic `interpolate`, with antialiasing in models/dinov2_with_registers; the trained size itself is untouched, bit for bit. Written as two matrix products,
+    `method` is model.vision.position_interpolation. The numbers of Hugging Face's `interpolate_pos_encoding` (transformers 5.23,
+    models/clip, siglip, dinov2, dinov2_with_registers, siglip2), which is torch's `interpolate`; the trained size itself is untouched,
+    bit for bit. Written as two matrix products,
     because the gradient of `interpolate` adds up in no fixed order on a GPU.
     """
     side = int(table_PD.shape[0] ** 0.5)
     if (rows, columns) == (side, side):
         return table_PD
     square = table_PD.float().view(side, side, -1)
-    down, across = (_weights(side, n, antialias).to(table_PD.device) for n in (rows, columns))
+    down, across = (_weights(side, n, method).to(table_PD.device) for n in (rows, columns))
     tall = (down @ square.flatten(1)).view(rows, side, -1)
     return (across @ tall).flatten(0, 1).to(table_PD.dtype)
 
@@ -73,9 +74,10 @@ def _buckets(side: int, wanted: int) -> torch.Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _weights(size: int, wanted: int, antialias: bool) -> torch.Tensor:
+def _weights(size: int, wanted: int, method: str) -> torch.Tensor:
     """(wanted, size): how much of each of `size` points in a row goes into each of `wanted`."""
     with torch.no_grad():
         # Every row of the identity is a picture of one line with a single point set.
         points = torch.eye(size).view(size, 1, 1, size).expand(-1, -1, 4, -1)
-        return F.interpolate(points, size=(4, wanted), mode="bicubic", align_corners=False, antialias=antialias)[:, 0, 0].T.contiguous()
+        mode, antialias = method.split("_")[0], method.endswith("_antialiased")
+        return F.interpolate(points, size=(4, wanted), mode=mode, align_corners=False, antialias=antialias)[:, 0, 0].T.contiguous()
