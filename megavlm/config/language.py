@@ -96,7 +96,9 @@ class LanguageConfig(Block):
     sliding_layers: list[int] = Field(default_factory=list)
     """Layers, counted from 0, with the sliding window."""
     bidirectional: Literal["none", "prefix", "pictures"] = "none"
-    """Tokens that see each other both ways: none; a sample's tokens before its first target (PaliGemma); those of one picture (Gemma 3)."""
+    """Tokens that see each other both ways: none; prefix: a sample's tokens before its first target, all of them where nothing is
+    learned (PaliGemma), also beyond a sliding window; pictures: those of one picture (Gemma 3). With prefix, whatever a sample holds
+    behind its first target is seen in order, further questions of a conversation too."""
     embedding_scale: PositiveFloat = 1.0
     """Token embeddings are multiplied by this, rounded to their format (Gemma: sqrt(hidden_size))."""
     tie_embeddings: bool = False

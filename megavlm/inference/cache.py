@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from megavlm.models.layers.attention import attend_packed
+from megavlm.models.layers.attention import attend_packed, capped_attention
 from megavlm.models.layers.packing import Packing
 
 GROWTH_TOKENS = 64
@@ -34,6 +34,7 @@ class KVCache:
         self._values: dict[int, torch.Tensor] = {}
         self._sequence_S = self._position_S = torch.empty(0, dtype=torch.int64)
         self._visible_BW: torch.Tensor | None = None
+        self._age_BW = torch.empty(0, 0, dtype=torch.int64)
 
     @property
     def width(self) -> int:
@@ -55,19 +56,34 @@ class KVCache:
         self._position_S = torch.arange(int(count.sum()), device=device) - (first_row - start)[self._sequence_S]
         self._visible_BW = None
         if not is_prefill:
-            self._visible_BW = torch.arange(self.width, device=device)[None, :] <= start[:, None]
+            self._age_BW = start[:, None] - torch.arange(self.width, device=device)[None, :]
+            self._visible_BW = self._age_BW >= 0
 
     def attend(
-        self, layer_number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, scale: float
+        self,
+        layer_number: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        packing: Packing,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
-        """Store this pass's keys and values and attend to all of the sequence: (S, H, K), (S, G, K), (S, G, K) -> (S, H, K)."""
+        """Store this pass's keys and values and attend to all of the sequence: (S, H, K), (S, G, K), (S, G, K) -> (S, H, K).
+
+        Rows that see each other both ways are those of the prompts (`packing.masks`): every later token sees what came before it.
+        """
         keys, values = self._store(self._keys, layer_number, key), self._store(self._values, layer_number, value)
         if self._visible_BW is None:
-            return attend_packed(query, key, value, packing, causal=True, scale=scale)
-        grouped = query.shape[1] != key.shape[1]
-        mask = self._visible_BW[:, None, None, :]
-        out = F.scaled_dot_product_attention(query.unsqueeze(2), keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped)
-        return out.squeeze(2)
+            return attend_packed(query, key, value, packing, causal=True, scale=scale, window=window, softcap=softcap)
+        visible_BW = self._visible_BW if window is None else self._visible_BW & (self._age_BW < window)
+        grouped, mask = query.shape[1] != key.shape[1], visible_BW[:, None, None, :]
+        q = query.unsqueeze(2)
+        if softcap is not None:
+            return capped_attention(q, keys, values, mask, scale, softcap).squeeze(2)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped).squeeze(2)
 
     def drop(self, keep: Sequence[int]) -> None:
         """Keep only the sequences numbered `keep`, in that order; they are renumbered from 0."""

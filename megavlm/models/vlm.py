@@ -20,6 +20,7 @@ from megavlm.models.language import LanguageModel
 from megavlm.models.language.rotary import rotary_tables
 from megavlm.models.layers.packing import Packing, pack
 from megavlm.models.projectors import build_projector
+from megavlm.models.layers.masks import groups_of
 from megavlm.models.vision import VisionEncoder
 from megavlm.parallel.context import ParallelContext
 
@@ -128,7 +129,15 @@ class VisionLanguageModel(MegatronModule):
             batch.tokens_S.device,
             causal=True,
             context=(self.ctx.context_rank, self.ctx.grid.context),
-            rotary=rotary_tables(language, batch.positions_S, self.config.params_dtype),
+            rotary=rotary_tables(language, batch.positions_S, self.config.params_dtype, batch.segment_lengths),
+            groups=groups_of(
+                language.bidirectional,
+                batch.segment_lengths,
+                [sample is not None for sample in batch.segment_samples],
+                batch.target_positions_Q,
+                batch.target_segments_Q,
+                batch.image_positions_N,
+            ),
         )
 
 

@@ -4,7 +4,8 @@ Rotary positions are applied here, from tables that `Packing` computed once per 
 SelfAttention: its packed path ignores position ids and loops over segments in every layer.
 
 Backends: one scaled-dot-product call per segment (any device; equal segments become one batched call), and torch's
-`varlen_attn` on CUDA in bf16. Transformer Engine's layers, where they are used, get this same core attention.
+`varlen_attn` on CUDA in bf16. Segments that need more than causal order, and soft-capped scores, get a mask of their own
+(`masks.py`). Transformer Engine's layers, where they are used, get this same core attention.
 
 Shape legend: L local rows, S all rows, H heads, G key/value heads, K head dim.
 """
@@ -23,6 +24,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention.bias import causal_lower_right
 
+from megavlm.models.layers.masks import Piece, is_plain
 from megavlm.models.layers.packing import Packing, apply_rotary
 
 CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
@@ -90,11 +92,12 @@ class PackedAttention(MegatronModule):
             cos_LK, sin_LK = packing.rotary[self.rotary]
             query, key = (apply_rotary(x, cos_LK, sin_LK) for x in (query, key))
         if packing.cache is not None:
-            out = packing.cache.attend(self.layer_number, query, key, value, packing, self.scale)
+            out = packing.cache.attend(self.layer_number, query, key, value, packing, self.scale, window=self.window, softcap=self.softcap)
             return out.reshape(query.shape[0], -1)
         if packing.gathered_order_S is not None:
             key, value = (self._gather_context(x, packing.gathered_order_S) for x in (key, value))
-        return attend_packed(query, key, value, packing, causal=self.is_causal, scale=self.scale).reshape(query.shape[0], -1)
+        out = attend_packed(query, key, value, packing, causal=self.is_causal, scale=self.scale, window=self.window, softcap=self.softcap)
+        return out.reshape(query.shape[0], -1)
 
     def _gather_context(self, x: torch.Tensor, order_S: torch.Tensor) -> torch.Tensor:
         """Keys or values of the whole sequence; the backward pass reduce-scatters their gradients to the owners."""
@@ -104,30 +107,83 @@ class PackedAttention(MegatronModule):
 
 
 def attend_packed(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, *, causal: bool, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packing: Packing,
+    *,
+    causal: bool,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
-    """Attention inside each segment: (L, H, K), (S, G, K), (S, G, K) -> (L, H, K)."""
-    if query.is_cuda and packing.gathered_order_S is None and _varlen_attn is not None and query.dtype != torch.float32:
-        window = (-1, 0) if causal else (-1, -1)
-        cu, longest = packing.cu_seqlens_q, packing.max_seqlen_q
+    """Attention inside each segment: (L, H, K), (S, G, K), (S, G, K) -> (L, H, K).
+
+    `window` (tokens that a row sees, itself included) and the groups of `packing.masks` are for causal attention.
+    """
+    grouped = any(piece.grouped for piece in packing.pieces)
+    runs_varlen = query.is_cuda and packing.gathered_order_S is None and _varlen_attn is not None and query.dtype != torch.float32
+    if runs_varlen and softcap is None and not grouped:
+        sides = (-1 if window is None else window - 1, 0) if causal else (-1, -1)
+        cu_q, longest_q, cu_k, longest_k = packing.cu_seqlens_q, packing.max_seqlen_q, packing.cu_seqlens_kv, packing.max_seqlen_kv
         # enable_gqa came after torch 2.11: repeat the key/value heads instead.
-        repeat = query.shape[1] // key.shape[1]
-        if repeat > 1:
-            key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-        return _varlen_attn(query, key, value, cu, cu, longest, longest, scale=scale, window_size=window)  # type: ignore[no-any-return]
-    grouped = query.shape[1] != key.shape[1]
-    if packing.equal_length is not None:
-        q, k, v = (x.unflatten(0, (-1, packing.equal_length)).transpose(1, 2) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
-        return out.transpose(1, 2).flatten(0, 1)
-    outputs = []
-    for q, k, v in _segments(query, key, value, packing):
-        is_square = q.shape[2] == k.shape[2]
-        # Queries in the middle of a segment (context parallelism) are aligned to the end of their keys.
-        mask = causal_lower_right(q.shape[2], k.shape[2]) if causal and not is_square else None
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and is_square, scale=scale, enable_gqa=grouped)
-        outputs.append(out.transpose(1, 2))
+        key, value = _repeated(key, value, query.shape[1], dim=1)
+        return _varlen_attn(query, key, value, cu_q, cu_k, longest_q, longest_k, scale=scale, window_size=sides)  # type: ignore[no-any-return]
+    if packing.equal_length is not None and not grouped:
+        segments = query.shape[0] // packing.equal_length  # a resampler's keys are more than its queries
+        q, k, v = (x.unflatten(0, (segments, -1)).transpose(1, 2) for x in (query, key, value))
+        return _attend(q, k, v, packing, packing.pieces[0], causal, scale, window, softcap).transpose(1, 2).flatten(0, 1)
+    outputs = [
+        _attend(q, k, v, packing, piece, causal, scale, window, softcap).transpose(1, 2)
+        for piece, (q, k, v) in zip(packing.pieces, _segments(query, key, value, packing), strict=True)
+    ]
     return torch.cat(outputs, dim=1).squeeze(0)
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    packing: Packing,
+    piece: Piece,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """One piece, or equal segments as a batch: (B, H, R, K), (B, G, R', K), (B, G, R', K) -> (B, H, R, K)."""
+    plain, is_square = is_plain(piece, window), piece.query_length == piece.key_length
+    mask: Any = None
+    if causal and (softcap is not None or not plain):
+        assert packing.masks is not None
+        mask = packing.masks.mask(piece, window)
+    if softcap is not None:
+        return capped_attention(q, k, v, mask, scale, softcap)
+    if causal and plain and not is_square:
+        # Queries in the middle of a segment (context parallelism) are aligned to the end of their keys.
+        mask = causal_lower_right(q.shape[2], k.shape[2])
+    is_causal, grouped = causal and plain and is_square, q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+
+
+def capped_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, softcap: float
+) -> torch.Tensor:
+    """Attention whose scores are softcap x tanh(score / softcap) (Gemma 2, https://arxiv.org/abs/2408.00118, section 2); softmax in fp32.
+
+    `mask` is True where a query sees a key and broadcasts to (B, H, R, K). torch's fused attention knows no soft cap.
+    """
+    k, v = _repeated(k, v, q.shape[1], dim=1)
+    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1, dtype=torch.promote_types(v.dtype, torch.float32)).to(v.dtype) @ v
+
+
+def _repeated(key: torch.Tensor, value: torch.Tensor, heads: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value heads, each as often as query heads share it."""
+    times = heads // key.shape[dim]
+    return (key, value) if times == 1 else (key.repeat_interleave(times, dim), value.repeat_interleave(times, dim))
 
 
 def _segments(

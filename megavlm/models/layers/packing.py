@@ -16,15 +16,7 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-
-@dataclass(frozen=True)
-class Piece:
-    """Queries of one segment that this rank owns, and the keys they may see (rows of the whole sequence)."""
-
-    query_start: int
-    query_length: int
-    key_start: int
-    key_length: int
+from megavlm.models.layers.masks import Groups, Masks, Piece
 
 
 @dataclass
@@ -32,6 +24,8 @@ class Packing(PackedSeqParams):
     """megatron-core's packed-sequence parameters, with rotations and pieces computed once instead of once per layer."""
 
     pieces: tuple[Piece, ...] = ()
+    masks: Masks | None = None
+    """Built when a layer asks for one; causal order needs none."""
     equal_length: int | None = None
     """Length of every segment when all are equal (tiles): attention then runs as one batch."""
     rotary: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
@@ -76,8 +70,9 @@ def pack(
     """Describe a packed sequence of `segment_lengths`.
 
     `context` is (rank, size) of context parallelism; `rotary` holds cos and sin (S, width) of the whole sequence by name.
-    Without `causal` every row of a segment sees the whole segment.
+    Without `causal` every row of a segment sees the whole segment. Rows of `groups` see each other both ways.
     """
+    groups: Groups | None = None,
     rank, size = context
     bounds = [0, *accumulate(segment_lengths)]
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
@@ -90,7 +85,8 @@ def pack(
         packing.gathered_order_S = torch.argsort(torch.cat([context_rows(bounds[-1], r, size) for r in range(size)])).to(device)
     elif segment_lengths and min(segment_lengths) == longest:
         packing.equal_length = longest
-    packing.pieces = _pieces(bounds, _owned_chunks(bounds[-1], rank, size), causal)
+    packing.pieces = _pieces(bounds, _owned_chunks(bounds[-1], rank, size), causal, groups.segments if groups else frozenset())
+    packing.masks = Masks(device, groups)
     for name, tables in (rotary or {}).items():
         packing.rotary[name] = tables if packing.rows_L is None else (tables[0][packing.rows_L], tables[1][packing.rows_L])
     return packing
@@ -103,13 +99,19 @@ def _owned_chunks(num_rows: int, rank: int, size: int) -> list[tuple[int, int]]:
     return [(rank * chunk, (rank + 1) * chunk), (mirror * chunk, (mirror + 1) * chunk)]
 
 
-def _pieces(bounds: Sequence[int], chunks: Sequence[tuple[int, int]], causal: bool) -> tuple[Piece, ...]:
-    """Cut every owned chunk at segment bounds; queries then see their segment's keys, up to their own end when causal."""
+def _pieces(
+    bounds: Sequence[int], chunks: Sequence[tuple[int, int]], causal: bool, grouped: frozenset[int] = frozenset()
+) -> tuple[Piece, ...]:
+    """Cut every owned chunk at segment bounds; queries then see their segment's keys, up to their own end when causal.
+
+    In segments with groups a query may see what comes after it: its keys are the whole segment's.
+    """
     pieces, local = [], 0
     for chunk_start, chunk_end in chunks:
-        for start, end in pairwise(bounds):
+        for number, (start, end) in enumerate(pairwise(bounds)):
             low, high = max(start, chunk_start), min(end, chunk_end)
             if low < high:
-                pieces.append(Piece(local + low - chunk_start, high - low, start, (high if causal else end) - start))
+                last = high if causal and number not in grouped else end
+                pieces.append(Piece(local + low - chunk_start, high - low, start, last - start, low, number in grouped))
         local += chunk_end - chunk_start
     return tuple(pieces)
