@@ -18,9 +18,9 @@ from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megavlm.data.types import PackedBatch
 from megavlm.models.language import LanguageModel
 from megavlm.models.language.rotary import rotary_tables
+from megavlm.models.layers.masks import groups_of
 from megavlm.models.layers.packing import Packing, pack
 from megavlm.models.projectors import build_projector
-from megavlm.models.layers.masks import groups_of
 from megavlm.models.vision import VisionEncoder
 from megavlm.parallel.context import ParallelContext
 

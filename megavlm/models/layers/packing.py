@@ -66,13 +66,13 @@ def pack(
     causal: bool,
     context: tuple[int, int] = (0, 1),
     rotary: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    groups: Groups | None = None,
 ) -> Packing:
     """Describe a packed sequence of `segment_lengths`.
 
     `context` is (rank, size) of context parallelism; `rotary` holds cos and sin (S, width) of the whole sequence by name.
     Without `causal` every row of a segment sees the whole segment. Rows of `groups` see each other both ways.
     """
-    groups: Groups | None = None,
     rank, size = context
     bounds = [0, *accumulate(segment_lengths)]
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
