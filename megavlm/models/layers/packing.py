@@ -34,6 +34,8 @@ class Packing(PackedSeqParams):
     """With context parallelism: row of the rank-major gathered keys that holds each row of the sequence."""
     cache: Any = None
     """Key/value cache of inference; None in training."""
+    sides: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Name -> rows (M, 1, D) beside the sequence that layers read: visual features (models/handover.py)."""
     rows_L: torch.Tensor | None = field(default=None)
     """With context parallelism: rows of the sequence that this rank owns; None: all."""
 
@@ -51,11 +53,15 @@ def context_rows(num_rows: int, rank: int, size: int) -> torch.Tensor:
 
 
 def apply_rotary(x_LHK: torch.Tensor, cos_LK: torch.Tensor, sin_LK: torch.Tensor) -> torch.Tensor:
-    """Rotate the leading cos.shape[-1] elements of each head of (L, heads, K), in the half-split order of Llama."""
+    """Rotate the leading cos.shape[-1] elements of each head of (L, heads, K), in the half-split order of Llama.
+
+    Tables in fp32 turn bf16 in fp32; what comes back has the format of x.
+    """
     width = cos_LK.shape[-1]
     turned, rest = x_LHK[..., :width], x_LHK[..., width:]
     first, second = turned.chunk(2, dim=-1)
     out = turned * cos_LK[:, None, :] + torch.cat([-second, first], dim=-1) * sin_LK[:, None, :]
+    out = out.to(x_LHK.dtype)
     return out if rest.shape[-1] == 0 else torch.cat([out, rest], dim=-1)
 
 

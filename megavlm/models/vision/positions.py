@@ -57,6 +57,7 @@ def factorised_positions(table_PD: torch.Tensor, rows: int, columns: int) -> tor
 
 POSITIONS: dict[str, Callable[[torch.Tensor, int, int], torch.Tensor]] = {
     "learned": interpolated_positions,
+    "learned_rotary": interpolated_positions,
     "bucketed": bucketed_positions,
     "factorised": factorised_positions,
 }
@@ -79,5 +80,6 @@ def _weights(size: int, wanted: int, method: str) -> torch.Tensor:
     with torch.no_grad():
         # Every row of the identity is a picture of one line with a single point set.
         points = torch.eye(size).view(size, 1, 1, size).expand(-1, -1, 4, -1)
-        mode, antialias = method.split("_")[0], method.endswith("_antialiased")
-        return F.interpolate(points, size=(4, wanted), mode=mode, align_corners=False, antialias=antialias)[:, 0, 0].T.contiguous()
+        mode, detail = method.split("_")[0], method.partition("_")[2]
+        stretched = F.interpolate(points, size=(4, wanted), mode=mode, align_corners=detail == "corners", antialias=detail == "antialiased")
+        return stretched[:, 0, 0].T.contiguous()
