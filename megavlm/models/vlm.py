@@ -1,6 +1,7 @@
 """The vision-language model: encoder -> projector -> features replace placeholders -> language model -> loss on targets.
 
-The first pipeline stage holds encoder, projector and embeddings; every stage gets the same `PackedBatch`. Submodules are
+The first pipeline stage holds encoder, projector and embeddings; every stage gets the same `PackedBatch`, and from the stage before
+what models/handover.py describes. Submodules are
 called `vision`, `projector` and `language`; checkpoint keys and freezing go by these names.
 
 Shape legend: S packed sequence, L this rank's rows, N visual tokens, D width, Q targets.
@@ -16,6 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megavlm.data.types import PackedBatch
+from megavlm.models.handover import Sides, join, pad, part, side_rows
 from megavlm.models.language import LanguageModel
 from megavlm.models.language.rotary import rotary_tables
 from megavlm.models.layers.masks import groups_of
@@ -23,6 +25,7 @@ from megavlm.models.layers.packing import Packing, pack
 from megavlm.models.projectors import build_projector
 from megavlm.models.vision import VisionEncoder
 from megavlm.parallel.context import ParallelContext
+from megavlm.topology.pipeline import PipelineSplit
 
 
 class TargetLoss(NamedTuple):
@@ -70,28 +73,47 @@ class VisionLanguageModel(MegatronModule):
         """The weight that embedding and head share; megatron-core sums its gradients over first and last stage."""
         return self.language.shared_embedding_or_output_weight()
 
-    def forward(self, batch: PackedBatch) -> torch.Tensor | TargetLoss:
-        """Losses on the last stage; hidden states (L, 1, D) before it."""
+    def forward(self, batch: PackedBatch, message_rows: int = 0) -> torch.Tensor | TargetLoss:
+        """Losses on the last stage; before it what the next stage needs (R, 1, D), padded to `message_rows` where these are more."""
         packing = self.packing(batch)
         hidden = self.transform(batch, packing)
         if not self.post_process:
-            return hidden
+            return pad(hidden, max(message_rows, hidden.shape[0]))
         rows, mine = local_targets(batch.target_positions_Q, packing)
         total, loss = self.language.target_loss(hidden, rows, batch.target_ids_Q[mine], batch.target_weights_Q[mine])
         return TargetLoss(total, loss, mine)
 
     def transform(self, batch: PackedBatch, packing: Packing) -> torch.Tensor:
-        """Hidden states (L, 1, D) after this chunk's layers."""
-        x = None
+        """Hidden states (L, 1, D) after this chunk's layers; before the last stage with the side rows that the next ones need (R, 1, D)."""
+        layers = self.language.layer_numbers
         if self.pre_process:
-            x = self.language.split(self.language.placed(self.embed(batch), batch.positions_S), packing)
-        return self.language.transform(x, packing)
+            x, packing.sides = self.merge(batch)
+            x = self.language.split(self.language.placed(x, batch.positions_S), packing)
+        else:
+            x, packing.sides = part(self.language.received, self.local_rows(batch), side_rows(self.model, batch, layers.start - 1))
+        x = self.language.transform(x, packing)
+        return x if self.post_process else join(x, packing.sides, side_rows(self.model, batch, layers.stop - 1))
+
+    def local_rows(self, batch: PackedBatch) -> int:
+        """L: rows of the batch that this rank's layers see."""
+        ranks = self.ctx.grid.context * (self.ctx.grid.tensor if self.config.sequence_parallel else 1)
+        return batch.num_tokens // ranks
+
+    def message_rows(self, batch: PackedBatch) -> int:
+        """R: most rows that one stage sends to the next for this batch; side rows only become fewer from stage to stage."""
+        grid = self.ctx.grid
+        first = PipelineSplit(self.model.language.num_layers, grid.pipeline, grid.virtual_pipeline).layers_per_chunk
+        return self.local_rows(batch) + sum(side_rows(self.model, batch, first).values())
 
     def embed(self, batch: PackedBatch) -> torch.Tensor:
         """Token embeddings (S, 1, D) with visual features in the place of their placeholders."""
+        return self.merge(batch)[0]
+
+    def merge(self, batch: PackedBatch) -> tuple[torch.Tensor, Sides]:
+        """(token embeddings (S, 1, D) with visual features in the place of their placeholders, side rows for the layers)."""
         x = self.language.embed(batch.tokens_S)
         if batch.num_tiles == 0:
-            return x + self._untouched_encoder() if self.touch_encoder and self.vision is not None else x
+            return x + self._untouched_encoder() if self.touch_encoder and self.vision is not None else x, self._no_sides(batch)
         if self.vision is None or self.projector is None:
             raise ValueError(f"this batch has {batch.num_tiles} image tiles, but the stage's objective is text: use samples without images")
         features_ND = self._visual_tokens(batch, self.vision, self.projector)
@@ -100,7 +122,13 @@ class VisionLanguageModel(MegatronModule):
                 f"{batch.image_positions_N.numel()} image placeholders, but {features_ND.shape[0]} visual features "
                 f"of {batch.num_tiles} tiles or pictures: the data were prepared for another model.vision or model.projector"
             )
-        return x.index_put((batch.image_positions_N,), features_ND.unsqueeze(1).to(x.dtype))
+        return x.index_put((batch.image_positions_N,), features_ND.unsqueeze(1).to(x.dtype)), self._no_sides(batch)
+
+    def _no_sides(self, batch: PackedBatch) -> Sides:
+        """Side tensors without a row, for a microbatch without a picture."""
+        width = self.model.language.hidden_size
+        empty = torch.empty(0, 1, width, dtype=self.config.params_dtype, device=self.ctx.device)
+        return dict.fromkeys(side_rows(self.model, batch, 0), empty)
 
     @staticmethod
     def _visual_tokens(batch: PackedBatch, vision: VisionEncoder, projector: MegatronModule) -> torch.Tensor:

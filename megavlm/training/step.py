@@ -45,11 +45,12 @@ def forward_backward(
 ) -> StepLoss:
     """Run the schedule. Gradients are left in the chunks, reduced and normalised, unless `forward_only`."""
     batches = scale_weights([b.to(ctx.device) for b in microbatches], ctx)
+    rows = _message_rows(chunks[0], batches, ctx)
     task_number = {task: i for i, task in enumerate(tasks)}
 
     def forward_step(iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[Any, Any]:
         batch = next(iterator)
-        output = model(batch)
+        output = model(batch, rows) if rows else model(batch)
         if not isinstance(output, TargetLoss):
             return output, None
         return output.total, lambda total: (total, *_report(batch, output, task_number, ctx))
@@ -60,7 +61,8 @@ def forward_backward(
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks) if len(chunks) > 1 else chunks[0],
         num_microbatches=len(batches),
-        seq_length=batches[0].num_tokens,
+        # megatron-core divides it by these ranks again.
+        seq_length=rows * ctx.grid.context * (ctx.grid.tensor if chunks[0].config.sequence_parallel else 1),
         micro_batch_size=1,
         forward_only=forward_only,
     )
@@ -68,6 +70,14 @@ def forward_backward(
     for report in reports:
         sums += report
     return _to_loss(sum_over_data_then_share(sums, ctx).tolist(), tasks)
+
+
+def _message_rows(chunk: DistributedDataParallel | torch.nn.Module, batches: Sequence[PackedBatch], ctx: ParallelContext) -> int:
+    """Rows of every message between pipeline stages: those that the step's largest microbatch needs; 0 where there are no messages."""
+    if ctx.grid.pipeline == 1:
+        return 0
+    module = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
+    return max(module.message_rows(batch) for batch in batches)
 
 
 def scale_weights(batches: Sequence[PackedBatch], ctx: ParallelContext) -> list[PackedBatch]:

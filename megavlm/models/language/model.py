@@ -83,11 +83,20 @@ class LanguageModel(GPTModel):
             x_SBD = scatter_to_sequence_parallel_region(x_SBD)
         return x_SBD
 
-    def transform(self, x_LBD: torch.Tensor | None, packing: Packing) -> torch.Tensor:
-        """Run this chunk's layers. Later stages pass None: their input came through `set_input_tensor`."""
-        if x_LBD is None:
-            x_LBD = self.decoder.input_tensor
-        assert x_LBD is not None, "a later stage needs the hidden states of the one before"
+    @property
+    def layer_numbers(self) -> range:
+        """Numbers, from 1 over all stages, of this chunk's layers."""
+        return range(self.decoder.layers[0].layer_number, self.decoder.layers[-1].layer_number + 1)
+
+    @property
+    def received(self) -> torch.Tensor:
+        """What came from the stage before, through `set_input_tensor`."""
+        x: torch.Tensor | None = self.decoder.input_tensor
+        assert x is not None, "a later stage needs the hidden states of the one before"
+        return x
+
+    def transform(self, x_LBD: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """Run this chunk's layers."""
         x_LBD, _ = run_layers(self.decoder, x_LBD, packing)
         return x_LBD if self.decoder.final_layernorm is None else self.decoder.final_layernorm(x_LBD)
 
@@ -114,6 +123,7 @@ class LanguageModel(GPTModel):
             vocab_size=self.language.vocab_size,
             vocab_start=self.ctx.tensor_rank * weight.shape[0],
             group=self.ctx.tensor_group,
+            softcap=self.language.logit_softcap,
         )
 
     def logits(self, x_LBD: torch.Tensor, rows_Q: torch.Tensor | None = None) -> torch.Tensor:
@@ -124,7 +134,8 @@ class LanguageModel(GPTModel):
         local = hidden @ self.head_weight().T
         if self.ctx.grid.tensor > 1:
             local = gather_from_tensor_model_parallel_region(local)
-        return local[:, : self.language.vocab_size].float()
+        logits, cap = local[:, : self.language.vocab_size].float(), self.language.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def language_style(language: LanguageConfig) -> LayerStyle:
