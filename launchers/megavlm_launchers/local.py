@@ -139,7 +139,7 @@ def _blocked(signals: set[signal.Signals]) -> Iterator[set[int]]:
 
 def _start(group: _Group, argv: Sequence[str], num_ranks: int, env: dict[str, str], folder: Path, mask: set[int]) -> None:
     port = free_port()
-    prepare = _child_setup(os.getpid(), mask)
+    prepare = child_setup(os.getpid(), mask)
     for rank in range(num_ranks):
         log = None if rank == 0 else folder / f"rank{rank}.log"
         log_start = log.stat().st_size if log and log.exists() else 0
@@ -157,7 +157,7 @@ def _start(group: _Group, argv: Sequence[str], num_ranks: int, env: dict[str, st
         group.ranks.append(_Rank(rank, process, log, log_start))
 
 
-def _child_setup(parent: int, mask: set[int]) -> Callable[[], None]:
+def child_setup(parent: int, mask: set[int]) -> Callable[[], None]:
     """What a rank does between fork and exec: die with the launcher, and take signals again."""
     prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up before the fork: loading a library after it may deadlock
 

@@ -24,6 +24,9 @@ from megavlm.models.vlm import VisionLanguageModel
 OnToken = Callable[[int, int], None]
 """Called with (number of the prompt, token id) for each new token, in order."""
 
+IsOver = Callable[[int, Sequence[int]], bool]
+"""Called with (number of the prompt, its new token ids so far) after each token; True ends that answer."""
+
 
 class PromptError(GenerationError):
     """A prompt that the model cannot take."""
@@ -41,9 +44,12 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    repetition_penalty: float = 1.0,
+    is_over: IsOver | None = None,
     on_token: OnToken | None = None,
 ) -> list[list[int]]:
-    """New token ids of each prompt. An answer that ended by itself has its stop token as last id; others hit `max_new_tokens`.
+    """New token ids of each prompt. An answer that ended by itself has its stop token as last id; others hit `max_new_tokens`, or
+    `is_over` ended them (stop strings: `megavlm.inference.stop.StopStrings`).
 
     Every tensor rank calls this with the same arguments and gets the same answer. Greedy at temperature 0; see `Sampling`.
 
@@ -58,7 +64,9 @@ def generate(
         return []
     for i, prompt in enumerate(prompts):
         _check_prompt(model, i, prompt, max_new_tokens, image_token_id)
-    sampler, cache, stops = Sampler(Sampling(temperature, top_k, top_p, seed)), KVCache(), set(stop_ids)
+    sampler, cache, stops = Sampler(Sampling(temperature, top_k, top_p, seed, repetition_penalty)), KVCache(), set(stop_ids)
+    for i, prompt in enumerate(prompts):
+        sampler.start(i, prompt.ids)
     answers: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))
     with _evaluating(model):
@@ -70,7 +78,11 @@ def generate(
                 answers[sequence].append(token)
                 if on_token is not None:
                     on_token(sequence, token)
-            keep = [b for b, (s, t) in enumerate(zip(running, tokens, strict=True)) if t not in stops and len(answers[s]) < max_new_tokens]
+            keep = [
+                b
+                for b, (s, t) in enumerate(zip(running, tokens, strict=True))
+                if t not in stops and len(answers[s]) < max_new_tokens and not (is_over is not None and is_over(s, answers[s]))
+            ]
             if not keep:
                 return answers
             if len(keep) < len(running):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from megavlm.checkpoint import store
 from megavlm.checkpoint.hf import config_from_hf, image_config_from_hf, load_hf
@@ -13,10 +12,8 @@ from megavlm.config.data import CHAT_TEMPLATES
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import DataConfig, ParallelConfig, PrecisionConfig, Recipe, RunConfig
 from megavlm.data.chat import TEMPLATES, Chat
-from megavlm.data.prompt import Prompt
-from megavlm.data.tokenizer import Tokenizer, load_tokenizer
-from megavlm.inference.generate import OnToken, generate
-from megavlm.inference.prompts import Picture, make_prompt, question
+from megavlm.data.tokenizer import load_tokenizer
+from megavlm.inference.loaded import LoadedModel
 from megavlm.models.init import initialise
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.context import ParallelContext, choose_device, enter_grid, start_process_group
@@ -27,50 +24,6 @@ MODULES = ("vision", "projector", "language")
 
 class LoadError(ValueError):
     """A folder that no model can be loaded from."""
-
-
-class LoadedModel(NamedTuple):
-    """A model with all that is needed to talk to it."""
-
-    model: VisionLanguageModel
-    tokenizer: Tokenizer
-    chat: Chat
-    recipe: Recipe
-    """Of the run; for a Hugging Face folder it says how the model and its data are read, and has no stages."""
-
-    def prompt(self, text: str, pictures: Sequence[Picture] = ()) -> Prompt:
-        """One question about pictures, as a prompt. Raises ChatError and ImageError as `make_prompt`."""
-        return make_prompt(question(text, len(pictures)), pictures, chat=self.chat, data=self.recipe.data, model=self.recipe.model)
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        on_token: OnToken | None = None,
-    ) -> list[list[int]]:
-        """`megavlm.inference.generate` with this model's stop tokens."""
-        return generate(
-            self.model,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            stop_ids=self.chat.stop_ids,
-            image_token_id=self.tokenizer.image_token_id,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            on_token=on_token,
-        )
-
-    def text(self, ids: Sequence[int]) -> str:
-        """Answer as text, without the token that ended it; any other special token is written out."""
-        ended = bool(ids) and ids[-1] in self.chat.stop_ids
-        return self.tokenizer.decode(ids[:-1] if ended else ids)
 
 
 def load_for_inference(

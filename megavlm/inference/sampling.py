@@ -1,4 +1,4 @@
-"""From logits to the next token: greedy, or temperature with top-k and top-p.
+"""From logits to the next token: greedy, or temperature with top-k and top-p; with or without a penalty on repetition.
 
 Shape legend: B sequences, V vocabulary.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,12 +31,17 @@ class Sampling:
     top_p: float = 1.0
     """Only the most probable tokens that together reach this probability may be drawn (https://arxiv.org/abs/1904.09751); 1: all."""
     seed: int = 0
+    repetition_penalty: float = 1.0
+    """Logits of tokens that the sequence holds already (the prompt's too) are divided by this where positive, multiplied where negative
+    (https://arxiv.org/abs/1909.05858, section 4.1); 1: none. Greedy choices heed it too."""
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise GenerationError(f"temperature={self.temperature} must be 0 (greedy) or a positive number")
         if self.top_k < 0:
             raise GenerationError(f"top_k={self.top_k} must be 0 (all tokens) or positive")
+        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
+            raise GenerationError(f"repetition_penalty={self.repetition_penalty} must be positive: 1 for none, above 1 against repetition")
         if not 0 < self.top_p <= 1:
             raise GenerationError(f"top_p={self.top_p} must lie in (0, 1]")
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
@@ -57,6 +63,11 @@ def filtered_logits(logits_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor
     return logits
 
 
+def penalised(logits_BV: torch.Tensor, seen_BV: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Logits with those of the tokens `seen` (bool) made less probable, as Hugging Face's RepetitionPenaltyLogitsProcessor does."""
+    return torch.where(seen_BV, torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty), logits_BV)
+
+
 class Sampler:
     """Chooses tokens. Each sequence draws from its own stream, seeded by (seed, number of the sequence).
 
@@ -66,9 +77,25 @@ class Sampler:
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
         self._streams: dict[int, torch.Generator] = {}
+        self._seen: dict[int, torch.Tensor] = {}
+
+    def start(self, sequence: int, ids: Sequence[int]) -> None:
+        """Say what a sequence begins with: the penalty on repetition counts it."""
+        self._seen[sequence] = torch.tensor(sorted(set(ids)))
 
     def next_tokens(self, logits_BV: torch.Tensor, sequences: list[int]) -> torch.Tensor:
         """int64 (B): the next token of each of `sequences` (their numbers, which name their random streams)."""
+        if self.sampling.repetition_penalty == 1.0:
+            return self._chosen(logits_BV, sequences)
+        seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
+        for row, sequence in enumerate(sequences):
+            seen_BV[row, self._seen.get(sequence, torch.empty(0, dtype=torch.int64)).to(logits_BV.device)] = True
+        tokens = self._chosen(penalised(logits_BV, seen_BV, self.sampling.repetition_penalty), sequences)
+        for sequence, token in zip(sequences, tokens.tolist(), strict=True):
+            self._seen[sequence] = torch.cat([self._seen.get(sequence, torch.empty(0, dtype=torch.int64)), torch.tensor([token])])
+        return tokens
+
+    def _chosen(self, logits_BV: torch.Tensor, sequences: list[int]) -> torch.Tensor:
         if self.sampling.temperature == 0:
             return logits_BV.argmax(-1)
         probability = filtered_logits(logits_BV, self.sampling).double().softmax(-1)

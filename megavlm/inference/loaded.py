@@ -1,0 +1,76 @@
+"""A model with all that is needed to talk to it: the Python side of `megavlm generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from megavlm.config.schema import Recipe
+from megavlm.data.chat import Chat
+from megavlm.data.prompt import Prompt
+from megavlm.data.tokenizer import Tokenizer
+from megavlm.inference.generate import OnToken, generate
+from megavlm.inference.prompts import Picture, make_prompt, question
+from megavlm.inference.stop import StopStrings
+from megavlm.models.vlm import VisionLanguageModel
+
+Message = Mapping[str, str]
+"""{"role": "system" | "user" | "assistant", "content": text}; "<image>" in a user's text places a picture."""
+
+
+class LoadedModel(NamedTuple):
+    """What `load_for_inference` returns. `ask` answers one question; the other methods are its steps."""
+
+    model: VisionLanguageModel
+    tokenizer: Tokenizer
+    chat: Chat
+    recipe: Recipe
+    """Of the run; for a Hugging Face folder it says how the model and its data are read, and has no stages."""
+
+    def ask(self, text: str, pictures: Sequence[Picture] = (), *, stop_strings: Sequence[str] = (), **options: int | float) -> str:
+        """The answer to one question about pictures. `options` are those of `generate`."""
+        stop = StopStrings(stop_strings, self.text)
+        answers = self.generate([self.prompt(text, pictures)], stop=stop, **options)  # type: ignore[arg-type]
+        return stop.cut(self.text(answers[0]))
+
+    def prompt(self, text: str, pictures: Sequence[Picture] = ()) -> Prompt:
+        """One question about pictures, as a prompt. Raises ChatError and ImageError as `make_prompt`."""
+        return self.conversation(question(text, len(pictures)), pictures)
+
+    def conversation(self, messages: Sequence[Message], pictures: Sequence[Picture] = ()) -> Prompt:
+        """A conversation so far, with its pictures in order, as a prompt for the next answer."""
+        return make_prompt(messages, pictures, chat=self.chat, data=self.recipe.data, model=self.recipe.model)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        repetition_penalty: float = 1.0,
+        stop: StopStrings | None = None,
+        on_token: OnToken | None = None,
+    ) -> list[list[int]]:
+        """`megavlm.inference.generate` with this model's stop tokens, all prompts in one batch."""
+        return generate(
+            self.model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            stop_ids=self.chat.stop_ids,
+            image_token_id=-1 if self.recipe.model.text_only else self.tokenizer.image_token_id,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            repetition_penalty=repetition_penalty,
+            is_over=stop.is_over if stop is not None else None,
+            on_token=on_token,
+        )
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Answer as text, without the token that ended it; any other special token is written out."""
+        ended = bool(ids) and ids[-1] in self.chat.stop_ids
+        return self.tokenizer.decode(ids[:-1] if ended else ids)
