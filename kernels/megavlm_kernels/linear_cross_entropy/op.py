@@ -33,13 +33,16 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     vocab_start: int = 0,
     group: dist.ProcessGroup | None = None,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(weighted sum of the losses: scalar with gradient, loss of each row: (Q,) without), both in fp32 (fp64 for fp64 inputs).
 
     `target_Q` int64 holds global vocabulary ids; this rank owns ids vocab_start .. vocab_start + V - 1, of which those at
     and above `vocab_size` (None: no padding) are padding. Q may be 0. Accumulation is in fp32 whatever the inputs' dtype.
+    With `softcap` logits are softcap x tanh(logit / softcap) (Gemma 2, https://arxiv.org/abs/2408.00118, section 2).
     """
-    return _LinearCrossEntropy.apply(hidden_QD, weight_VD, target_Q, loss_weight_Q, vocab_size, vocab_start, group)  # type: ignore[no-any-return]
+    arguments = (hidden_QD, weight_VD, target_Q, loss_weight_Q, vocab_size, vocab_start, group, softcap)
+    return _LinearCrossEntropy.apply(*arguments)  # type: ignore[no-any-return]
 
 
 def _chunk_rows(num_columns: int) -> int:
@@ -57,6 +60,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         vocab_size: int | None,
         vocab_start: int,
         group: dist.ProcessGroup | None,
+        softcap: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         accumulate = torch.promote_types(hidden_QD.dtype, torch.float32)
@@ -69,12 +73,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, num_rows, step):
             rows = slice(start, min(start + step, num_rows))
             hidden, column = hidden_QD[rows], target_Q[rows] - vocab_start
-            logits = (hidden @ weight_VD.T).to(accumulate)
+            logits, slope = (hidden @ weight_VD.T).to(accumulate), None
+            if softcap is not None:
+                logits = logits.div_(softcap).tanh_()
+                slope = 1.0 - logits.square() if wants_hidden or wants_weight else None
+                logits *= softcap
             logits[:, num_real:] = float("-inf")
             loss_Q[rows], probability, owned = _softmax_loss(logits, column, num_real, group)
             if wants_hidden or wants_weight:
                 probability[owned, column[owned]] -= 1.0
                 grad_logits = probability.mul_(loss_weight_Q[rows, None])
+                if slope is not None:
+                    grad_logits *= slope
                 if grad_hidden is not None:
                     grad_hidden[rows] = grad_logits.to(weight_VD.dtype) @ weight_VD
                 if grad_weight is not None:
@@ -95,7 +105,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def _softmax_loss(

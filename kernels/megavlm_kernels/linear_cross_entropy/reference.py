@@ -7,9 +7,16 @@ import torch.nn.functional as F
 
 
 def linear_cross_entropy_reference(
-    hidden_QD: torch.Tensor, weight_VD: torch.Tensor, target_Q: torch.Tensor, loss_weight_Q: torch.Tensor, vocab_size: int | None = None
+    hidden_QD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    target_Q: torch.Tensor,
+    loss_weight_Q: torch.Tensor,
+    vocab_size: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(weighted sum of losses, loss of each row); rows of `weight_VD` at and above `vocab_size` are padding and never win."""
     logits_QV = hidden_QD @ weight_VD[:vocab_size].T
+    if softcap is not None:
+        logits_QV = softcap * torch.tanh(logits_QV / softcap)
     loss_Q = F.cross_entropy(logits_QV, target_Q, reduction="none")
     return (loss_Q * loss_weight_Q).sum(), loss_Q.detach()
