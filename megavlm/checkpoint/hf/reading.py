@@ -40,11 +40,13 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def hf_config(values: Mapping[str, Any]) -> Any:
     """transformers' config object of a `config.json`'s values, defaults filled in."""
+    from huggingface_hub.errors import StrictDataclassError
+
     values = dict(values)
     model_type = values.pop("model_type", None)
     try:
         return quiet_transformers().AutoConfig.for_model(model_type, **values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise HuggingFaceError(f"transformers cannot read a config of model_type={model_type!r}: {error}") from error
 
 
