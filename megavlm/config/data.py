@@ -28,10 +28,10 @@ class SourceConfig(Block):
 class ImageConfig(Block):
     """From a picture to what the encoder sees. The side of a tile comes from model.vision.image_size_px."""
 
-    policy: Literal["fixed", "tiles", "anyres", "native"] = "fixed"
+    policy: Literal["fixed", "tiles", "anyres", "split", "native"] = "fixed"
     """fixed: one tile a picture. tiles: a grid of tiles of the nearest aspect ratio (InternVL). anyres: the grid that keeps most
-    of the picture, padded, with the whole picture as first tile (LLaVA-NeXT). native: the picture's own size in whole patches
-    (Qwen2-VL)."""
+    of the picture, padded, with the whole picture as first tile (LLaVA-NeXT). split: scaled to `longest_edge_px`, stretched to whole
+    tiles, cut, with the whole picture as last tile (Idefics3). native: the picture's own size in whole patches (Qwen2-VL, Pixtral)."""
     fit: Literal["stretch", "crop", "pad"] = "stretch"
     """fixed only. stretch: to the square (SigLIP). crop: shortest side to the tile's, centre cut out (CLIP). pad: to a square with the
     encoder's mean colour (LLaVA)."""
@@ -43,6 +43,14 @@ class ImageConfig(Block):
     """tiles only: add the whole picture as one more tile when it was cut into several."""
     anyres_grids: list[tuple[PositiveInt, PositiveInt]] = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
     """anyres only: grids to choose from, (rows, columns) of tiles; Hugging Face's image_grid_pinpoints divided by the tile's side."""
+    longest_edge_px: PositiveInt | None = None
+    """split: every picture's longest side becomes this long before it is cut. native: longer sides are shrunk to it, both alike; None:
+    they are not (Pixtral, Idefics2)."""
+    shortest_edge_px: PositiveInt | None = None
+    """native only: sides that are shorter after that are stretched to it (Idefics2)."""
+    whole_patches: Literal["nearest", "stretch", "cut"] = "nearest"
+    """native only. nearest: sides are scaled to the nearest number of patches (Qwen2-VL). stretch: to the next (Pixtral). cut: what is
+    beyond the last whole patch is cut off (Idefics2)."""
     min_tokens_per_image: PositiveInt = 4
     """native only: smaller pictures are enlarged to this many visual tokens."""
     max_tokens_per_image: PositiveInt | None = None
@@ -58,11 +66,21 @@ class ImageConfig(Block):
             "tiles": {"min_tiles": self.min_tiles != 1, "max_tiles": self.max_tiles != 1, "thumbnail": self.thumbnail},
             "fixed": {"fit": self.fit != "stretch"},
             "anyres": {"anyres_grids": self.anyres_grids != ImageConfig.model_fields["anyres_grids"].default},
-            "native": {"min_tokens_per_image": self.min_tokens_per_image != ImageConfig.model_fields["min_tokens_per_image"].default},
+            "native": {
+                "min_tokens_per_image": self.min_tokens_per_image != ImageConfig.model_fields["min_tokens_per_image"].default,
+                "shortest_edge_px": self.shortest_edge_px is not None,
+                "whole_patches": self.whole_patches != "nearest",
+            },
         }
         for policy, fields in foreign.items():
             if policy != self.policy and (named := [name for name, is_set in fields.items() if is_set]):
                 raise ValueError(f"{', '.join(named)} goes with policy={policy}, not {self.policy}")
+        if self.longest_edge_px is not None and self.policy not in ("split", "native"):
+            raise ValueError(f"longest_edge_px goes with policy=split or native, not {self.policy}")
+        if self.longest_edge_px is None and self.policy == "split":
+            raise ValueError("policy=split scales pictures to longest_edge_px before it cuts them: give it (Idefics3: four tiles' sides)")
+        if self.shortest_edge_px is not None and self.longest_edge_px is not None and self.shortest_edge_px > self.longest_edge_px:
+            raise ValueError(f"shortest_edge_px={self.shortest_edge_px} exceeds longest_edge_px={self.longest_edge_px}")
         if self.min_tiles > self.max_tiles:
             raise ValueError(f"min_tiles={self.min_tiles} exceeds max_tiles={self.max_tiles}")
         if not self.anyres_grids:

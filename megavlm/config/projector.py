@@ -16,22 +16,20 @@ class ResamplerConfig(Block):
     """Visual tokens of a picture, whatever its size."""
     num_layers: PositiveInt = 3
     num_attention_heads: PositiveInt = 16
-    num_query_groups: PositiveInt | None = None
-    """Key/value heads; None: as many as attention heads."""
+    num_query_groups: PositiveInt = 4
+    """Key/value heads."""
     head_dim: PositiveInt = 96
     ffn_hidden_size: PositiveInt | None = None
     """None: four times the LLM's width."""
     activation: Literal["gelu", "gelu_tanh", "silu"] = "silu"
     norm_eps: PositiveFloat = 1e-6
 
-    @property
-    def kv_heads(self) -> int:
-        return self.num_query_groups or self.num_attention_heads
-
     @model_validator(mode="after")
     def _check(self) -> ResamplerConfig:
-        if self.num_attention_heads % self.kv_heads:
-            raise ValueError(f"num_attention_heads={self.num_attention_heads} is not a multiple of num_query_groups={self.kv_heads}")
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of num_query_groups={self.num_query_groups}"
+            )
         return self
 
 

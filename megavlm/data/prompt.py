@@ -44,7 +44,7 @@ class Prompt:
     def num_feature_rows(self, model: ModelConfig) -> int:
         """Rows that the projector makes of the pictures."""
         if self.tile_grids is not None:
-            return sum(rows * columns for rows, columns in self.tile_grids) // model.projector.pixel_shuffle**2
+            return sum(model.visual_tokens(rows, columns) for rows, columns in self.tile_grids)
         return self.num_tiles * model.visual_tokens_per_tile
 
 

@@ -2,7 +2,7 @@
 
 A policy has two halves that must agree: `grid` plans from width and height, `cut` makes the pixels of that plan. The index stores
 each picture's grid, so that whatever lowered a resolution is decided once. The policies: resizing_tiles (fixed, tiles),
-resizing_anyres, resizing_native; docs/data/pictures.md compares them.
+resizing_anyres, resizing_split, resizing_native; docs/data/pictures.md compares them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,18 @@ from megavlm.config.schema import ImageConfig, ModelConfig
 from megavlm.data.resizing_anyres import AnyRes
 from megavlm.data.resizing_base import PictureGrid, Resizing, ResizingError
 from megavlm.data.resizing_native import Native
+from megavlm.data.resizing_split import Split
 from megavlm.data.resizing_tiles import Fixed, Tiles
 
 __all__ = ["PictureGrid", "Resizing", "ResizingError", "make_resizing", "plan_pictures"]
 
-_POLICIES: dict[str, type[Fixed | Tiles | AnyRes | Native]] = {"fixed": Fixed, "tiles": Tiles, "anyres": AnyRes, "native": Native}
+_POLICIES: dict[str, type[Fixed | Tiles | AnyRes | Split | Native]] = {
+    "fixed": Fixed,
+    "tiles": Tiles,
+    "anyres": AnyRes,
+    "split": Split,
+    "native": Native,
+}
 
 
 def make_resizing(image: ImageConfig, model: ModelConfig) -> Resizing:

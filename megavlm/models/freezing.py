@@ -51,6 +51,8 @@ def _unfreeze_top(part: torch.nn.Module, module: str, last_layers: int) -> None:
     head = getattr(part, "output_layer", None)
     if head is not None and not getattr(part, "share_embeddings_and_output_weights", False):
         _set(head.parameters(), True)
+    for other in getattr(part, "beside", ()):  # encoders side by side: the top of each
+        _unfreeze_top(other, module, last_layers)
 
 
 def _set(parameters: Iterator[torch.nn.Parameter], trains: bool) -> None:
@@ -59,5 +61,5 @@ def _set(parameters: Iterator[torch.nn.Parameter], trains: bool) -> None:
 
 
 def decays(name: str, parameter: torch.nn.Parameter) -> bool:
-    """Weight decay applies to matrices, not to biases, norms, position tables and class tokens."""
-    return parameter.dim() > 1 and "position_embedding" not in name and "norm" not in name
+    """Weight decay applies to matrices, not to biases, norms, position tables and learned tokens."""
+    return parameter.dim() > 1 and not any(part in name for part in ("position_embedding", "norm", "latents", "register_tokens", "probe"))

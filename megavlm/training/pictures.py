@@ -54,7 +54,7 @@ def _shown(batch: PackedBatch, recipe: Recipe) -> tuple[list[torch.Tensor], torc
     if batch.tile_grids is not None:
         assert batch.pixels_X is not None
         pictures = split_pictures(batch.pixels_X, batch.tile_grids, model.vision.num_channels, model.vision.patch_size_px)
-        tokens = torch.tensor([rows * columns // model.projector.pixel_shuffle**2 for rows, columns in batch.tile_grids])
+        tokens = torch.tensor([model.visual_tokens(rows, columns) for rows, columns in batch.tile_grids])
         return pictures, torch.repeat_interleave(torch.arange(len(pictures)), tokens)
     assert batch.tiles_TCHW is not None
     rows_N = torch.arange(len(batch.image_positions_N)) if batch.feature_rows_N is None else batch.feature_rows_N

@@ -7,10 +7,13 @@ from pathlib import Path
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.families.base import Family
 from megavlm.checkpoint.hf.families.causal_lm import CausalLM
+from megavlm.checkpoint.hf.families.idefics2 import Idefics2
+from megavlm.checkpoint.hf.families.idefics3 import Idefics3
 from megavlm.checkpoint.hf.families.llava import Llava
+from megavlm.checkpoint.hf.families.smolvlm import SmolVLM
 from megavlm.checkpoint.hf.reading import CONFIG, read_json
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Llava(), CausalLM())}
+FAMILIES: dict[str, Family] = {family.name: family for family in (Llava(), CausalLM(), Idefics2(), Idefics3(), SmolVLM())}
 
 
 def family(name: str) -> Family:

@@ -7,8 +7,9 @@ from megatron.core.transformer.module import MegatronModule
 
 from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megavlm.models.projectors.mlp import MLPProjector
+from megavlm.models.projectors.perceiver import PerceiverProjector
 
-PROJECTORS: dict[str, type[MegatronModule]] = {"mlp": MLPProjector}
+PROJECTORS: dict[str, type[MegatronModule]] = {"mlp": MLPProjector, "perceiver": PerceiverProjector}
 
 
 def build_projector(model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, device: torch.device) -> MegatronModule:
