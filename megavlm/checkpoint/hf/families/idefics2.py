@@ -6,6 +6,7 @@ Source: transformers 5.23, models/idefics2.
 from __future__ import annotations
 
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,9 +17,11 @@ from megavlm.checkpoint.hf.families.base import Family, TokenIds, input_ids
 from megavlm.checkpoint.hf.families.native import check_native, edges_of, padded_pictures
 from megavlm.checkpoint.hf.language import language, language_of
 from megavlm.checkpoint.hf.links import Link, plain, prefixed
+from megavlm.checkpoint.hf.processors import BICUBIC, normalising, processor_block
 from megavlm.checkpoint.hf.reading import Problems
-from megavlm.config.schema import LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from megavlm.config.schema import ImageConfig, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megavlm.data.prompt import Prompt
+from megavlm.data.tokenizer import Tokenizer
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 

@@ -1,18 +1,25 @@
-"""Idefics3 (https://arxiv.org/abs/2408.12637): square tiles, pixel shuffle, a linear projection. Source: transformers 5.23, models/idefics3."""
+"""Idefics3 (https://arxiv.org/abs/2408.12637): square tiles, pixel shuffle, a linear projection.
+
+Source: transformers 5.23, models/idefics3.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.families.base import input_ids, normalised
 from megavlm.checkpoint.hf.families.idefics2 import Idefics
 from megavlm.checkpoint.hf.families.native import edges_of
 from megavlm.checkpoint.hf.links import Link, plain
+from megavlm.checkpoint.hf.processors import BICUBIC, normalising, processor_block
 from megavlm.checkpoint.hf.reading import Problems
-from megavlm.config.schema import ModelConfig
+from megavlm.config.schema import ImageConfig, ModelConfig
 from megavlm.data.prompt import Prompt
+from megavlm.data.tokenizer import Tokenizer
 
 
 class Idefics3(Idefics):
