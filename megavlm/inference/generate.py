@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
-from megavlm.config.schema import ModelConfig
+from megavlm.config.schema import LanguageConfig, ModelConfig
 from megavlm.data.prompt import Prompt, prompt_batch, token_batch
 from megavlm.data.types import PackedBatch
 from megavlm.inference.cache import KVCache
+from megavlm.inference.linear import light_linears
 from megavlm.inference.sampling import GenerationError, Sampler, Sampling
+from megavlm.models.language.cross import Sight
 from megavlm.models.vlm import VisionLanguageModel
 
 OnToken = Callable[[int, int], None]
@@ -69,7 +72,7 @@ def generate(
         sampler.start(i, prompt.ids)
     answers: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))
-    with _evaluating(model):
+    with _evaluating(model), light_linears(model):
         batch = prompt_batch(prompts, image_token_id, model.model).to(model.ctx.device)
         while True:
             logits_BV = _last_logits(model, batch, cache)
@@ -88,7 +91,18 @@ def generate(
             if len(keep) < len(running):
                 cache.drop(keep)
                 running = [running[b] for b in keep]
-            batch = _token_batch([tokens[b] for b in keep], cache.lengths).to(model.ctx.device)
+            if _rotates_anew(model.model.language, cache.lengths):
+                cache = KVCache()
+                whole = [replace(prompts[s], ids=[*prompts[s].ids, *answers[s]]) for s in running]
+                batch = prompt_batch(whole, image_token_id, model.model).to(model.ctx.device)
+            else:
+                batch = _token_batch([tokens[b] for b in keep], cache.lengths).to(model.ctx.device)
+
+
+def _rotates_anew(language: LanguageConfig, lengths: Sequence[int]) -> bool:
+    """Does a sequence's next token change the rotation of all its positions, and so its keys (LongRoPE; Phi3ForCausalLM does the same)?"""
+    scaling = language.rope_scaling
+    return scaling is not None and scaling.kind == "longrope" and scaling.parameters["original_max_position_embeddings"] in lengths
 
 
 def _token_batch(tokens: list[int], positions: list[int]) -> PackedBatch:
@@ -101,6 +115,10 @@ def _last_logits(model: VisionLanguageModel, batch: PackedBatch, cache: KVCache)
     cache.begin(batch.segment_lengths, batch.tokens_S.device)
     packing = model.packing(batch)
     packing.cache = cache
+    if packing.sight is not None:
+        # After the prompts a token sees what the one before it saw.
+        packing.sight = packing.sight if not cache.looks else Sight(tuple(cache.looks), tuple(cache.looks))
+        cache.looks = list(packing.sight.last)
     hidden = model.transform(batch, packing)
     assert packing.cu_seqlens_q is not None
     return model.language.logits(hidden, packing.cu_seqlens_q[1:].long() - 1)
@@ -144,7 +162,7 @@ def _check_prompt(model: VisionLanguageModel, number: int, prompt: Prompt, max_n
             f"together {length + max_new_tokens}, but model.language.max_positions={limit}"
         )
     highest = max(prompt.ids)
-    if min(prompt.ids) < 0 or highest >= model.model.language.vocab_size:
+    if min(prompt.ids) < 0 or highest >= model.model.language.vocab_size + model.model.language.read_only_tokens:
         raise PromptError(
             f"prompt {number} holds token ids from {min(prompt.ids)} to {highest}, but the model's vocabulary has "
             f"{model.model.language.vocab_size} rows: is this the model's tokenizer?"
@@ -155,7 +173,7 @@ def _check_prompt(model: VisionLanguageModel, number: int, prompt: Prompt, max_n
 def _check_pictures(model: ModelConfig, number: int, prompt: Prompt, image_token_id: int) -> None:
     placeholders = sum(1 for i in prompt.ids if i == image_token_id)
     made, rows = prompt.num_feature_rows(model), prompt.feature_rows_N
-    if placeholders != (made if rows is None else len(rows)):
+    if placeholders != (prompt.num_placeholders(model) if rows is None else len(rows)):
         what = f"{prompt.num_tiles} pictures" if prompt.tile_grids is not None else f"{prompt.num_tiles} tiles"
         raise PromptError(
             f"prompt {number} has {placeholders} image placeholders (id {image_token_id}), but {what} make {made} visual tokens"
