@@ -8,6 +8,18 @@ from pydantic import Field, model_validator
 
 from megavlm.config.blocks import Block, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 
+ROPE_PARAMETERS: dict[str, tuple[set[str], set[str]]] = {
+    "linear": ({"factor"}, set()),
+    "dynamic": ({"factor"}, set()),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
+    "yarn": (
+        {"factor", "original_max_position_embeddings"},
+        {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    ),
+    "longrope": ({"short_factor", "long_factor", "original_max_position_embeddings"}, {"factor", "attention_factor"}),
+}
+"""Kind of scaling -> its parameters: those that it needs, and others."""
+
 
 class RopeScaling(Block):
     """How rotary positions reach beyond the length that the model was first trained with.
@@ -15,8 +27,22 @@ class RopeScaling(Block):
     The formulas are those of transformers 5.23, `modeling_rope_utils.py`; `parameters` are its keys (factor, low_freq_factor, ...).
     """
 
-    kind: Literal["linear", "llama3", "yarn", "longrope"]
+    kind: Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
+    """dynamic and longrope look at the length of each segment."""
     parameters: dict[str, float | int | bool | list[float]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> RopeScaling:
+        required, optional = ROPE_PARAMETERS[self.kind]
+        missing, unknown = sorted(required - self.parameters.keys()), sorted(self.parameters.keys() - required - optional)
+        if missing or unknown:
+            wrong = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"does not know {', '.join(unknown)}"] * bool(unknown)
+            raise ValueError(f"rope_scaling of kind={self.kind} {' and '.join(wrong)}")
+        for name, value in self.parameters.items():
+            wanted = "list" if name in ("short_factor", "long_factor") else "number"
+            if isinstance(value, list) != (wanted == "list"):
+                raise ValueError(f"rope_scaling.parameters.{name} must be a {wanted}, not {value!r}")
+        return self
 
 
 class MoeConfig(Block):
@@ -41,9 +67,36 @@ class MoeConfig(Block):
         return self
 
 
+class CrossAttentionConfig(Block):
+    """Layers of the stack that read pictures: queries from the text, keys and values from visual features, then an MLP; what each adds
+    passes a gate tanh(g), 0 at the start.
+
+    Pictures then stand in the text as one token each and are read as features, not as tokens. A token sees the picture before it, and
+    pictures side by side as one. Mllama (Llama 3.2 Vision), and Flamingo's gated cross-attention (https://arxiv.org/abs/2204.14198).
+    """
+
+    layers: list[int]
+    """Such layers, counted from 0 among all of `num_layers`. Flamingo puts one before every n-th layer: [0, n + 1, 2n + 2, ...]."""
+    qk_norm: bool = False
+    """RMSNorm on each head's query and key (Mllama)."""
+    before_first_picture: Literal["nothing", "all"] = "nothing"
+    """What tokens before a sample's first picture see: nothing (Flamingo), or all features of the sample, those of empty tiles too
+    (Mllama as transformers computes it)."""
+    mlp_without_picture: bool = True
+    """The MLP also works on tokens that no picture stands before (Flamingo); False: these pass it unchanged (Mllama)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CrossAttentionConfig:
+        if not self.layers or len(set(self.layers)) != len(self.layers):
+            raise ValueError(f"cross_attention.layers={self.layers} must name at least one layer, and each once")
+        return self
+
+
 class LanguageConfig(Block):
     """A decoder-only language model. The defaults are Llama's: RMSNorm, SwiGLU, rotary positions."""
 
+    family: str | None = None
+    """Hugging Face class that an export takes where several hold the same network (mistral, phi3); None: the first that does."""
     vocab_size: PositiveInt = 32064
     """Rows of the embedding as the tokenizer and Hugging Face know it; padded internally for tensor parallelism."""
     num_layers: PositiveInt = 32
@@ -57,6 +110,10 @@ class LanguageConfig(Block):
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     gated_mlp: bool = True
     """activation(gate) x up (SwiGLU with silu, GeGLU with gelu_tanh) instead of activation(up)."""
+    cross_attention: CrossAttentionConfig | None = None
+    """Pictures are read by layers of their own (Flamingo, Mllama); None: visual features take the places of their tokens."""
+    read_only_tokens: int = Field(default=0, ge=0)
+    """Rows of the embedding behind the vocabulary, for tokens that are read and never predicted (Mllama: 8)."""
     moe: MoeConfig | None = None
     """Mixture of experts (Qwen3-MoE, Mixtral); None: one MLP a layer."""
     norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
@@ -80,7 +137,7 @@ class LanguageConfig(Block):
     rope_local_theta: PositiveFloat | None = None
     """Base of rotary positions, unscaled, in layers with a sliding window (Gemma 3); None: as in the others."""
     rotary_fraction: Fraction = 1.0
-    """Leading part of each head that is rotated (Phi)."""
+    """Leading part of each head that is rotated (Phi-4-mini)."""
     mrope_sections: list[PositiveInt] | None = None
     """Multimodal rotary positions: rotation pairs that follow time, row and column (Qwen2-VL); None: ordinary positions."""
     mrope_interleaved: bool = False
@@ -130,6 +187,12 @@ class LanguageConfig(Block):
             raise ValueError("linear_bias=true needs qkv_bias=true: layers have biases everywhere, or on query, key and value only")
         if self.position_offset and self.positions != "learned":
             raise ValueError(f"position_offset={self.position_offset} goes with positions=learned, not {self.positions}")
+        if self.rope_scaling is not None and self.positions != "rotary":
+            raise ValueError(f"rope_scaling goes with positions=rotary, not {self.positions}")
+        for name in ("short_factor", "long_factor"):
+            factors = self.rope_scaling.parameters.get(name) if self.rope_scaling is not None else None
+            if isinstance(factors, list) and len(factors) != self.rotary_width // 2:
+                raise ValueError(f"rope_scaling.parameters.{name} has {len(factors)} factors for {self.rotary_width // 2} rotation pairs")
         if self.sliding_layers and self.sliding_window_tokens is None:
             raise ValueError("sliding_layers needs sliding_window_tokens")
         for layer in self.sliding_layers:
@@ -138,6 +201,13 @@ class LanguageConfig(Block):
         for layer in self.moe.dense_layers if self.moe else ():
             if not 0 <= layer < self.num_layers:
                 raise ValueError(f"moe.dense_layers names layer {layer}, but layers go from 0 to {self.num_layers - 1}")
+        for layer in self.cross_attention.layers if self.cross_attention else ():
+            if not 0 <= layer < self.num_layers:
+                raise ValueError(f"cross_attention.layers names layer {layer}, but layers go from 0 to {self.num_layers - 1}")
+        if self.cross_attention and (self.moe or self.sandwich_norm or self.linear_bias or self.qkv_bias):
+            raise ValueError("cross_attention needs moe=null, sandwich_norm=false, linear_bias=false and qkv_bias=false")
+        if self.read_only_tokens and self.tie_embeddings:
+            raise ValueError("read_only_tokens needs tie_embeddings=false: a tied head would predict these tokens")
         if self.moe and (self.linear_bias or self.sandwich_norm):
             raise ValueError("moe needs linear_bias=false and sandwich_norm=false: no model with experts has them")
         if self.mrope_sections is not None and 2 * sum(self.mrope_sections) != self.rotary_width:

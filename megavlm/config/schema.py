@@ -1,8 +1,8 @@
 """The typed recipe: every field of a run, with its unit in the name and its meaning beside it.
 
 A recipe is plain data. Nothing here imports torch, touches a file or knows a rank; `megavlm.config.load` reads YAML
-into these classes. Unknown keys are refused. The order of a recipe's blocks is run, model, parallel, precision, data, stages,
-evaluation, checkpoint, tracking; model, data and stages have files of their own beside this one.
+into these classes. Unknown keys are refused. The order of a recipe's blocks is run, init, model, parallel, precision, data, stages,
+evaluation, checkpoint, tracking; init, model, data and stages have files of their own beside this one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pydantic import Field, field_validator, model_validator
 
 from megavlm.config.blocks import Block, NonNegativeInt, PositiveFloat, PositiveInt
 from megavlm.config.data import DataConfig, ImageConfig, LossConfig, MixtureEntry, SourceConfig
-from megavlm.config.language import LanguageConfig, MoeConfig, RopeScaling
+from megavlm.config.init import InitConfig
+from megavlm.config.language import CrossAttentionConfig, LanguageConfig, MoeConfig, RopeScaling
 from megavlm.config.model import ModelConfig
 from megavlm.config.projector import ProjectorConfig
 from megavlm.config.stages import ModuleTraining, OptimizerConfig, ScheduleConfig, StageConfig
@@ -22,15 +23,17 @@ from megavlm.config.vision import VisionConfig
 __all__ = [
     "Block",
     "CheckpointConfig",
+    "CrossAttentionConfig",
     "DataConfig",
     "EvaluationConfig",
     "ImageConfig",
+    "InitConfig",
     "LanguageConfig",
     "LossConfig",
     "MixtureEntry",
     "ModelConfig",
-    "MoeConfig",
     "ModuleTraining",
+    "MoeConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "PrecisionConfig",
@@ -82,7 +85,8 @@ class ParallelConfig(Block):
     context: PositiveInt = 1
     """Ranks that share each sequence."""
     expert: PositiveInt = 1
-    """Ranks that share the experts of a mixture-of-experts layer. They lie inside the data and context ranks, and add none."""
+    """Ranks that share the experts of a mixture-of-experts layer, each whole on one of them: neighbours on the tensor, context and data
+    axes, which add no ranks. With 1 every rank holds all experts, and tensor parallelism splits each."""
     sequence: bool = False
     """Megatron sequence parallelism: activations outside attention and MLP are split over the tensor ranks."""
     distributed_optimizer: bool = False
@@ -160,6 +164,7 @@ class Recipe(Block):
     """A whole run."""
 
     run: RunConfig
+    init: InitConfig = Field(default_factory=InitConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     precision: PrecisionConfig = Field(default_factory=PrecisionConfig)
@@ -243,10 +248,8 @@ class Recipe(Block):
             return
         if moe.num_experts % parallel.expert:
             raise ValueError(f"parallel.expert={parallel.expert} does not divide model.language.moe.num_experts={moe.num_experts}")
-        if moe.ffn_hidden_size % parallel.tensor:
-            raise ValueError(
-                f"parallel.tensor={parallel.tensor} does not divide model.language.moe.ffn_hidden_size={moe.ffn_hidden_size}"
-            )
+        if parallel.expert == 1 and moe.ffn_hidden_size % parallel.tensor:
+            raise ValueError(f"parallel.tensor={parallel.tensor} does not divide model.language.moe.ffn_hidden_size={moe.ffn_hidden_size}")
         if parallel.tensor > 1 and not parallel.sequence:
             raise ValueError(
                 "model.language.moe with parallel.tensor > 1 needs parallel.sequence=true: without it each tensor rank would send "

@@ -85,6 +85,9 @@ class VisionConfig(Block):
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
+    canvas_tiles: PositiveInt | None = None
+    """Every picture is filled up to so many tiles, which see each other; None: tiles are pictures of their own."""
+
     @property
     def grid_side(self) -> int:
         """Patches on a side of one tile."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from megavlm.data.resizing import PictureGrid
-from megavlm.data.types import PackedBatch, SampleRef
+from megavlm.data.types import PackedBatch, PictureTiles, SampleRef
 
 
 @dataclass
@@ -69,6 +69,7 @@ def collate(pieces: Sequence[Piece | int], pad_id: int, tokens_per_tile: int, na
         tiles_TCHW=None if native else joined,
         pixels_X=joined if native else None,
         tile_grids=[(g.rows, g.cols) for p in samples for g in p.grids] if native else None,
+        picture_tiles=None if native else [PictureTiles(g.work.tiles, g.rows, g.cols) for p in samples for g in p.grids],
         feature_rows_N=None if rows is None else _tensor(rows),
         num_bad_samples=len(bad),
         metadata={"bad_samples": bad, "num_samples": len(samples), "keys": [p.key for p in samples]},

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megavlm.config.schema import ModelConfig
-from megavlm.data.types import PackedBatch, SampleRef
+from megavlm.data.types import PackedBatch, PictureTiles, SampleRef
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Prompt:
 
     tiles_per_picture: list[int] | None = None
     """Tiles of each picture, in order; None: native resolution, or not known (each tile a picture)."""
+    picture_tiles: list[PictureTiles] | None = None
+    """How each picture was cut; None: native resolution, or each tile is a picture."""
     sizes: list[tuple[int, int]] | None = None
     """(width, height) of each picture as it was decoded; some Hugging Face processors hand them on."""
 
@@ -40,6 +42,17 @@ class Prompt:
         if self.tile_grids is not None:
             return len(self.tile_grids)
         return 0 if self.tiles_TCHW is None else len(self.tiles_TCHW)
+
+    @property
+    def cuts(self) -> list[PictureTiles]:
+        """How each picture was cut, without native resolution."""
+        return self.picture_tiles if self.picture_tiles is not None else [PictureTiles(1, 1, 1)] * self.num_tiles
+
+    def num_placeholders(self, model: ModelConfig) -> int:
+        """Tokens that stand for the pictures when no feature is left out or repeated."""
+        if model.language.cross_attention is None:
+            return self.num_feature_rows(model)
+        return len(self.tile_grids) if self.tile_grids is not None else len(self.cuts)
 
     def num_feature_rows(self, model: ModelConfig) -> int:
         """Rows that the projector makes of the pictures."""
@@ -60,6 +73,7 @@ def prompt_batch(prompts: Sequence[Prompt], image_token_id: int, model: ModelCon
         tiles_TCHW=_joined([p.tiles_TCHW for p in prompts]),
         pixels_X=_joined([p.pixels_X for p in prompts]),
         tile_grids=[grid for p in prompts for grid in p.tile_grids or ()] if any(p.tile_grids for p in prompts) else None,
+        picture_tiles=None if any(p.tile_grids for p in prompts) else [cut for p in prompts for cut in p.cuts],
         feature_rows_N=_joined(_feature_rows(prompts, model)),
     )
 

@@ -11,6 +11,7 @@ from megavlm.config.schema import ImageConfig, ModelConfig
 from megavlm.data.resizing_anyres import AnyRes
 from megavlm.data.resizing_base import PictureGrid, Resizing, ResizingError
 from megavlm.data.resizing_native import Native
+from megavlm.data.resizing_read import OneToken
 from megavlm.data.resizing_split import Split
 from megavlm.data.resizing_tiles import Fixed, Tiles
 
@@ -31,7 +32,8 @@ def make_resizing(image: ImageConfig, model: ModelConfig) -> Resizing:
     Raises:
         ResizingError: the model keeps its class token, and the policy has no place for it.
     """
-    return _POLICIES[image.policy](image, model)
+    policy = _POLICIES[image.policy](image, model)
+    return policy if model.language.cross_attention is None else OneToken(policy)
 
 
 def plan_pictures(sizes: list[tuple[int, int]], resizing: Resizing, image: ImageConfig, max_tokens: int | None = None) -> list[PictureGrid]:

@@ -6,6 +6,7 @@ Shape legend: S packed sequence, N visual tokens, T tiles, C channels, Q targets
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import torch
 
@@ -54,6 +55,15 @@ class StepPlan:
     """How well the step is packed and balanced; names and units in `megavlm.data.plan.StepPlanner`."""
 
 
+class PictureTiles(NamedTuple):
+    """How a picture was cut."""
+
+    tiles: int
+    """All of them, the thumbnail too."""
+    rows: int
+    columns: int
+
+
 @dataclass
 class PackedBatch:
     """One microbatch: one or several packs laid end to end. Text-only, one image, many tiles and video are all this type.
@@ -91,6 +101,8 @@ class PackedBatch:
     """uint8, native resolution only: all pictures one after another, each (C, H, W) flattened. None as tiles_TCHW."""
     tile_grids: list[tuple[int, int]] | None = None
     """Native resolution only: (rows, columns) of patches of each picture; known to every rank."""
+    picture_tiles: list[PictureTiles] | None = None
+    """Of each picture, in order; known to every rank. None: native resolution, or no picture."""
     feature_rows_N: torch.Tensor | None = None
     """int64: which row of the projector's output each visual token takes; -1 is the learned end of a row. None: all rows in order."""
     num_bad_samples: int = 0

@@ -10,6 +10,7 @@ W width of the cache (longest sequence it has room for).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,10 @@ class KVCache:
     def __init__(self) -> None:
         self.lengths: list[int] = []
         """Tokens that each sequence holds, those of the pass under way included."""
+        self.pictures: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Layer -> keys and values of the features of all pictures, for layers that read them; computed once."""
+        self.looks: list[Any] = []
+        """Of each sequence: what its next token sees of them (models/language/cross.py)."""
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
         self._sequence_S = self._position_S = torch.empty(0, dtype=torch.int64)
@@ -88,6 +93,7 @@ class KVCache:
     def drop(self, keep: Sequence[int]) -> None:
         """Keep only the sequences numbered `keep`, in that order; they are renumbered from 0."""
         self.lengths = [self.lengths[b] for b in keep]
+        self.looks = [self.looks[b] for b in keep] if self.looks else []
         for store in (self._keys, self._values):
             for layer, cached in store.items():
                 store[layer] = cached[torch.tensor(list(keep), dtype=torch.int64, device=cached.device)]

@@ -20,6 +20,7 @@ from megavlm.data.prompt import Prompt
 from megavlm.data.resizing import make_resizing, plan_pictures
 from megavlm.data.resizing_rows import feature_rows
 from megavlm.data.sample import IMAGE_TOKEN
+from megavlm.data.types import PictureTiles
 
 Picture = str | Path | bytes | Image.Image
 """A file, an encoded picture, or a decoded one."""
@@ -52,7 +53,8 @@ def make_prompt(
     if resizing.native:
         return Prompt(ids, pixels_X=cut, tile_grids=[(grid.rows, grid.cols) for grid in grids], sizes=sizes)
     rows = feature_rows(sizes, grids, resizing, model.visual_tokens_per_tile)
-    return Prompt(ids, cut, feature_rows_N=rows, tiles_per_picture=[grid.work.tiles for grid in grids], sizes=sizes)
+    cuts = [PictureTiles(grid.work.tiles, grid.rows, grid.cols) for grid in grids]
+    return Prompt(ids, cut, feature_rows_N=rows, tiles_per_picture=[picture.tiles for picture in cuts], picture_tiles=cuts, sizes=sizes)
 
 
 def _decode(picture: Picture, data: DataConfig) -> np.ndarray:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from megavlm.config.schema import ModelConfig
 from megavlm.data.types import PackedBatch
+from megavlm.models.language.cross import PICTURES, picture_rows
 
 Sides = dict[str, torch.Tensor]
 """Name -> rows (M, 1, D) that layers further up read."""
@@ -31,8 +32,17 @@ Sides = dict[str, torch.Tensor]
 
 def side_rows(model: ModelConfig, batch: PackedBatch, layers_done: int) -> dict[str, int]:
     """Name -> M of the side tensors that the layers after the first `layers_done` read, in the order in which they travel."""
-    del model, batch, layers_done
-    return {}
+    layers = 0 if model.text_only else len(model.vision.deepstack_layers)
+    rows = {deepstack_side(i): batch.image_positions_N.numel() for i in range(layers_done, layers)}
+    cross = model.language.cross_attention
+    if cross is not None and max(cross.layers) >= layers_done:
+        rows[PICTURES] = sum(total for _, total in picture_rows(model, batch))
+    return rows
+
+
+def deepstack_side(number: int) -> str:
+    """Name of what DeepStack adds to visual tokens behind the LLM's layer `number`, counted from 0."""
+    return f"deepstack_{number}"
 
 
 def join(x_LBD: torch.Tensor, sides: Mapping[str, torch.Tensor], rows: Mapping[str, int]) -> torch.Tensor:

@@ -39,13 +39,18 @@ def random_provider(model: ModelConfig, seed: int) -> Provider:
         if name in ("bias", "layer_norm_bias", "in_proj_bias"):
             return torch.zeros(shape)
         if "norm" in key.rsplit(".", 2)[-2] or name == "layer_norm_weight" or (len(shape) == 1 and name.endswith("weight")):
-            zero_centered = key.startswith("language.") and model.language.zero_centered_norm
+            as_language = ("language.", "projector.") if model.projector.kind == "average_pool" else ("language.",)
+            zero_centered = key.startswith(as_language) and model.language.zero_centered_norm
             return torch.zeros(shape) if zero_centered else torch.ones(shape)
+        if name == "gate":  # tanh(gate): what the layer adds starts as nothing, as in Flamingo (https://arxiv.org/abs/2204.14198)
+            return torch.zeros(shape)
         if is_vocabulary(key):
-            shape = (model.language.vocab_size, *shape[1:])  # padding depends on the layout: it is never drawn
+            read_only = model.language.read_only_tokens if "word_embeddings" in key else 0
+            shape = (model.language.vocab_size + read_only, *shape[1:])  # padding depends on the layout: it is never drawn
         std = model.init_std
         if key.endswith(RESIDUAL_OUTPUTS):
-            layers = model.vision.num_used_layers if key.startswith("vision") else model.language.num_layers
+            encoder = model.vision_beside[int(key.split(".")[2])] if key.startswith("vision.beside.") else model.vision
+            layers = encoder.num_used_layers if key.startswith("vision") else model.language.num_layers
             std /= math.sqrt(2 * layers)
         if name == "image_newline":
             std = 1 / math.sqrt(shape[0])

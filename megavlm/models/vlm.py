@@ -17,13 +17,17 @@ from megatron.core.transformer.module import MegatronModule
 
 from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megavlm.data.types import PackedBatch
-from megavlm.models.handover import Sides, join, pad, part, side_rows
+from megavlm.models.handover import Sides, deepstack_side, join, pad, part, side_rows
 from megavlm.models.language import LanguageModel
+from megavlm.models.language.cross import PICTURES, sight_of
+from megavlm.models.language.mrope import mrope_positions
 from megavlm.models.language.rotary import rotary_tables
+from megavlm.models.layers.experts import balance_of
 from megavlm.models.layers.masks import groups_of
 from megavlm.models.layers.packing import Packing, pack
+from megavlm.models.layers.run import AfterLayer
 from megavlm.models.projectors import build_projector
-from megavlm.models.vision import VisionEncoder
+from megavlm.models.vision import VisionEncoder, build_encoder
 from megavlm.parallel.context import ParallelContext
 from megavlm.topology.pipeline import PipelineSplit
 
@@ -61,7 +65,7 @@ class VisionLanguageModel(MegatronModule):
         # Without overlap an image-less microbatch simply has no encoder gradient; with it the encoder must be touched.
         self.touch_encoder = parallel.overlap_grad_reduce
         has_encoder = self.pre_process and not (text_only or model.text_only)
-        self.vision = VisionEncoder(model.vision, precision, parallel, ctx.device) if has_encoder else None
+        self.vision = build_encoder(model, precision, parallel, ctx.device) if has_encoder else None
         self.projector = build_projector(model, precision, parallel, ctx.device) if has_encoder else None
         self.language = language
 
@@ -91,7 +95,7 @@ class VisionLanguageModel(MegatronModule):
             x = self.language.split(self.language.placed(x, batch.positions_S), packing)
         else:
             x, packing.sides = part(self.language.received, self.local_rows(batch), side_rows(self.model, batch, layers.start - 1))
-        x = self.language.transform(x, packing)
+        x = self.language.transform(x, packing, self._deepstack(batch, packing))
         return x if self.post_process else join(x, packing.sides, side_rows(self.model, batch, layers.stop - 1))
 
     def local_rows(self, batch: PackedBatch) -> int:
@@ -116,13 +120,25 @@ class VisionLanguageModel(MegatronModule):
             return x + self._untouched_encoder() if self.touch_encoder and self.vision is not None else x, self._no_sides(batch)
         if self.vision is None or self.projector is None:
             raise ValueError(f"this batch has {batch.num_tiles} image tiles, but the stage's objective is text: use samples without images")
-        features_ND = self._visual_tokens(batch, self.vision, self.projector)
+        features_ND, sides = self._visual_tokens(batch, self.vision, self.projector)
+        if self.model.language.cross_attention is not None:
+            return x, self._read_pictures(batch, features_ND)
         if features_ND.shape[0] != batch.image_positions_N.numel():
             raise ValueError(
                 f"{batch.image_positions_N.numel()} image placeholders, but {features_ND.shape[0]} visual features "
                 f"of {batch.num_tiles} tiles or pictures: the data were prepared for another model.vision or model.projector"
             )
-        return x.index_put((batch.image_positions_N,), features_ND.unsqueeze(1).to(x.dtype)), self._no_sides(batch)
+        return x.index_put((batch.image_positions_N,), features_ND.unsqueeze(1).to(x.dtype)), sides
+
+    def _read_pictures(self, batch: PackedBatch, features_MD: torch.Tensor) -> Sides:
+        """Side rows for layers that read pictures; their tokens stay in the text as they are."""
+        wanted = side_rows(self.model, batch, 0)[PICTURES]
+        if features_MD.shape[0] != wanted:
+            raise ValueError(
+                f"{features_MD.shape[0]} visual features of {batch.num_tiles} tiles or pictures, where the batch's pictures have {wanted}: "
+                "the data were prepared for another model.vision or model.projector"
+            )
+        return {PICTURES: features_MD.unsqueeze(1)}
 
     def _no_sides(self, batch: PackedBatch) -> Sides:
         """Side tensors without a row, for a microbatch without a picture."""
@@ -131,12 +147,28 @@ class VisionLanguageModel(MegatronModule):
         return dict.fromkeys(side_rows(self.model, batch, 0), empty)
 
     @staticmethod
-    def _visual_tokens(batch: PackedBatch, vision: VisionEncoder, projector: MegatronModule) -> torch.Tensor:
-        """(N, D), by whichever policy of data.image made the batch."""
+    def _visual_tokens(batch: PackedBatch, vision: VisionEncoder, projector: MegatronModule) -> tuple[torch.Tensor, Sides]:
+        """(N, D), by whichever policy of data.image made the batch; and side rows, of which there are N for each DeepStack layer."""
         pixels, grids = (batch.pixels_X, batch.tile_grids) if batch.tile_grids is not None else (batch.tiles_TCHW, None)
         assert pixels is not None, "the first pipeline stage needs the pixels of its batch"
-        tokens_ND: torch.Tensor = projector(vision(pixels, grids), batch.feature_rows_N)
-        return tokens_ND
+        features = vision(pixels, grids)
+        tokens_ND: torch.Tensor = projector(features, batch.feature_rows_N)
+        deep = projector.deep(features, batch.feature_rows_N) if features.deep else []
+        return tokens_ND, {deepstack_side(i): rows_ND.unsqueeze(1) for i, rows_ND in enumerate(deep)}
+
+    def _deepstack(self, batch: PackedBatch, packing: Packing) -> AfterLayer | None:
+        """What adds features from the middle of the encoder to the visual tokens behind the LLM's first layers."""
+        count = len(self.model.vision.deepstack_layers)
+        if self.model.text_only or not count or batch.num_tiles == 0:
+            return None
+
+        def add(layer_number: int, x_LBD: torch.Tensor) -> torch.Tensor:
+            if layer_number > count:
+                return x_LBD
+            rows_NBD = packing.sides[deepstack_side(layer_number - 1)]
+            return self.language.add_rows(x_LBD, batch.image_positions_N, rows_NBD, batch.num_tokens, packing)
+
+        return add
 
     def _untouched_encoder(self) -> torch.Tensor:
         """A zero that depends on every weight of encoder and projector, by way of one grey tile.
@@ -147,17 +179,28 @@ class VisionLanguageModel(MegatronModule):
         assert self.vision is not None and self.projector is not None
         side = self.model.vision.image_size_px
         tile = torch.full((1, self.model.vision.num_channels, side, side), 127, dtype=torch.uint8, device=self.ctx.device)
-        return 0.0 * self.projector(self.vision(tile)).sum()
+        features = self.vision(tile)
+        deep = self.projector.deep(features) if features.deep else []
+        return 0.0 * sum((rows.sum() for rows in deep), start=self.projector(features).sum())
+
+    def _axes(self, batch: PackedBatch) -> torch.Tensor | None:
+        """(3, S): time, row and column of each token, where the LLM tells these apart and there are pictures."""
+        if self.model.language.mrope_sections is None or batch.num_tiles == 0:
+            return None
+        factor, side = self.model.projector.pixel_shuffle, self.model.vision.grid_side
+        grids = batch.tile_grids if batch.tile_grids is not None else [(side, side)] * batch.num_tiles
+        return mrope_positions(batch.positions_S, batch.image_positions_N, [(rows // factor, columns // factor) for rows, columns in grids])
 
     def packing(self, batch: PackedBatch) -> Packing:
         """Segments and rotations of this batch for the LLM's attention."""
         language = self.model.language
-        return pack(
+        context = (self.ctx.context_rank, self.ctx.grid.context)
+        packing = pack(
             batch.segment_lengths,
             batch.tokens_S.device,
             causal=True,
-            context=(self.ctx.context_rank, self.ctx.grid.context),
-            rotary=rotary_tables(language, batch.positions_S, self.config.params_dtype, batch.segment_lengths),
+            context=context,
+            rotary=rotary_tables(language, batch.positions_S, self.config.params_dtype, batch.segment_lengths, self._axes(batch)),
             groups=groups_of(
                 language.bidirectional,
                 batch.segment_lengths,
@@ -167,6 +210,12 @@ class VisionLanguageModel(MegatronModule):
                 batch.image_positions_N,
             ),
         )
+        if language.cross_attention is not None:
+            packing.sight = sight_of(self.model, batch, context)
+        if language.moe is not None and language.moe.aux_loss and self.training:
+            is_sample = [sample is not None for sample in batch.segment_samples]
+            packing.balance = balance_of(batch.segment_lengths, is_sample, batch.target_weights_Q, packing.rows_L)
+        return packing
 
 
 def local_targets(positions_Q: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, torch.Tensor | slice]:

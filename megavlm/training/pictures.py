@@ -51,12 +51,18 @@ def _samples(batch: PackedBatch, recipe: Recipe, stage: StageConfig, tokenizer: 
 def _shown(batch: PackedBatch, recipe: Recipe) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Tiles, or pictures in their own size, each (C, H, W); and which of them each visual token shows, -1: none (the end of a row)."""
     model = recipe.model
+    reads = model.language.cross_attention is not None  # a token a picture
     if batch.tile_grids is not None:
         assert batch.pixels_X is not None
         pictures = split_pictures(batch.pixels_X, batch.tile_grids, model.vision.num_channels, model.vision.patch_size_px)
+        if reads:
+            return pictures, torch.arange(len(pictures))
         tokens = torch.tensor([model.visual_tokens(rows, columns) for rows, columns in batch.tile_grids])
         return pictures, torch.repeat_interleave(torch.arange(len(pictures)), tokens)
     assert batch.tiles_TCHW is not None
+    if reads:
+        tiles = torch.tensor([picture.tiles for picture in batch.picture_tiles or ()])
+        return list(batch.tiles_TCHW), tiles.cumsum(0) - tiles  # the first tile of each
     rows_N = torch.arange(len(batch.image_positions_N)) if batch.feature_rows_N is None else batch.feature_rows_N
     return list(batch.tiles_TCHW), torch.where(rows_N < 0, -1, rows_N // model.visual_tokens_per_tile)
 

@@ -14,6 +14,7 @@ from megavlm.config.schema import ImageConfig, ModelConfig
 from megavlm.data.prompt import Prompt
 from megavlm.data.resizing import Resizing, make_resizing, plan_pictures
 from megavlm.data.resizing_rows import feature_rows
+from megavlm.data.types import PictureTiles
 
 TEXT_TOKENS = (11, 7, 13, 6)
 """Text of each sample; its pictures stand behind the third token."""
@@ -61,4 +62,5 @@ def picture_prompt(
     if resizing.native:
         return Prompt(ids, pixels_X=cut, tile_grids=[(grid.rows, grid.cols) for grid in grids], sizes=sizes)
     rows = feature_rows(sizes, grids, resizing, model.visual_tokens_per_tile)
-    return Prompt(ids, cut, feature_rows_N=rows, tiles_per_picture=[grid.work.tiles for grid in grids], sizes=sizes)
+    cuts = [PictureTiles(grid.work.tiles, grid.rows, grid.cols) for grid in grids]
+    return Prompt(ids, cut, feature_rows_N=rows, tiles_per_picture=[picture.tiles for picture in cuts], picture_tiles=cuts, sizes=sizes)

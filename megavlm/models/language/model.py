@@ -18,11 +18,12 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megavlm.config.schema import LanguageConfig, ParallelConfig, PrecisionConfig
+from megavlm.models.language.cross import cross_layer_spec
 from megavlm.models.layers.attention import AttentionStyle
 from megavlm.models.layers.configs import language_transformer_config
 from megavlm.models.layers.experts import experts_spec
 from megavlm.models.layers.packing import Packing
-from megavlm.models.layers.run import run_layers
+from megavlm.models.layers.run import AfterLayer, run_layers
 from megavlm.models.layers.specs import LayerStyle, block_spec, layer_spec, post_of
 from megavlm.parallel.context import ParallelContext
 from megavlm_kernels.linear_cross_entropy import linear_cross_entropy
@@ -47,7 +48,7 @@ class LanguageModel(GPTModel):
         super().__init__(
             config,
             block_spec(config, layers, norm=language.norm, vp_stage=vp_stage),  # type: ignore[arg-type]
-            vocab_size=padded_vocab_size(language.vocab_size, parallel.tensor),
+            vocab_size=padded_vocab_size(language.vocab_size + language.read_only_tokens, parallel.tensor),
             max_sequence_length=language.max_positions,
             pre_process=first,
             post_process=last,
@@ -95,9 +96,19 @@ class LanguageModel(GPTModel):
         assert x is not None, "a later stage needs the hidden states of the one before"
         return x
 
-    def transform(self, x_LBD: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """Run this chunk's layers."""
-        x_LBD, _ = run_layers(self.decoder, x_LBD, packing)
+    def add_rows(
+        self, x_LBD: torch.Tensor, positions_N: torch.Tensor, rows_NBD: torch.Tensor, num_rows: int, packing: Packing
+    ) -> torch.Tensor:
+        """This rank's rows (L, 1, D) with `rows_NBD` added at `positions_N` of the whole sequence of `num_rows`."""
+        rows_NBD = rows_NBD.to(x_LBD.dtype)
+        if packing.rows_L is None and not self.config.sequence_parallel:
+            return x_LBD.index_add(0, positions_N, rows_NBD)
+        whole_SBD = rows_NBD.new_zeros(num_rows, *rows_NBD.shape[1:]).index_add(0, positions_N, rows_NBD)
+        return x_LBD + self.split(whole_SBD, packing)
+
+    def transform(self, x_LBD: torch.Tensor, packing: Packing, after: AfterLayer | None = None) -> torch.Tensor:
+        """Run this chunk's layers, and `after` behind each."""
+        x_LBD, _ = run_layers(self.decoder, x_LBD, packing, after=after)
         return x_LBD if self.decoder.final_layernorm is None else self.decoder.final_layernorm(x_LBD)
 
     def head_weight(self) -> torch.Tensor:
@@ -154,6 +165,9 @@ def language_style(language: LanguageConfig) -> LayerStyle:
 def language_layers(language: LanguageConfig) -> ModuleSpec | list[ModuleSpec]:
     """One spec for all layers, or one for each."""
     style = language_style(language)
+    if language.cross_attention is not None:
+        plain, reads = layer_spec(style), cross_layer_spec(language)
+        return [reads if layer in language.cross_attention.layers else plain for layer in range(language.num_layers)]
     if language.moe is None:
         return layer_spec(style)
     dense, sparse = layer_spec(style), layer_spec(replace(style, mlp=experts_spec()))

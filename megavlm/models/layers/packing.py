@@ -36,6 +36,10 @@ class Packing(PackedSeqParams):
     """Key/value cache of inference; None in training."""
     sides: dict[str, torch.Tensor] = field(default_factory=dict)
     """Name -> rows (M, 1, D) beside the sequence that layers read: visual features (models/handover.py)."""
+    sight: Any = None
+    """Which of the features in `sides` each row sees (models/language/cross.py); None: no layer reads pictures."""
+    balance: Any = None
+    """What balances experts in training (models/layers/experts.py); None: nothing does."""
     rows_L: torch.Tensor | None = field(default=None)
     """With context parallelism: rows of the sequence that this rank owns; None: all."""
 
@@ -91,14 +95,15 @@ def pack(
         packing.gathered_order_S = torch.argsort(torch.cat([context_rows(bounds[-1], r, size) for r in range(size)])).to(device)
     elif segment_lengths and min(segment_lengths) == longest:
         packing.equal_length = longest
-    packing.pieces = _pieces(bounds, _owned_chunks(bounds[-1], rank, size), causal, groups.segments if groups else frozenset())
+    packing.pieces = _pieces(bounds, owned_chunks(bounds[-1], rank, size), causal, groups.segments if groups else frozenset())
     packing.masks = Masks(device, groups)
     for name, tables in (rotary or {}).items():
         packing.rotary[name] = tables if packing.rows_L is None else (tables[0][packing.rows_L], tables[1][packing.rows_L])
     return packing
 
 
-def _owned_chunks(num_rows: int, rank: int, size: int) -> list[tuple[int, int]]:
+def owned_chunks(num_rows: int, rank: int, size: int) -> list[tuple[int, int]]:
+    """Rows (first, one past the last) of the sequence that a context rank owns."""
     if size == 1:
         return [(0, num_rows)]
     chunk, mirror = num_rows // (2 * size), 2 * size - 1 - rank
