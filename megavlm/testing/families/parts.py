@@ -39,5 +39,11 @@ def text_config(tf: Any, kind: str, *, tie: bool = False, **changes: Any) -> Any
     }
     if kind == "qwen3":
         small["head_dim"] = 16
-    cls = {"llama": tf.LlamaConfig, "qwen2": tf.Qwen2Config, "qwen3": tf.Qwen3Config}[kind]
+    cls = {
+        "llama": tf.LlamaConfig,
+        "mistral": tf.MistralConfig,
+        "phi3": tf.Phi3Config,
+        "qwen2": tf.Qwen2Config,
+        "qwen3": tf.Qwen3Config,
+    }[kind]
     return cls(**(small | changes))

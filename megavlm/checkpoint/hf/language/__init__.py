@@ -7,12 +7,13 @@ from typing import Any
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.holding import which_holds
 from megavlm.checkpoint.hf.language.base import LanguageKind
-from megavlm.checkpoint.hf.language.llama import Llama, Qwen2, Qwen3
+from megavlm.checkpoint.hf.language.llama import Llama, Mistral, Qwen2, Qwen3
 from megavlm.checkpoint.hf.language.opt import Opt
+from megavlm.checkpoint.hf.language.phi3 import Phi3
 from megavlm.checkpoint.hf.reading import Problems, hf_config
 from megavlm.config.schema import LanguageConfig
 
-LANGUAGES: dict[str, LanguageKind] = {kind.model_type: kind for kind in (Llama(), Qwen2(), Qwen3(), Opt())}
+LANGUAGES: dict[str, LanguageKind] = {kind.model_type: kind for kind in (Llama(), Qwen2(), Qwen3(), Opt(), Mistral(), Phi3())}
 
 
 def language(model_type: str, allowed: tuple[str, ...] | None = None) -> LanguageKind:
@@ -24,8 +25,13 @@ def language(model_type: str, allowed: tuple[str, ...] | None = None) -> Languag
 
 
 def language_of(config: LanguageConfig, allowed: tuple[str, ...] | None = None) -> LanguageKind:
-    """The transformers class that can hold this LLM. Raises HuggingFaceError with what the nearest class would lose."""
-    kinds = [LANGUAGES[name] for name in allowed or tuple(LANGUAGES)]
+    """The transformers class that can hold this LLM: the one it came from, else the first of those that can.
+
+    Raises:
+        HuggingFaceError: none can; with what the nearest class would lose.
+    """
+    names = allowed or tuple(LANGUAGES)
+    kinds = [LANGUAGES[name] for name in sorted(names, key=lambda name: name != config.family)]
 
     def back(kind: LanguageKind) -> dict[str, Any]:
         problems = Problems()
@@ -38,7 +44,7 @@ def language_of(config: LanguageConfig, allowed: tuple[str, ...] | None = None) 
 
 def canonical(config: LanguageConfig) -> dict[str, Any]:
     """The block with every value that follows from others written out, so that equal models have equal blocks."""
-    values = config.model_dump() | {"num_query_groups": config.kv_heads, "head_dim": config.head_width}
+    values = config.model_dump(exclude={"family"}) | {"num_query_groups": config.kv_heads, "head_dim": config.head_width}
     if not config.sliding_layers:
         values["sliding_window_tokens"] = None
     if config.attention_scale is not None and abs(config.attention_scale - config.head_width**-0.5) < 1e-12:

@@ -1,4 +1,4 @@
-"""Llama, Qwen2 and Qwen3. Source: transformers 5.23, models/llama, qwen2, qwen3."""
+"""Llama, Mistral, Qwen2 and Qwen3. Source: transformers 5.23, models/llama, mistral, qwen2, qwen3."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from megavlm.checkpoint.hf.language.base import LanguageKind
+from megavlm.checkpoint.hf.language.rope import rope_block, rope_fields
+from megavlm.checkpoint.hf.language.windows import everywhere_block, everywhere_fields, layerwise_block, layerwise_fields
 from megavlm.checkpoint.hf.links import Link, plain, qkv, stacked
 from megavlm.checkpoint.hf.reading import Problems
 from megavlm.config.schema import LanguageConfig
@@ -17,12 +19,16 @@ class Llama(LanguageKind):
     model_type, causal_class = "llama", "LlamaForCausalLM"
 
     def from_hf(self, config: Any, problems: Problems) -> dict[str, Any]:
-        problems.only(config, "attention_bias", False, default=False, block="text_config")
-        problems.only(config, "mlp_bias", False, default=False, block="text_config")
-        return llama_fields(config, problems)
+        biased = bool(getattr(config, "mlp_bias", False))
+        problems.only(config, "attention_bias", biased, default=False, block="text_config")
+        return llama_fields(config, problems) | {"qkv_bias": biased, "linear_bias": biased}
 
     def to_hf(self, language: LanguageConfig) -> dict[str, Any]:
-        return llama_block(language, self.model_type) | {"attention_bias": False, "mlp_bias": False, "head_dim": language.head_width}
+        return llama_block(language, self.model_type) | {
+            "attention_bias": language.linear_bias,
+            "mlp_bias": language.linear_bias,
+            "head_dim": language.head_width,
+        }
 
     def links(self, language: LanguageConfig) -> list[Link]:
         return llama_links(language)
@@ -34,11 +40,10 @@ class Qwen2(LanguageKind):
     model_type, causal_class = "qwen2", "Qwen2ForCausalLM"
 
     def from_hf(self, config: Any, problems: Problems) -> dict[str, Any]:
-        problems.only(config, "use_sliding_window", False, default=False, block="text_config")
-        return llama_fields(config, problems) | {"qkv_bias": True}
+        return llama_fields(config, problems) | {"qkv_bias": True} | layerwise_fields(config, problems)
 
     def to_hf(self, language: LanguageConfig) -> dict[str, Any]:
-        return llama_block(language, self.model_type)
+        return llama_block(language, self.model_type) | layerwise_block(language)
 
     def links(self, language: LanguageConfig) -> list[Link]:
         return llama_links(language)
@@ -51,24 +56,34 @@ class Qwen3(LanguageKind):
 
     def from_hf(self, config: Any, problems: Problems) -> dict[str, Any]:
         problems.only(config, "attention_bias", False, default=False, block="text_config")
-        problems.only(config, "use_sliding_window", False, default=False, block="text_config")
-        return llama_fields(config, problems) | {"qk_norm": True}
+        return llama_fields(config, problems) | {"qk_norm": True} | layerwise_fields(config, problems)
 
     def to_hf(self, language: LanguageConfig) -> dict[str, Any]:
-        return llama_block(language, self.model_type) | {"attention_bias": False, "head_dim": language.head_width}
+        own = {"attention_bias": False, "head_dim": language.head_width}
+        return llama_block(language, self.model_type) | own | layerwise_block(language)
 
     def links(self, language: LanguageConfig) -> list[Link]:
         return llama_links(language)
 
 
-def llama_fields(config: Any, problems: Problems) -> dict[str, Any]:
-    """What Llama and its descendants have in common."""
+class Mistral(LanguageKind):
+    """https://arxiv.org/abs/2310.06825"""
+
+    model_type, causal_class = "mistral", "MistralForCausalLM"
+
+    def from_hf(self, config: Any, problems: Problems) -> dict[str, Any]:
+        return llama_fields(config, problems) | {"family": self.model_type} | everywhere_fields(config)
+
+    def to_hf(self, language: LanguageConfig) -> dict[str, Any]:
+        return llama_block(language, self.model_type) | {"head_dim": language.head_width} | everywhere_block(language)
+
+    def links(self, language: LanguageConfig) -> list[Link]:
+        return llama_links(language)
+
+
+def llama_fields(config: Any, problems: Problems, *, partial: bool = False) -> dict[str, Any]:
+    """What Llama and its descendants have in common; `partial`: the class can rotate a part of each head only."""
     problems.only(config, "hidden_act", "silu", block="text_config")
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default":
-        problems.add(f"text_config.rope_parameters.rope_type is {rope['rope_type']!r}, supported: default")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        problems.add(f"text_config.rope_parameters.partial_rotary_factor is {rope['partial_rotary_factor']}, supported: 1.0")
     head_dim = getattr(config, "head_dim", None)
     return {
         "vocab_size": config.vocab_size,
@@ -79,8 +94,8 @@ def llama_fields(config: Any, problems: Problems) -> dict[str, Any]:
         "head_dim": None if head_dim is None or head_dim * config.num_attention_heads == config.hidden_size else head_dim,
         "ffn_hidden_size": config.intermediate_size,
         "norm_eps": config.rms_norm_eps,
-        "rope_theta": float(rope.get("rope_theta", 10000.0)),
-        "tie_embeddings": bool(config.tie_word_embeddings),
+        **rope_fields(config, problems, partial=partial),
+        "tie_embeddings": bool(getattr(config, "tie_word_embeddings", False)),
         "max_positions": config.max_position_embeddings,
     }
 
@@ -97,7 +112,7 @@ def llama_block(language: LanguageConfig, model_type: str) -> dict[str, Any]:
         "intermediate_size": language.ffn_hidden_size,
         "hidden_act": "silu",
         "rms_norm_eps": language.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": language.rope_theta},
+        "rope_parameters": rope_block(language),
         "max_position_embeddings": language.max_positions,
         "attention_dropout": 0.0,
         "tie_word_embeddings": language.tie_embeddings,
@@ -127,6 +142,11 @@ def llama_layer(language: LanguageConfig, layer: int) -> Iterator[Link]:
         for x in "qk":
             yield plain(f"{attention}{x}_layernorm.weight", f"{theirs}self_attn.{x}_norm.weight", (head,))
     yield plain(f"{attention}linear_proj.weight", f"{theirs}self_attn.o_proj.weight", (width, heads * head))
+    if language.linear_bias:
+        yield plain(f"{attention}linear_proj.bias", f"{theirs}self_attn.o_proj.bias", (width,))
     yield plain(f"{ours}mlp.linear_fc1.layer_norm_weight", f"{theirs}post_attention_layernorm.weight", (width,))
     yield stacked(f"{ours}mlp.linear_fc1.weight", [f"{theirs}mlp.{x}_proj.weight" for x in ("gate", "up")], (inner, inner), width)
     yield plain(f"{ours}mlp.linear_fc2.weight", f"{theirs}mlp.down_proj.weight", (width, inner))
+    if language.linear_bias:
+        yield stacked(f"{ours}mlp.linear_fc1.bias", [f"{theirs}mlp.{x}_proj.bias" for x in ("gate", "up")], (inner, inner))
+        yield plain(f"{ours}mlp.linear_fc2.bias", f"{theirs}mlp.down_proj.bias", (width,))
