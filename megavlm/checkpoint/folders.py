@@ -22,6 +22,8 @@ from typing import Any
 from megavlm.checkpoint.errors import CheckpointError
 
 STATE, MANIFEST, LATEST, CHECKPOINTS, UNFINISHED, REPLACED = "state.json", "manifest.json", "latest", "checkpoints", ".tmp", ".old"
+FORMAT = 1
+"""Of what `store.save` and `writer` write."""
 _NAME = re.compile(r"^(\d{8,})-(.+)$")
 
 

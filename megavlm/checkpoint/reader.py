@@ -6,14 +6,15 @@ pickled objects among its tensors is refused, so nothing in the folder can run c
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megavlm.checkpoint.errors import CheckpointError
 
@@ -69,31 +70,86 @@ def read_metadata(path: Path) -> Metadata:
     return metadata
 
 
-class _Reader(FileSystemReader):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return read_metadata(Path(self.path))
-
-
 class CheckpointReader:
     """Whole tensors of a checkpoint by key, whatever layout wrote it, in one process."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.entries: dict[str, TensorStorageMetadata] = dict(read_metadata(self.path).state_dict_metadata)  # type: ignore[arg-type]
+        metadata = read_metadata(self.path)
+        self.entries: dict[str, TensorStorageMetadata] = dict(metadata.state_dict_metadata)  # type: ignore[arg-type]
+        self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
 
     def dtype(self, key: str) -> torch.dtype:
-        """Format of a tensor."""
-        return self.entries[key].properties.dtype
+        """Format of a tensor. Raises CheckpointError when there is none of that key."""
+        return self._entry(key).properties.dtype
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor, padding included. Raises CheckpointError when there is none of that key."""
+        return tuple(self._entry(key).size)
 
     def tensor(self, key: str) -> torch.Tensor:
-        """One whole tensor, padding included. Raises CheckpointError when there is none of that key."""
+        """One whole tensor, padding included. Raises CheckpointError when there is none of that key, or it is damaged."""
+        entry = self._entry(key)
+        whole = None
+        for chunk in entry.chunks:
+            piece = self._piece(key, chunk.offsets)
+            if tuple(piece.shape) != tuple(chunk.sizes):
+                raise CheckpointError(f"{self.path}: {key} is damaged: shape {tuple(piece.shape)} instead of {tuple(chunk.sizes)}")
+            if tuple(chunk.sizes) == tuple(entry.size):
+                return piece
+            if whole is None:
+                whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+            whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))] = piece
+        if whole is None:
+            raise CheckpointError(f"{self.path}: the index names no part of {key}")
+        return whole
+
+    def _entry(self, key: str) -> TensorStorageMetadata:
         if key not in self.entries:
             raise CheckpointError(f"{self.path} has no tensor {key}")
-        from torch.distributed.checkpoint.state_dict_loader import load
+        return self.entries[key]
 
-        entry = self.entries[key]
-        box = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is what is meant
-            load(box, storage_reader=_Reader(self.path), no_dist=True)
-        return box[key]
+    def _piece(self, key: str, offsets: torch.Size) -> torch.Tensor:
+        place = self._places.get(MetadataIndex(key, offsets)) or self._places.get(MetadataIndex(key))
+        if place is None or place.transform_descriptors:
+            raise CheckpointError(f"{self.path}: the index does not say where {key} lies, or it is stored in a form that is not read here")
+        file = self.path / place.relative_path
+        if file.parent != self.path:
+            raise CheckpointError(f"{self.path}: the index names a file outside the checkpoint: {place.relative_path}")
+        try:
+            with _Slice(file, place.offset, place.length) as stream:
+                piece: torch.Tensor = torch.load(stream, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{file} is missing or damaged at {key}: {error}") from error
+        return piece
+
+
+class _Slice(io.RawIOBase):
+    """A stretch of a file, as a stream that reads straight into the memory it is given."""
+
+    def __init__(self, file: Path, offset: int, length: int) -> None:
+        self._handle, self._offset, self._length, self._at = os.open(file, os.O_RDONLY), offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: max(self._length - self._at, 0)]
+        count = os.preadv(self._handle, [view], self._offset + self._at) if view else 0
+        self._at += count
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._handle)
+        super().close()

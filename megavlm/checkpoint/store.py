@@ -35,7 +35,6 @@ from megavlm.parallel.mcore_fixes import in_process_save_strategy, install
 from megavlm.parallel.reductions import union_over_ranks
 
 __all__ = ["CheckpointError", "load", "module_folders", "newest", "prune", "read_state", "save"]
-FORMAT = 1
 _OPTIMIZER = "optimizer."
 
 
@@ -72,7 +71,7 @@ def save(
         _everywhere(lambda: save_sharded(dict(enumerate(tensors)), str(unfinished), strategy), f"saving {path}")
         files = _checksums(unfinished)
         everything = {
-            "format": FORMAT,
+            "format": folders.FORMAT,
             "megavlm_version": megavlm.__version__,
             "modules": dict.fromkeys(held, path.name),
             **state,

@@ -16,10 +16,10 @@ def show(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
 ) -> None:
     """Print a recipe resolved: bases merged, overrides applied, every default filled in."""
-    from megavlm.config import load_recipe
+    from megavlm.cli.recipes import load
     from megavlm.config.load import recipe_yaml
 
-    typer.echo(recipe_yaml(load_recipe(recipe, overrides or [])), nl=False)
+    typer.echo(recipe_yaml(load(recipe, overrides)), nl=False)
 
 
 @app.command()

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Between Hugging Face folders and checkpoints.", no_args_is_help=True)
 HfFolder = Annotated[
-    Path, typer.Argument(help="Folder as save_pretrained of LlavaForConditionalGeneration writes it.", metavar="HF_FOLDER")
+    Path,
+    typer.Argument(help="Folder of a class in `megavlm convert families`, as save_pretrained writes it.", metavar="HF_FOLDER"),
 ]
 Source = Annotated[Path, typer.Argument(help="A run's folder (its newest checkpoint) or a checkpoint.", metavar="RUN|CHECKPOINT")]
 Dtype = Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="Number format of the weights; not given: as they are.")]
@@ -25,11 +26,15 @@ def import_(
     checkpoint: Annotated[Path, typer.Argument(help="Folder to write; must not exist.", metavar="CHECKPOINT")],
     dtype: Dtype = None,
 ) -> None:
-    """Make a checkpoint of a Hugging Face model. (Training reads such a folder itself: model.init_from.)"""
+    """Make a checkpoint of a Hugging Face model. (Training reads such a folder itself: init.from_hf.)
+
+    One tensor is in memory at a time. An import that was killed goes on where it was when the command is repeated.
+    """
     from megavlm.checkpoint.hf.importing import import_hf
 
-    imported = import_hf(folder, checkpoint, _lone_rank(), dtype=dtype)
-    typer.echo(f"{imported.num_tensors} weights ({imported.dtype}) from {folder} -> {checkpoint}")
+    imported = import_hf(folder, checkpoint, dtype=dtype)
+    resumed = f", {imported.num_resumed} of them by an earlier start" if imported.num_resumed else ""
+    typer.echo(f"{imported.num_tensors} weights ({imported.dtype}{resumed}) from {folder} -> {checkpoint}")
 
 
 @app.command()
@@ -42,7 +47,10 @@ def export(
     max_shard_gb: Annotated[float, typer.Option(min=0.001, help="A weight file that would grow beyond this is followed by another.")] = 5.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder when it is there.")] = False,
 ) -> None:
-    """Write a folder that LlavaForConditionalGeneration and AutoProcessor load without custom code."""
+    """Write a folder that transformers' class of the model's family, and AutoProcessor, load without custom code.
+
+    One tensor is in memory at a time. An export that was killed goes on where it was when the command is repeated.
+    """
     from megavlm.checkpoint.hf import export_hf
 
     exported = export_hf(
@@ -62,24 +70,42 @@ def verify(
     folder: HfFolder,
     report: Annotated[Path | None, typer.Option(help="JSON file to write; not given: HF_FOLDER/megavlm_verify.json.")] = None,
     seed: Annotated[int, typer.Option(help="Of the tokens and pixels.")] = 0,
+    tensors_only: Annotated[bool, typer.Option("--tensors-only", help="Leave out logits, which need a whole model in fp32.")] = False,
 ) -> None:
-    """Compare a checkpoint with a Hugging Face folder, tensor by tensor and by both models' logits; exit code 1 when they differ."""
-    import json
+    """Compare a checkpoint with a Hugging Face folder, tensor by tensor and by both models' logits; exit code 1 when they differ.
 
+    The proof is written beside the folder's weights: SHA-256 of every tensor, logits of seeded samples, versions; JSON and a page to read.
+    """
     from megavlm.checkpoint.hf.verify import verify as compare
 
-    found = compare(source, folder, _lone_rank(), seed=seed)
-    target = report or folder / "megavlm_verify.json"
-    target.write_text(json.dumps(found.to_json(), indent=2) + "\n", encoding="utf-8")
-    typer.echo(f"{found.num_tensors - len(found.unequal)} of {found.num_tensors} tensors are equal bit for bit")
+    found = compare(source, folder, None if tensors_only else _lone_rank(), seed=seed, logits=not tensors_only)
+    file, page = found.write(report or folder / "megavlm_verify.json")
+    typer.echo(f"{len(found.tensors) - len(found.unequal)} of {len(found.tensors)} tensors are equal bit for bit")
     for name in found.unequal[:20]:
         typer.echo(f"  differs: {name}")
     if len(found.unequal) > 20:
-        typer.echo(f"  and {len(found.unequal) - 20} more, see {target}")
-    typer.echo(f"largest difference of logits: {found.max_abs_logit_difference:.3g} (largest logit {found.max_abs_logit:.3g})")
-    typer.echo(f"report: {target}")
+        typer.echo(f"  and {len(found.unequal) - 20} more, see {file}")
+    for proof in found.logits:
+        verdict = "" if proof.equal else "  TOO LARGE"
+        typer.echo(
+            f"logits, {proof.sample}: largest difference {proof.max_abs_difference:.3g} (largest logit {proof.max_abs_logit:.3g}){verdict}"
+        )
+    typer.echo(f"report: {page}, {file}")
     if not found.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def families() -> None:
+    """List the Hugging Face classes that are imported and exported, with the encoders and language models in them."""
+    from megavlm.checkpoint.hf.encoders import ENCODERS
+    from megavlm.checkpoint.hf.language import LANGUAGES
+    from megavlm.checkpoint.hf.registry import FAMILIES
+    from megavlm.topology.table import text_table
+
+    typer.echo(text_table(("model.family", "transformers class"), [(f.name, f.hf_class) for f in FAMILIES.values()], "whole models"))
+    typer.echo("\nencoders (model_type): " + ", ".join(ENCODERS))
+    typer.echo("language models (model_type): " + ", ".join(LANGUAGES))
 
 
 def _lone_rank() -> ParallelContext:

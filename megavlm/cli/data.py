@@ -38,12 +38,12 @@ def make_quickstart(
 @app.command()
 def index(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Build every index that a run of this recipe reads (it would do so itself, while the GPUs wait), and show what is in them."""
-    from megavlm.config import load_recipe
+    from megavlm.cli.recipes import load
     from megavlm.data.index import build_index
     from megavlm.data.tokenizer import load_tokenizer
     from megavlm.topology.table import text_table
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load(recipe, overrides)
     tokenizer = load_tokenizer(loaded.data.tokenizer, loaded.data.image_token)
     rows: dict[str, list[tuple[object, ...]]] = {}
     for name, objective in _wanted(loaded):
@@ -69,12 +69,13 @@ def show(
 ) -> None:
     """Show samples as they are trained on: the rendered conversation, what of it is a target, tokens, tiles, pictures."""
     from megavlm.cli._samples import describe, save_pictures
-    from megavlm.config import RecipeError, load_recipe
+    from megavlm.cli.recipes import load
+    from megavlm.config import RecipeError
     from megavlm.config.fields import did_you_mean
     from megavlm.data.index import build_index
     from megavlm.data.tokenizer import load_tokenizer
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load(recipe, overrides)
     if source not in loaded.data.sources:
         known = list(loaded.data.sources)
         raise RecipeError(

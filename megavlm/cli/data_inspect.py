@@ -26,12 +26,12 @@ def inspect(
     out: Annotated[Path | None, typer.Option(help="HTML file; else <stage>-step<step>.html here.")] = None,
 ) -> None:
     """Write one step as a web page: packs, tokens by loss mask, pictures and their grids, attention masks, balance over ranks."""
-    from megavlm.config import load_recipe
+    from megavlm.cli.recipes import load
     from megavlm.data.inspect.opened import find_stage, open_stage
     from megavlm.data.inspect.page import render
     from megavlm.data.inspect.step import look_at_step, plan_step
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load(recipe, overrides)
     number = find_stage(loaded, stage, str(recipe))
     chosen = loaded.stages[number]
     if step >= chosen.steps:
@@ -85,12 +85,12 @@ def stats(
     """Tell and plot lengths, pictures, tasks, mixture, fill and the cost of vision, without reading a sample."""
     import json
 
-    from megavlm.config import load_recipe
+    from megavlm.cli.recipes import load
     from megavlm.data.inspect.figure import draw
     from megavlm.data.inspect.opened import find_stage, open_stage
     from megavlm.data.inspect.stats import stage_statistics
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load(recipe, overrides)
     numbers = range(len(loaded.stages)) if stage is None else [find_stage(loaded, stage, str(recipe))]
     sizes = [_data_parallel_size(loaded, loaded.stages[number], dp) for number in numbers]
     out.mkdir(parents=True, exist_ok=True)

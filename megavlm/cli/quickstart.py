@@ -22,9 +22,9 @@ def quickstart(
 ) -> None:
     """Teach a small vision-language model to read scanned digits, measure it on scans it has never seen, export it."""
     from megavlm.checkpoint.hf import check_pictures
-    from megavlm.config import load_recipe
+    from megavlm.cli.recipes import load
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load(recipe, overrides)
     check_pictures(loaded.model, loaded.data.image)  # what cannot be exported in the end is not trained first
     run_dir = Path(loaded.run.dir)
     _title("1/4  data: pages of real scanned digits")

@@ -22,11 +22,11 @@ def train(
     """Train a model as a recipe says; started again, it resumes. Ctrl-C saves and stops."""
     import os
 
-    from megavlm.config import load_recipe
+    from megavlm.cli.recipes import load
     from megavlm_launchers.environment import found_ranks
     from megavlm_launchers.slurm import inside_batch_script
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load(recipe, overrides)
     if dry_run:
         _dry_run(loaded, nproc)
         return

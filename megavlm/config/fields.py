@@ -79,9 +79,16 @@ def did_you_mean(given: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+RENAMED = {"model.init_from": "init.from_hf"}
+"""Fields of earlier releases -> where they are now."""
+
+
 def unknown_field(root: type[Block], block: type[Block], parent: str, given: str) -> str:
     """Message for a key that its block does not have: the nearest sibling, else the same name elsewhere, else the list."""
     known = list(block.model_fields)
+    now = RENAMED.get(f"{parent}.{given}")
+    if now is not None:
+        return f"unknown field: it is {now} now"
     hint = did_you_mean(given, known)
     if not hint:
         elsewhere = [p for p in leaf_paths(root) if p.rpartition(".")[2] == given][:3]

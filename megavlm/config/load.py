@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Any, cast
 
@@ -26,15 +26,21 @@ from megavlm.config.messages import find_origin, mistakes_of
 from megavlm.config.overrides import apply_overrides
 from megavlm.config.schema import Block, Recipe
 
+Completion = Callable[[dict[str, Any]], dict[str, Any]]
+"""Plain values of a recipe -> the same with more of them, before they are checked."""
 
-def load_recipe(path: str | FilePath, overrides: Sequence[str] = ()) -> Recipe:
+
+def load_recipe(path: str | FilePath, overrides: Sequence[str] = (), complete: Completion | None = None) -> Recipe:
     """The recipe in a YAML file (see `megavlm.config.compose` for `base:`) with dotted overrides applied.
+
+    `complete` adds what the recipe leaves to be found elsewhere: the model block of a Hugging Face folder (init.from_hf), which needs
+    transformers to read. A recipe that a run has saved is complete.
 
     Raises RecipeError (a ValueError) naming the file, each field's path, what was given, what is allowed, and where it was set.
     """
     composition = read_composition(path)
     apply_overrides(composition, list(overrides), Recipe, str(path))
-    return _validate(composition, str(path))
+    return _validate(composition, str(path), complete)
 
 
 def parse_recipe(values: dict[str, Any], overrides: Sequence[str] = (), source: str = "recipe") -> Recipe:
@@ -92,8 +98,10 @@ def _escape(value: Any) -> Any:
     return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
-def _validate(composition: Composition, source: str) -> Recipe:
+def _validate(composition: Composition, source: str, complete: Completion | None = None) -> Recipe:
     values = _resolve(composition, source)
+    if complete is not None:
+        values = complete(values)
     try:
         # Through JSON, because pydantic's strict mode takes a list for a tuple only there; strict, because "2" or true for a number
         # is a slip of the author's.

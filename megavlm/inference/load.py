@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Literal
 
 from megavlm.checkpoint import store
-from megavlm.checkpoint.hf import config_from_hf, image_config_from_hf, load_hf
+from megavlm.checkpoint.folders import STATE
+from megavlm.checkpoint.hf import config_from_hf, image_config_from_hf, load_hf, start_from
+from megavlm.checkpoint.hf.starting import image_token_of
+from megavlm.checkpoint.hf.texts import KEPT, template_of
 from megavlm.config.data import CHAT_TEMPLATES
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import DataConfig, ParallelConfig, PrecisionConfig, Recipe, RunConfig
-from megavlm.data.chat import TEMPLATES, Chat
+from megavlm.data.chat import Chat
 from megavlm.data.tokenizer import load_tokenizer
 from megavlm.inference.loaded import LoadedModel
-from megavlm.models.init import initialise
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.context import ParallelContext, choose_device, enter_grid, start_process_group
 
@@ -35,7 +37,7 @@ def load_for_inference(
     chat_template: str | None = None,
     ctx: ParallelContext | None = None,
 ) -> LoadedModel:
-    """Load a model from a run's folder (newest checkpoint), a checkpoint in it, or a Hugging Face folder.
+    """Load a model from a run's folder (newest checkpoint), a checkpoint in it, or a Hugging Face folder, as it is or imported.
 
     All ranks call it together; a lone process needs nothing started. It gives (model, tokenizer, chat, recipe).
 
@@ -56,9 +58,11 @@ def load_for_inference(
             f"inference runs on one pipeline stage: use pipeline=1, context=1, sequence=false instead of pipeline={layout.pipeline}, "
             f"context={layout.context}, sequence={str(layout.sequence).lower()} (tensor may be any size)"
         )
-    is_hf = (folder / "config.json").is_file()
-    checkpoint = None if is_hf else find_checkpoint(folder)
-    recipe = _hf_recipe(folder, chat_template) if is_hf else _run_recipe(folder)
+    imported = folder if (folder / KEPT / "config.json").is_file() and (folder / STATE).is_file() else None
+    is_hf = (folder / "config.json").is_file() or imported is not None
+    checkpoint = imported if is_hf else find_checkpoint(folder)
+    texts = folder / KEPT if imported is not None else folder
+    recipe = _hf_recipe(texts, chat_template) if is_hf else _run_recipe(folder)
     run = recipe.run.model_copy(update={"device": device if device != "auto" or is_hf else recipe.run.device})
     if ctx is None:
         where = choose_device(run)
@@ -103,13 +107,11 @@ def _run_recipe(folder: Path) -> Recipe:
 def _load_modules(model: VisionLanguageModel, checkpoint: Path, recipe: Recipe, ctx: ParallelContext) -> None:
     """Each module from the newest checkpoint that holds it, as the next stage of training would take it."""
     folders = {name: folder for name, folder in dict(store.module_folders(checkpoint)).items() if name in MODULES}
-    unheld = [name for name in MODULES if name not in folders]
+    unheld = [name for name in MODULES if name not in folders and getattr(model, name, None) is not None]
     if unheld:
-        start = recipe.model.init_from or "random weights"
+        start = " and ".join(recipe.init.folders) or "random weights"
         log.warning("no stage of this run has trained %s yet: taken as the run started (%s)", ", ".join(unheld), start)
-        initialise([model], recipe.model, recipe.run.seed, ctx)
-        if recipe.model.init_from is not None:
-            load_hf([model], recipe.model.init_from, recipe.model, ctx)
+        start_from([model], recipe.init, recipe.model, recipe.run.seed, ctx)
     for folder in sorted(set(folders.values())):
         store.load(folder, [model], None, ctx, modules={name for name, held_by in folders.items() if held_by == folder})
 
@@ -117,7 +119,8 @@ def _load_modules(model: VisionLanguageModel, checkpoint: Path, recipe: Recipe, 
 def _hf_recipe(folder: Path, chat_template: str | None) -> Recipe:
     """What a recipe says of a model, for a folder that has none. A recipe needs stages to train; this one has none to give."""
     values = {"tokenizer": str(folder), "chat_template": _template_name(folder, chat_template), "image": image_config_from_hf(folder)}
-    data = DataConfig.model_validate(values)
+    token = image_token_of(folder)
+    data = DataConfig.model_validate(values | ({"image_token": token} if token is not None else {}))
     return Recipe.model_construct(run=RunConfig(name=folder.name, dir=str(folder)), model=config_from_hf(folder), data=data, stages=[])
 
 
@@ -127,6 +130,4 @@ def _template_name(folder: Path, wanted: str | None) -> str:
         if wanted not in CHAT_TEMPLATES and wanted != "tokenizer" and not wanted.endswith(".jinja"):
             raise LoadError(f'chat template {wanted!r} is none of {", ".join(CHAT_TEMPLATES)}, nor "tokenizer", nor a *.jinja file')
         return wanted
-    file = folder / "chat_template.jinja"
-    text = file.read_text(encoding="utf-8").strip() if file.is_file() else None
-    return next((name for name, template in TEMPLATES.items() if text == template.jinja().strip()), "tokenizer")
+    return template_of(folder) or "tokenizer"

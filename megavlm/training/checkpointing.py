@@ -7,9 +7,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megavlm.checkpoint import store
-from megavlm.checkpoint.hf import load_hf
+from megavlm.checkpoint.hf import start_from
 from megavlm.config.schema import ParallelConfig, Recipe, StageConfig
-from megavlm.models.init import initialise
 from megavlm.parallel.context import ParallelContext
 from megavlm.parallel.reductions import from_rank_zero, union_over_ranks
 from megavlm.training.build import StageModel, build_chunks, wrap_for_training
@@ -50,7 +49,7 @@ def prepare_model(recipe: Recipe, stage: StageConfig, layout: ParallelConfig, st
     """The stage's model with its weights, ready to train.
 
     In the middle of a stage everything comes from that stage's checkpoint. At its beginning each module comes from the
-    newest checkpoint that holds it; one that no stage has trained yet comes from model.init_from or is drawn from the seed.
+    newest checkpoint that holds it; one that no stage has trained yet comes from the folders of `init`, or is drawn from the seed.
     """
     modules = build_chunks(recipe, stage, layout, ctx)
     root = checkpoint_root(recipe)
@@ -58,9 +57,7 @@ def prepare_model(recipe: Recipe, stage: StageConfig, layout: ParallelConfig, st
         model = wrap_for_training(modules, recipe, stage, layout)
         store.load(root / state.checkpoint, model.modules, model.optimizer, ctx)
         return model
-    initialise(modules, recipe.model, recipe.run.seed, ctx)
-    if recipe.model.init_from is not None:
-        load_hf(modules, recipe.model.init_from, recipe.model, ctx)
+    start_from(modules, recipe.init, recipe.model, recipe.run.seed, ctx)
     by_folder: dict[str, set[str]] = {}
     for module, folder in state.modules.items():
         by_folder.setdefault(folder, set()).add(module)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megavlm.checkpoint.hf.texts import KEPT, keep_texts
 from megavlm.config.schema import Recipe
 from megavlm.parallel.context import choose_device, start_process_group, stop_process_group
 from megavlm.tracking.tracker import Tracker
@@ -44,6 +45,10 @@ def _set_determinism(wanted: bool) -> None:
 
 
 def _make_run_dir(recipe: Recipe) -> None:
+    """The folder, and in it the texts of the Hugging Face folder that the run starts from: its export must not need that folder."""
     if dist.get_rank() == 0:
-        (Path(recipe.run.dir) / "checkpoints").mkdir(parents=True, exist_ok=True)
+        run_dir = Path(recipe.run.dir)
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if recipe.init.from_hf is not None and not (run_dir / KEPT).is_dir():
+            keep_texts(Path(recipe.init.from_hf), run_dir / KEPT)
     dist.barrier()

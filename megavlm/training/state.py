@@ -77,6 +77,6 @@ def _differences(then: dict[str, Any], now: dict[str, Any], prefix: str = "") ->
         a, b = then.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += _differences(a, b, f"{prefix}{key}.")
-        elif a != b and key != "init_from":
+        elif a != b:
             found.append((f"{prefix}{key}", a, b))
     return found

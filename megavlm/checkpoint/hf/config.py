@@ -16,7 +16,8 @@ from megavlm.config.schema import ImageConfig, ModelConfig
 
 __all__ = ["config_from_hf", "config_to_hf", "image_config_from_hf", "network", "quiet_transformers"]
 
-_NOT_THE_NETWORK = {"family", "init_from", "init_std"}
+_NOT_THE_NETWORK = {"family", "init_std"}
+_NOT_KEPT = {"transformers_version", "dtype", "torch_dtype", "auto_map", "_name_or_path", "_attn_implementation"}
 
 
 def config_from_hf(folder: str | Path) -> ModelConfig:
@@ -40,8 +41,10 @@ def config_from_hf(folder: str | Path) -> ModelConfig:
     return model
 
 
-def config_to_hf(model: ModelConfig, ids: TokenIds, *, dtype: str = "float32") -> dict[str, Any]:
+def config_to_hf(model: ModelConfig, ids: TokenIds, *, dtype: str = "float32", base: dict[str, Any] | None = None) -> dict[str, Any]:
     """`config.json` of the family's class. `dtype` is torch's name of the weights' format.
+
+    `base` is the config.json that an imported model came with: what we do not know of it, and need not, is kept.
 
     Raises:
         HuggingFaceError: the model has a part that the class lacks, or the image token lies outside the vocabulary.
@@ -49,7 +52,10 @@ def config_to_hf(model: ModelConfig, ids: TokenIds, *, dtype: str = "float32") -
     if ids.image is not None and not 0 <= ids.image < model.language.vocab_size:
         raise HuggingFaceError(f"the image token's id {ids.image} lies outside model.language.vocab_size={model.language.vocab_size}")
     kind = family(model.family)
-    values = kind.config_to_hf(model, ids) | {"dtype": dtype}
+    values = kind.config_to_hf(model, ids)
+    if base is not None and kind.handles(base):
+        values = _overlaid(hf_config(base).to_dict(), values)
+    values["dtype"] = dtype
 
     def back(_: str) -> dict[str, Any]:
         problems = Problems()
@@ -61,6 +67,17 @@ def config_to_hf(model: ModelConfig, ids: TokenIds, *, dtype: str = "float32") -
 
     which_holds("model", network(model), {kind.hf_class: kind.hf_class}, back)
     return values
+
+
+def _overlaid(base: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """Ours wherever we have a value; the blocks of encoder and language model one by one."""
+    kept = {name: value for name, value in base.items() if name not in _NOT_KEPT}
+    nested = {
+        name: _overlaid(kept[name], value)
+        for name, value in ours.items()
+        if name.endswith("_config") and isinstance(value, dict) and isinstance(kept.get(name), dict)
+    }
+    return kept | ours | nested
 
 
 def image_config_from_hf(folder: str | Path) -> ImageConfig:
@@ -75,6 +92,9 @@ def network(model: ModelConfig) -> dict[str, Any]:
         projector["hidden_size"] = model.language.hidden_size
     blocks = {"language": canonical(model.language)}
     if not model.text_only:
-        blocks |= {"vision": model.vision.model_dump(), "projector": projector}
+        vision = model.vision.model_dump()
+        if not model.vision.num_position_rows:
+            del vision["image_size_px"]  # without a table of positions it shapes nothing
+        blocks |= {"vision": vision, "projector": projector}
     top = model.model_dump(exclude=_NOT_THE_NETWORK | {"vision", "projector", "language"})
     return top | {f"{block}.{name}": value for block, values in blocks.items() for name, value in values.items()}

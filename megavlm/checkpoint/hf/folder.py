@@ -6,17 +6,17 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 
 from megavlm.checkpoint.errors import HuggingFaceError, some
+from megavlm.checkpoint.hf.tensor_files import TensorFile
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class WeightFolder:
-    """Tensors of a folder by the names that transformers 5 writes; files stay open (memory-mapped) until `close`.
+    """Tensors of a folder by the names that transformers 5 writes; files stay open until `close`.
 
     `disk_name` maps a stored name to that name, or to None for what is no weight (`Family.disk_name`).
 
@@ -26,7 +26,7 @@ class WeightFolder:
 
     def __init__(self, folder: str | Path, disk_name: Callable[[str], str | None]) -> None:
         self.folder = Path(folder)
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, TensorFile] = {}
         self._places: dict[str, tuple[str, str]] = {}
         for stored, file in self._contents().items():
             name = disk_name(stored)
@@ -44,27 +44,36 @@ class WeightFolder:
     def tensor(self, name: str) -> torch.Tensor:
         """One whole tensor."""
         file, stored = self._places[name]
-        return self._open(file).get_tensor(stored)  # type: ignore[no-any-return]
+        return self._open(file).read(stored)
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """Rows first .. last of a tensor; nothing else is read."""
         file, stored = self._places[name]
-        return self._open(file).get_slice(stored)[first:last]  # type: ignore[no-any-return]
+        return self._open(file).read(stored, first, last)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
         file, stored = self._places[name]
-        return tuple(self._open(file).get_slice(stored).get_shape())
+        return self._open(file).places[stored].shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Number format of a tensor, without reading it."""
         file, stored = self._places[name]
-        piece = self._open(file).get_slice(stored)
-        # An empty piece: a slice knows its format only by safetensors' own names.
-        return piece[:0].dtype if piece.get_shape() else self.tensor(name).dtype
+        return self._open(file).places[stored].dtype
+
+    def file(self, name: str) -> str:
+        """Name of the file that holds a tensor."""
+        return self._places[name][0]
+
+    def files(self) -> dict[str, tuple[int, int]]:
+        """Each file's (bytes, time of change): another download of the same name is told apart."""
+        found = {name: (self.folder / name).stat() for name in sorted(self._files)}
+        return {name: (entry.st_size, entry.st_mtime_ns) for name, entry in found.items()}
 
     def close(self) -> None:
         """Let go of the files."""
+        for file in self._files.values():
+            file.close()
         self._files.clear()
 
     def __enter__(self) -> WeightFolder:
@@ -75,32 +84,31 @@ class WeightFolder:
 
     def _contents(self) -> dict[str, str]:
         """Stored name -> file."""
+        if not self.folder.is_dir():
+            raise HuggingFaceError(f"{self.folder}: there is no such folder")
         if (self.folder / INDEX).is_file():
             try:
                 contents: dict[str, str] = json.loads((self.folder / INDEX).read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+            except (json.JSONDecodeError, KeyError, UnicodeDecodeError, TypeError) as error:
                 raise HuggingFaceError(f"{self.folder / INDEX} is damaged: {error!r}") from error
-            for file in sorted(set(contents.values())):
-                stored = set(self._open(file).keys())
-                missing = sorted(n for n, f in contents.items() if f == file and n not in stored)
+            by_file: dict[str, list[str]] = {}
+            for name, file in contents.items():
+                by_file.setdefault(file, []).append(name)
+            for file, names in sorted(by_file.items()):
+                missing = sorted(set(names) - self._open(file).places.keys())
                 if missing:
                     raise HuggingFaceError(f"{self.folder / file} lacks {some(missing)}, which {INDEX} says it holds")
             return contents
         if (self.folder / SINGLE).is_file():
-            return dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+            return dict.fromkeys(self._open(SINGLE).places, SINGLE)
         pickles = sorted(p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in self.folder.glob(pattern))
         hint = f"; {some(pickles)} are pickles, which can run code: save the model with safe_serialization" if pickles else ""
         raise HuggingFaceError(f"{self.folder} has neither {SINGLE} nor {INDEX}{hint}")
 
-    def _open(self, file: str) -> Any:
-        from safetensors import SafetensorError, safe_open
-
+    def _open(self, file: str) -> TensorFile:
         if file not in self._files:
             path = self.folder / file
             if path.parent != self.folder or not path.is_file():
                 raise HuggingFaceError(f"{path} is missing, though {INDEX} names it: the download is incomplete")
-            try:
-                self._files[file] = safe_open(str(path), framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise HuggingFaceError(f"{path} is damaged ({error}): download or write it again") from error
+            self._files[file] = TensorFile(path)
         return self._files[file]

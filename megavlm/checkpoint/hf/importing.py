@@ -1,22 +1,27 @@
-"""From a Hugging Face folder to a checkpoint on the disk."""
+"""From a Hugging Face folder to a checkpoint on the disk: one tensor after the other, without building a model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from megavlm.checkpoint import store
+import megavlm
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.config import config_from_hf
-from megavlm.checkpoint.hf.export import DTYPES, TEXTS
-from megavlm.checkpoint.hf.load import load_hf, open_weights
-from megavlm.checkpoint.hf.texts import keep_texts
-from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
-from megavlm.models.vlm import VisionLanguageModel
-from megavlm.parallel.context import ParallelContext
+from megavlm.checkpoint.hf.export import DTYPES, check_room
+from megavlm.checkpoint.hf.folder import WeightFolder
+from megavlm.checkpoint.hf.links import Link
+from megavlm.checkpoint.hf.load import check_weights, open_weights
+from megavlm.checkpoint.hf.registry import family
+from megavlm.checkpoint.hf.tensors import to_ours
+from megavlm.checkpoint.hf.texts import KEPT, keep_texts
+from megavlm.checkpoint.progress import progress_bar
+from megavlm.checkpoint.writer import CheckpointWriter
 
 
 @dataclass(frozen=True)
@@ -25,34 +30,59 @@ class Imported:
 
     num_tensors: int
     dtype: str
+    num_resumed: int
+    """Tensors that an earlier, interrupted start had written already."""
 
 
-def import_hf(
-    folder: str | Path, checkpoint: str | Path, ctx: ParallelContext, *, dtype: Literal["fp32", "bf16"] | None = None
-) -> Imported:
-    """Write the model of `folder` as a checkpoint, with its tokenizer and processor beside it. One rank.
+def import_hf(folder: str | Path, checkpoint: str | Path, *, dtype: Literal["fp32", "bf16"] | None = None) -> Imported:
+    """Write the model of `folder` as a checkpoint, with its config, tokenizer and processor beside it.
+
+    One process, and about two of the largest tensor in memory. A start that was killed, or found the disk full, is gone on with by the
+    next of the same folder and `dtype`.
 
     Raises:
-        HuggingFaceError: the checkpoint is there already, the folder cannot be read, or its weights have another format than
-            fp32 or bf16 (or several) and `dtype` does not say which to take.
+        HuggingFaceError: the checkpoint is there already, the folder cannot be read, there is too little room on the disk, or the
+            weights have another format than fp32 or bf16 (or several) and `dtype` does not say which to take.
+        CheckpointError: another process is writing this checkpoint.
+        OSError: the disk is full or broken; what was written stays.
     """
     folder, checkpoint = Path(folder), Path(checkpoint)
     if checkpoint.exists():
         raise HuggingFaceError(f"{checkpoint} is there already: give another folder")
     model = config_from_hf(folder)
-    number = dtype or _dtype(folder, model)
-    chunk = VisionLanguageModel(model, PrecisionConfig(dtype=number), ParallelConfig(), ctx)
-    count = load_hf([chunk], folder, model, ctx)
-    store.save(checkpoint, [chunk], None, {"model": model.model_dump(mode="json"), "step": 0}, ctx)
-    keep_texts(folder, checkpoint / TEXTS)
-    return Imported(count, number)
-
-
-def _dtype(folder: Path, model: ModelConfig) -> Literal["fp32", "bf16"]:
-    names: dict[torch.dtype, Literal["fp32", "bf16"]] = {t: n for n, t in DTYPES.items()}  # type: ignore[misc]
+    links = family(model.family).links(model)
     with open_weights(folder, model) as weights:
-        found = {weights.dtype(name) for name in weights.names}
+        check_weights(weights, links)
+        number = dtype or _dtype(weights)
+        job = {"import": str(folder.resolve()), "files": weights.files(), "dtype": number, "megavlm": megavlm.__version__}
+        sizes = {link.key: prod(link.shape) * DTYPES[number].itemsize for link in links}
+        total = sum(sizes.values())
+        writer = CheckpointWriter(checkpoint, job)
+        try:
+            done = writer.done
+            resumed = sum(sizes[key] for key in done)
+            check_room(checkpoint.parent, total - resumed, checkpoint)
+            with progress_bar("import", total, resumed) as bar:
+                for link in _in_reading_order([link for link in links if link.key not in done], weights):
+                    writer.add(link.key, to_ours(link, weights.rows).to(DTYPES[number]))
+                    bar.update(sizes[link.key])
+            state = {"model": model.model_dump(mode="json"), "step": 0}
+            writer.finish(state, more=lambda unfinished: keep_texts(folder, unfinished / KEPT))
+        except BaseException:
+            writer.leave()
+            raise
+    return Imported(len(links), number, len(done))
+
+
+def _in_reading_order(links: Sequence[Link], weights: WeightFolder) -> list[Link]:
+    """By file, so that a folder of many is read once from end to end."""
+    return sorted(links, key=lambda link: weights.file(link.parts[0].name))
+
+
+def _dtype(weights: WeightFolder) -> Literal["fp32", "bf16"]:
+    names: dict[torch.dtype, Literal["fp32", "bf16"]] = {t: n for n, t in DTYPES.items()}  # type: ignore[misc]
+    found = {weights.dtype(name) for name in weights.names}
     if len(found) > 1 or not found <= set(names):
         listed = ", ".join(sorted(str(d).removeprefix("torch.") for d in found))
-        raise HuggingFaceError(f"{folder} holds {listed} weights; models here are fp32 or bf16: choose one (--dtype)")
+        raise HuggingFaceError(f"{weights.folder} holds {listed} weights; models here are fp32 or bf16: choose one (--dtype)")
     return names[found.pop()]

@@ -1,20 +1,26 @@
-"""From a Hugging Face folder straight into a model of any parallel layout; a rank reads only the rows that it holds."""
+"""From Hugging Face folders straight into a model of any parallel layout; a rank reads only the rows that it holds."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from megavlm.checkpoint.errors import HuggingFaceError, some
+from megavlm.checkpoint.hf.config import config_from_hf
+from megavlm.checkpoint.hf.encoders.folder import encoder_folder
 from megavlm.checkpoint.hf.folder import WeightFolder
-from megavlm.checkpoint.hf.links import Link
+from megavlm.checkpoint.hf.links import Link, prefixed
 from megavlm.checkpoint.hf.registry import family
 from megavlm.checkpoint.hf.tensors import to_ours
-from megavlm.config.schema import ModelConfig
+from megavlm.config.schema import InitConfig, ModelConfig
+from megavlm.models.init import random_provider
 from megavlm.models.weights import Provider, Where, assign, is_vocabulary
 from megavlm.parallel.context import ParallelContext
+
+_MODULES = ("vision.", "projector.", "language.")
 
 
 def load_hf(chunks: Sequence[torch.nn.Module], folder: str | Path, model: ModelConfig, ctx: ParallelContext) -> int:
@@ -26,7 +32,51 @@ def load_hf(chunks: Sequence[torch.nn.Module], folder: str | Path, model: ModelC
         HuggingFaceError: the folder is damaged, or its weights are not those of `model`.
     """
     with open_weights(folder, model) as weights:
-        return assign(chunks, hf_provider(weights, model), ctx)
+        return assign(chunks, hf_provider(weights, family(model.family).links(model)), ctx)
+
+
+def start_from(chunks: Sequence[torch.nn.Module], init: InitConfig, model: ModelConfig, seed: int, ctx: ParallelContext) -> None:
+    """Fill this rank's part of the model as the recipe's `init` block says; what its folders do not hold is drawn from `seed`.
+
+    Raises:
+        HuggingFaceError: a folder is missing, damaged or of another model than the recipe describes.
+    """
+    drawn = random_provider(model, seed)
+    with _providers(init) as providers:
+
+        def provide(key: str, shape: tuple[int, ...], where: Where) -> torch.Tensor:
+            read = next((provider for prefix, provider in providers.items() if key.startswith(prefix)), None)
+            if read is None:
+                return drawn(key, shape, where)
+            found = read(key, shape, where)
+            rows = min(where[0].stop, model.language.vocab_size) - where[0].start
+            if is_vocabulary(key) and found.shape[0] < rows:  # tokens that the folder's model did not have
+                found = torch.cat([found, drawn(key, shape, where)[found.shape[0] :].to(found.dtype)])
+            return found
+
+        assign(chunks, provide, ctx)
+
+
+@contextmanager
+def _providers(init: InitConfig) -> Iterator[dict[str, Provider]]:
+    """Prefix of our keys -> what reads them."""
+    opened: list[WeightFolder] = []
+    found: dict[str, Provider] = {}
+    try:
+        if init.vision_from_hf is not None:
+            encoder = encoder_folder(init.vision_from_hf)
+            opened.append(WeightFolder(init.vision_from_hf, encoder.disk_name))
+            found["vision."] = hf_provider(opened[-1], prefixed(encoder.links, "vision.", ""))
+        whole = init.from_hf or init.language_from_hf
+        if whole is not None:
+            theirs = config_from_hf(whole)
+            opened.append(open_weights(whole, theirs))
+            read = hf_provider(opened[-1], family(theirs.family).links(theirs))
+            found |= dict.fromkeys(_MODULES if init.from_hf is not None and not theirs.text_only else ("language.",), read)
+        yield found
+    finally:
+        for weights in opened:
+            weights.close()
 
 
 def open_weights(folder: str | Path, model: ModelConfig) -> WeightFolder:
@@ -34,14 +84,14 @@ def open_weights(folder: str | Path, model: ModelConfig) -> WeightFolder:
     return WeightFolder(folder, family(model.family).disk_name)
 
 
-def hf_provider(weights: WeightFolder, model: ModelConfig) -> Provider:
-    """(checkpoint key, shape, slice) -> that slice, read when asked for. The folder is checked against `model` at once.
+def hf_provider(weights: WeightFolder, links: Collection[Link]) -> Provider:
+    """(checkpoint key, shape, slice) -> that slice, read when asked for. The folder is checked against `links` at once.
 
     Raises:
         HuggingFaceError: weights are missing, unknown or of another shape; every one is named.
     """
-    table = {link.key: link for link in family(model.family).links(model)}
-    check_weights(weights, table.values())
+    table = {link.key: link for link in links}
+    check_weights(weights, links)
 
     def provide(key: str, shape: tuple[int, ...], where: Where) -> torch.Tensor:
         if key not in table:
@@ -54,7 +104,7 @@ def hf_provider(weights: WeightFolder, model: ModelConfig) -> Provider:
     return provide
 
 
-def check_weights(weights: WeightFolder, links: Sequence[Link]) -> None:
+def check_weights(weights: WeightFolder, links: Collection[Link]) -> None:
     """Every weight must be there, in its shape, and no other. Raises HuggingFaceError naming those that are not."""
     wanted = {part.name: part.shape for link in links for part in link.parts}
     found = weights.names
@@ -64,13 +114,11 @@ def check_weights(weights: WeightFolder, links: Sequence[Link]) -> None:
             if alias in found:
                 if not torch.equal(weights.tensor(alias), weights.tensor(link.names[0])):
                     raise HuggingFaceError(f"{weights.folder}: {alias} differs from {link.names[0]}, though the config ties them")
-                found = found - {alias}
+                found.discard(alias)
     missing, unknown = sorted(wanted.keys() - found), sorted(found - wanted.keys())
     problems = [f"lacks {some(missing)}"] * bool(missing) + [f"holds unknown weights {some(unknown)}"] * bool(unknown)
     if problems:
-        raise HuggingFaceError(
-            f"{weights.folder} " + " and ".join(problems) + ": it is not the model that the recipe's model block describes"
-        )
+        raise HuggingFaceError(f"{weights.folder} " + " and ".join(problems) + ": its weights are not those that its config describes")
     for name, shape in wanted.items():
         if weights.shape(name) != shape:
-            raise HuggingFaceError(f"{weights.folder}: {name} has shape {weights.shape(name)}, the recipe's model block wants {shape}")
+            raise HuggingFaceError(f"{weights.folder}: {name} has shape {weights.shape(name)}, its config makes it {shape}")

@@ -4,39 +4,128 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megavlm.checkpoint import folders
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.families.base import TokenIds
 from megavlm.checkpoint.hf.reading import CONFIG, hf_config, read_json
 from megavlm.checkpoint.hf.registry import family, family_of_folder
-from megavlm.config.schema import ImageConfig, ModelConfig
-from megavlm.data.chat import Chat
+from megavlm.config.schema import ImageConfig, ModelConfig, Recipe
+from megavlm.data.chat import TEMPLATES, Chat
 
+KEPT = "hf"
+"""Subfolder of an imported checkpoint, or of a run that began with one, with the texts of the Hugging Face folder it came from."""
+GENERATION = "generation_config.json"
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt"),
+)
 _COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "generation_config.json",
+    *_TOKENIZER,
+    *("chat_template.jinja", "chat_template.json", GENERATION),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 )
 _TOKENS = "token_ids.json"
 
 
-def token_ids(chat: Chat | None, texts: Path | None, model: ModelConfig) -> TokenIds:
-    """Ids that the config names: from the tokenizer, or as they were kept at import.
+@dataclass(frozen=True)
+class Texts:
+    """Everything of an export but the weights: what is kept of the folder that the model came from, and what is written anew."""
+
+    model: ModelConfig
+    chat: Chat | None
+    """None: everything is kept."""
+    image: ImageConfig
+    ids: TokenIds
+    kept: Path | None = None
+    keeps_tokenizer: bool = False
+    keeps_template: bool = False
+    keeps_processor: bool = False
+
+    @classmethod
+    def given(cls, model: ModelConfig, chat: Chat | None, image: ImageConfig | None, kept: Path | None = None) -> Texts | None:
+        """Those of a tokenizer and chat template that were given; None without them."""
+        return None if chat is None else cls(model, chat, image or ImageConfig(), token_ids(chat, model), kept)
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Path, model: ModelConfig, chat: Chat | None, image: ImageConfig | None) -> Texts | None:
+        """What is given, else what the run's recipe says, else what an import kept; None when there is none of them."""
+        recipe = _recipe_of(checkpoint)
+        places = [checkpoint / KEPT, checkpoint.parent.parent / KEPT if recipe is not None else checkpoint / KEPT]
+        kept = next((place for place in places if (place / _TOKENS).is_file()), None)
+        if chat is not None:
+            return cls.given(model, chat, image or (recipe.data.image if recipe is not None else None), kept)
+        if recipe is None:
+            if kept is None:
+                return None
+            chosen = image or ImageConfig()
+            return cls(model, None, chosen, _kept_ids(kept), kept, True, True, keeps_processor=image is None)
+        from megavlm.data.tokenizer import load_tokenizer
+
+        data = recipe.data
+        image = image or data.image
+        chat = Chat(data.chat_template, load_tokenizer(data.tokenizer, data.image_token))
+        if kept is None or recipe.init.from_hf is None or data.tokenizer != recipe.init.from_hf:
+            return cls.given(model, chat, image, kept)
+        same_image = not model.text_only and family(model.family).image_from_hf(kept, model) == image
+        same_template = data.chat_template == template_of(kept)
+        return cls(model, chat, image, _kept_ids(kept), kept, True, same_template, keeps_processor=model.text_only or same_image)
+
+    @property
+    def base_config(self) -> dict[str, Any] | None:
+        """The config.json of the folder that the model came from."""
+        return read_json(self.kept / CONFIG) if self.kept is not None and (self.kept / CONFIG).is_file() else None
+
+    def check(self) -> None:
+        """Raise HuggingFaceError when the family's processor cannot make of a picture what training made of it."""
+        if self.keeps_processor:
+            return
+        check_pictures(self.model, self.image)
+        self._processor()
+
+    def write(self, folder: Path) -> None:
+        """Tokenizer, chat template, processor and generation config."""
+        if self.keeps_tokenizer:
+            assert self.kept is not None
+            copy_texts(self.kept, folder)
+            if not (folder / GENERATION).is_file():
+                _write(folder / GENERATION, {k: v for k, v in self.ids.special().items() if v is not None})
+        if self.chat is not None and not self.keeps_template:
+            if self.keeps_tokenizer:
+                (folder / "chat_template.json").unlink(missing_ok=True)
+                (folder / "chat_template.jinja").write_text(self.chat.jinja(), encoding="utf-8")
+            else:
+                self.chat.tokenizer.save_hf(folder, self.chat.jinja())
+            _write(folder / GENERATION, generation_config(self.chat))
+        if not self.keeps_processor:
+            for name, content in self._processor().items():
+                _write(folder / name, content)
+
+    def _processor(self) -> dict[str, dict[str, Any]]:
+        if self.chat is None:  # an imported model whose pictures are to be cut in another way
+            raise HuggingFaceError("another data.image than the imported processor's needs a tokenizer too: give both")
+        return family(self.model.family).processor_files(self.model, self.image, self.chat.tokenizer)
+
+
+def _recipe_of(checkpoint: Path) -> Recipe | None:
+    """The recipe that lies beside a run's checkpoints; None outside a run."""
+    recipe_file = checkpoint.parent.parent / "recipe.yaml"
+    if checkpoint.parent.name != folders.CHECKPOINTS or not recipe_file.is_file():
+        return None
+    from megavlm.config.load import load_recipe
+
+    return load_recipe(recipe_file)
+
+
+def token_ids(chat: Chat, model: ModelConfig) -> TokenIds:
+    """Ids that the config names, from the tokenizer.
 
     Raises:
         HuggingFaceError: the tokenizer has more tokens than the model has embeddings, or lacks one that the family's config names.
     """
-    if chat is None:
-        assert texts is not None
-        return TokenIds(**read_json(texts / _TOKENS))
     tokenizer, kind = chat.tokenizer, family(model.family)
     if tokenizer.vocab_size > model.language.vocab_size:
         raise HuggingFaceError(
@@ -55,15 +144,26 @@ def token_ids(chat: Chat | None, texts: Path | None, model: ModelConfig) -> Toke
     )
 
 
-def write_texts(folder: Path, model: ModelConfig, chat: Chat, image: ImageConfig) -> None:
-    """Tokenizer, chat template, processor and generation config of a model trained here."""
-    chat.tokenizer.save_hf(folder, chat.jinja())
-    for name, content in family(model.family).processor_files(model, image, chat.tokenizer).items():
-        _write(folder / name, content)
+def _kept_ids(kept: Path) -> TokenIds:
+    return TokenIds(**read_json(kept / _TOKENS))
+
+
+def generation_config(chat: Chat) -> dict[str, Any]:
+    """Greedy, until one of the template's end tokens."""
     generation: dict[str, Any] = {"eos_token_id": chat.stop_ids, "pad_token_id": chat.tokenizer.pad_id, "do_sample": False}
     if chat.tokenizer.bos_id is not None:
         generation["bos_token_id"] = chat.tokenizer.bos_id
-    _write(folder / "generation_config.json", generation)
+    return generation
+
+
+def template_of(folder: Path) -> str | None:
+    """What data.chat_template says of a folder: a name of ours that renders as its own template does, else "tokenizer"; None: none."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        text = file.read_text(encoding="utf-8").strip()
+        return next((name for name, template in TEMPLATES.items() if text == template.jinja().strip()), "tokenizer")
+    others = [folder / "chat_template.json", folder / "tokenizer_config.json"]
+    return "tokenizer" if any(f.is_file() and read_json(f).get("chat_template") for f in others) else None
 
 
 def check_pictures(model: ModelConfig, image: ImageConfig) -> None:
@@ -73,7 +173,7 @@ def check_pictures(model: ModelConfig, image: ImageConfig) -> None:
 
 
 def keep_texts(source: Path, kept: Path) -> None:
-    """Keep an imported folder's tokenizer, processor and token ids beside its checkpoint, for a lossless export."""
+    """Keep an imported folder's config, tokenizer, processor and token ids beside its checkpoint, for a lossless export."""
     config, kind = hf_config(read_json(source / CONFIG)), family_of_folder(source)
     text = getattr(config, "text_config", config)
 
@@ -82,6 +182,7 @@ def keep_texts(source: Path, kept: Path) -> None:
         return value if value is not None else getattr(text, field, None)
 
     kept.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / CONFIG, kept / CONFIG)
     ids = {"image": getattr(config, kind.image_token_field, None), "bos": named("bos_token_id"), "eos": named("eos_token_id")}
     _write(kept / _TOKENS, ids | {"pad": named("pad_token_id"), "more": {field: named(field) for field in kind.token_fields}})
     copy_texts(source, kept)

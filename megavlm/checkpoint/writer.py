@@ -1,0 +1,177 @@
+"""Write a checkpoint tensor by tensor in one process, without a model: what `store.load` reads into any layout.
+
+The files are those of torch.distributed.checkpoint as megatron-core writes them. One tensor is in memory at a time, and a job that
+was killed goes on where it was (`journal`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+import megavlm
+from megavlm.checkpoint import folders
+from megavlm.checkpoint.journal import JOURNAL, Journal
+
+_FILE_BYTES = 2_000_000_000
+_SYNC_BYTES = 500_000_000
+_CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+
+
+class CheckpointWriter:
+    """An unfinished checkpoint.
+
+    Args:
+        path: its name once it is whole; until then its files lie in `path` + ".tmp".
+        job: what is written, JSON; a `.tmp` folder of the same job is gone on with, another one is emptied.
+        file_bytes: a file of tensors that has reached this is followed by another.
+        sync_bytes: how much may have to be written again after a kill.
+
+    Raises:
+        CheckpointError: another process is writing it.
+        OSError: the disk is full or broken. What was written stays, and the same call goes on from there.
+    """
+
+    def __init__(self, path: Path, job: Any, *, file_bytes: int = _FILE_BYTES, sync_bytes: int = _SYNC_BYTES) -> None:
+        self.path, self.folder = path, path.with_name(path.name + folders.UNFINISHED)
+        self._file_bytes, self._sync_bytes = file_bytes, sync_bytes
+        self._journal = Journal(self.folder, job)
+        self._pending: list[dict[str, Any]] = []
+        self._pending_bytes = 0
+        self._stream: BinaryIO | None = None
+        self._hashing = ThreadPoolExecutor(1)
+        self._sums: dict[str, Future[dict[str, Any]]] = {}
+        last = self._journal.entries[-1] if self._journal.entries else None
+        self._number = 0 if last is None else int(last["file"].split("_")[-1].split(".")[0])
+        self._end = 0 if last is None else last["offset"] + last["length"]
+        for file in sorted({e["file"] for e in self._journal.entries} - {self._file}):
+            self._hash(file)
+
+    @property
+    def done(self) -> set[str]:
+        """Keys that are written already."""
+        return {entry["key"] for entry in self._journal.entries}
+
+    def add(self, key: str, tensor: torch.Tensor) -> None:
+        """Write one whole tensor."""
+        if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
+            tensor = tensor.clone(memory_format=torch.contiguous_format)  # torch.save writes the storage, not the view
+        if self._end >= self._file_bytes:
+            self._close_file()
+            self._number, self._end = self._number + 1, 0
+        stream = self._opened()
+        with _without_crc():
+            torch.save(tensor.detach(), stream)
+        length = stream.tell() - self._end
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        entry = {"key": key, "file": self._file, "offset": self._end, "length": length, "shape": list(tensor.shape), "dtype": dtype}
+        self._pending.append(entry)
+        self._end += length
+        self._pending_bytes += length
+        if self._pending_bytes >= self._sync_bytes:
+            self._sync()
+
+    def finish(self, state: dict[str, Any], more: Callable[[Path], None] | None = None) -> None:
+        """Write indexes, state and manifest, and give the folder its name. `more` adds files and folders of its own."""
+        self._close_file()
+        entries = self._journal.entries
+        (self.folder / ".metadata").write_bytes(pickle.dumps(_metadata(entries)))
+        torch.save({}, self.folder / "common.pt")
+        (self.folder / "metadata.json").write_text(json.dumps(_CONFIG))
+        held = sorted({entry["key"].split(".", 1)[0] for entry in entries})
+        everything = {
+            "format": folders.FORMAT,
+            "megavlm_version": megavlm.__version__,
+            "modules": dict.fromkeys(held, self.path.name),
+            **state,
+            "held": held,
+            "has_optimizer": False,
+            "optimizer_step": 0,
+        }
+        names = sorted(p.name for p in self.folder.iterdir() if p.is_file() and p.name not in (JOURNAL, folders.STATE, folders.MANIFEST))
+        files = {name: self._sums[name].result() if name in self._sums else folders.checksum(self.folder / name) for name in names}
+        if more is not None:
+            more(self.folder)
+        folders.write_json(self.folder / folders.STATE, everything)
+        folders.write_json(self.folder / folders.MANIFEST, {"files": files})
+        self._journal.close(finished=True)
+        self._hashing.shutdown()
+        folders.publish(self.folder, self.path)
+
+    def leave(self) -> None:
+        """Stop before the end; what is written stays for the next start."""
+        if self._stream is not None:
+            self._stream.close()
+        self._hashing.shutdown(cancel_futures=True)
+        self._journal.close(finished=False)
+
+    @property
+    def _file(self) -> str:
+        return f"__0_{self._number}.distcp"
+
+    def _opened(self) -> BinaryIO:
+        if self._stream is None:
+            handle = os.open(self.folder / self._file, os.O_RDWR | os.O_CREAT, 0o644)
+            os.ftruncate(handle, self._end)  # what a killed start wrote beyond the journal
+            self._stream = os.fdopen(handle, "r+b")
+            self._stream.seek(self._end)
+        return self._stream
+
+    def _sync(self) -> None:
+        if self._stream is not None:
+            self._stream.flush()
+            os.fdatasync(self._stream.fileno())
+        self._journal.add(self._pending)
+        self._pending, self._pending_bytes = [], 0
+
+    def _close_file(self) -> None:
+        self._sync()
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+        if self._file not in self._sums and (self.folder / self._file).is_file():
+            self._hash(self._file)
+
+    def _hash(self, file: str) -> None:
+        """Beside the writing of the next file, while its bytes are still in the system's cache."""
+        self._sums[file] = self._hashing.submit(folders.checksum, self.folder / file)
+
+
+def _metadata(entries: list[dict[str, Any]]) -> Metadata:
+    tensors: dict[str, Any] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for entry in entries:
+        key, size = entry["key"], torch.Size(entry["shape"])
+        start = torch.Size([0] * len(size))
+        properties = TensorProperties(dtype=getattr(torch, entry["dtype"]))
+        tensors[key] = TensorStorageMetadata(properties, size, [ChunkStorageMetadata(start, size)])
+        storage[MetadataIndex(key, start)] = _StorageInfo(entry["file"], entry["offset"], entry["length"])
+    return Metadata(state_dict_metadata=tensors, planner_data=None, storage_data=storage, storage_meta=StorageMeta())
+
+
+@contextmanager
+def _without_crc() -> Iterator[None]:
+    """torch's zip checksums off: the manifest's SHA-256 covers every byte, and nothing reads them."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)

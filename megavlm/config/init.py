@@ -1,0 +1,36 @@
+"""The recipe's `init` block: what a run starts from."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from megavlm.config.blocks import Block
+
+
+class InitConfig(Block):
+    """Hugging Face folders whose weights a run starts from; nothing given: all of it is drawn from run.seed.
+
+    `model`, data.tokenizer, data.chat_template, data.image_token and data.image then need not be given: they are the folder's. What is
+    given must agree with it, but for model.language.vocab_size, which may be larger: rows of new tokens are drawn from run.seed.
+    """
+
+    from_hf: str | None = None
+    """A folder of a whole model: a vision-language model, or a language model alone."""
+    vision_from_hf: str | None = None
+    """A folder with an encoder (alone, or in a CLIP or SigLIP): model.vision is its, and the projector is drawn from run.seed."""
+    language_from_hf: str | None = None
+    """A folder of a language model: model.language is its."""
+
+    @property
+    def folders(self) -> list[str]:
+        """Those that are given."""
+        return [folder for folder in (self.from_hf, self.vision_from_hf, self.language_from_hf) if folder is not None]
+
+    @model_validator(mode="after")
+    def _check(self) -> InitConfig:
+        if self.from_hf is not None and len(self.folders) > 1:
+            raise ValueError("from_hf is a whole model: give it alone, or vision_from_hf and language_from_hf without it")
+        for name in ("from_hf", "vision_from_hf", "language_from_hf"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} is empty: give a folder, or null")
+        return self
