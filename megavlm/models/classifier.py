@@ -13,7 +13,7 @@ from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megavlm.data.types import PackedBatch
 from megavlm.models.language import weight_of
 from megavlm.models.layers.configs import DTYPES
-from megavlm.models.vision import VisionEncoder
+from megavlm.models.vision import build_encoder
 from megavlm.models.vlm import TargetLoss
 from megavlm.parallel.context import ParallelContext
 from megavlm_kernels.linear_cross_entropy import linear_cross_entropy
@@ -25,14 +25,14 @@ class VisionClassifier(MegatronModule):
     def __init__(
         self, model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, ctx: ParallelContext, num_classes: int
     ) -> None:
-        vision = VisionEncoder(model.vision, precision, parallel, ctx.device)
+        vision = build_encoder(model, precision, parallel, ctx.device)
         super().__init__(config=vision.config)
         self.pre_process = self.post_process = True
         self.share_embeddings_and_output_weights = False
         self.model_type = ModelType.encoder_or_decoder
         self.vision = vision
         self.vision_head = torch.nn.Linear(
-            model.vision.feature_size, num_classes, bias=False, dtype=DTYPES[precision.dtype], device=ctx.device
+            model.feature_size, num_classes, bias=False, dtype=DTYPES[precision.dtype], device=ctx.device
         )
 
     def set_input_tensor(self, tensor: torch.Tensor | list[torch.Tensor]) -> None:

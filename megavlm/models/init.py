@@ -7,6 +7,7 @@ therefore changes no weight, and neither does adding a layer elsewhere.
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from collections.abc import Sequence
 
@@ -49,7 +50,8 @@ def random_provider(model: ModelConfig, seed: int) -> Provider:
             shape = (model.language.vocab_size + read_only, *shape[1:])  # padding depends on the layout: it is never drawn
         std = model.init_std
         if key.endswith(RESIDUAL_OUTPUTS):
-            encoder = model.vision_beside[int(key.split(".")[2])] if key.startswith("vision.beside.") else model.vision
+            beside = re.match(r"vision\.beside_(\d+)\.", key)
+            encoder = model.vision if beside is None else model.vision_beside[int(beside[1])]
             layers = encoder.num_used_layers if key.startswith("vision") else model.language.num_layers
             std /= math.sqrt(2 * layers)
         if name == "image_newline":

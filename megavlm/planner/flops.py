@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from megavlm.config.schema import ModelConfig, ModuleTraining, StageConfig
+from megavlm.config.schema import ModelConfig, ModuleTraining, StageConfig, VisionConfig
 from megavlm.planner.parameters import first_trainable_layer, head_trains
 
 
@@ -91,8 +91,8 @@ class _Product:
     flops: int
     """Forward FLOPs per unit."""
     unit: str
-    """What it is paid for: patch, row (of the encoder: patches and class tokens), row_squared (within a tile), feature (what the
-    projector takes), token, token_squared, target."""
+    """What it is paid for: tile, patch, patch_pair (patches squared within a tile), feature (what the projector takes), token,
+    token_squared, target."""
     trains: bool = False
     """Its own weight gets a gradient."""
     trains_below: bool = False
@@ -109,7 +109,7 @@ class _Product:
         return self.flops * (int(below) + int(self.trains))
 
 
-_UNITS = ("patch", "row", "row_squared", "feature", "token", "token_squared", "target")
+_UNITS = ("tile", "patch", "patch_pair", "feature", "token", "token_squared", "target")
 _EVERYTHING = ModuleTraining(train="full")
 
 
@@ -120,7 +120,7 @@ class FlopsModel:
     """
 
     def __init__(self, model: ModelConfig, stage: StageConfig | None = None) -> None:
-        self._class_tokens = int(model.vision.class_token)
+        self._pooled = model.vision.pooled
         self._kept_class_tokens = int(model.vision.class_token and model.vision.keep_class_token)
         self._patches_per_feature = model.projector.pixel_shuffle**2
         products = list(_products(model, stage))
@@ -160,12 +160,12 @@ class FlopsModel:
                 tokens += length
                 squares += length * length
         tiles, patches, pairs = work if self._objective != "text" else (0, 0, 0)
-        extra = self._class_tokens
+        features = patches // self._patches_per_feature + self._kept_class_tokens * tiles
         return (
+            tiles,
             patches,
-            patches + extra * tiles,
-            pairs + 2 * extra * patches + extra * tiles,
-            patches // self._patches_per_feature + self._kept_class_tokens * tiles,
+            pairs,
+            tiles if self._pooled else features,
             tokens,
             squares,
             num_targets,
@@ -202,11 +202,12 @@ def _products(model: ModelConfig, stage: StageConfig | None) -> Iterable[_Produc
     vision_training = stage.vision if stage else _EVERYTHING
     encoder_trains = vision_training.train != "frozen"
     if objective != "text":
-        yield from _encoder(model, vision_training)
+        for encoder in model.encoders:
+            yield from _encoder(encoder, vision_training)
     if objective == "vision_classification":
         # The temporary head is always trained: it starts from nothing.
         classes = (stage.num_classes if stage else None) or 0
-        yield _Product("vision.head", 2 * model.vision.hidden_size * classes, "target", True, trains_below_with_tiles=encoder_trains)
+        yield _Product("vision.head", 2 * model.feature_size * classes, "target", True, trains_below_with_tiles=encoder_trains)
         return
     projector_trains = (stage.projector if stage else _EVERYTHING).train != "frozen"
     if objective == "multimodal":
@@ -215,26 +216,34 @@ def _products(model: ModelConfig, stage: StageConfig | None) -> Iterable[_Produc
     yield from _language(model, stage.language if stage else _EVERYTHING, pictures_train)
 
 
-def _encoder(model: ModelConfig, training: ModuleTraining) -> Iterable[_Product]:
-    """Patch embedding (its input, pixels, needs no gradient) and the layers that run. Every trainable layer begins with a
-    trainable norm, so that even the lowest needs the gradient of its first product's input."""
-    config = model.vision
-    width = config.hidden_size
-    patch = config.num_channels * config.patch_size_px**2
+def _encoder(config: VisionConfig, training: ModuleTraining) -> Iterable[_Product]:
+    """Patch embedding (its input, pixels, needs no gradient), the layers that run, the pooling head. Every trainable layer begins with
+    a trainable norm, so that even the lowest needs the gradient of its first product's input."""
+    width, ffn = config.hidden_size, config.ffn_hidden_size
+    patch = config.num_channels * config.temporal_patch_size * config.patch_size_px**2
     yield _Product("vision.embedding", 2 * patch * width, "patch", training.train == "full")
-    linear = 2 * width * (4 * width + 2 * config.ffn_hidden_size)
+    extra = int(config.class_token) + config.num_register_tokens
+    linear = 2 * width * (4 * width + (3 if config.gated_mlp else 2) * ffn)
     first = first_trainable_layer(training, config.num_used_layers, "vision")
     for layer in range(config.num_used_layers):
         trains = layer >= first
-        yield _Product("vision.linear", linear, "row", trains, trains)
-        yield _Product("vision.attention", 4 * width, "row_squared", False, trains, attention=True)
+        for flops, unit in ((linear, "patch"), (linear * extra, "tile")):
+            yield _Product("vision.linear", flops, unit, trains, trains)
+        # (patches + extra) squared within a tile
+        for times, unit in ((1, "patch_pair"), (2 * extra, "patch"), (extra**2, "tile")):
+            yield _Product("vision.attention", 4 * width * times, unit, False, trains, attention=True)
+    if config.pooled:
+        below, trains = training.train != "frozen", training.train == "full"
+        yield _Product("vision.linear", 4 * width**2, "patch", trains, below)  # keys and values
+        yield _Product("vision.attention", 4 * width, "patch", False, below, attention=True)
+        yield _Product("vision.linear", 2 * width * (2 * width + 2 * ffn), "tile", trains, trains)
 
 
 def _projector(model: ModelConfig, trains: bool, encoder_trains: bool) -> Iterable[_Product]:
-    width_in = model.vision.hidden_size * model.projector.pixel_shuffle**2
+    width_in = model.projector_input_size
     width_out = model.language.hidden_size
     # An input norm that trains sits below the first product.
-    below = encoder_trains or (trains and model.projector.input_norm)
+    below = encoder_trains or (trains and (model.projector.input_norm or model.projector.kind == "average_pool"))
     if model.projector.num_layers == 1:
         yield _Product("projector", 2 * width_in * width_out, "feature", trains, below)
         return

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megavlm.config.schema import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, StageConfig
+from megavlm.config.schema import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, StageConfig, VisionConfig
 from megavlm.planner.parameters import ParameterBlock, parameter_blocks
 from megavlm.topology.grid import RankGrid
 from megavlm.topology.pipeline import PipelineSplit
@@ -124,12 +124,14 @@ class _Load:
     def element_bytes(self) -> int:
         return 4 if self.precision.dtype == "fp32" else 2
 
-    def encoder_rows(self, model: ModelConfig) -> int:
-        """Patches and class tokens."""
-        return self.patches + self.tiles * int(model.vision.class_token)
+    def encoder_rows(self, vision: VisionConfig) -> int:
+        """Patches, class and register tokens."""
+        return self.patches + self.tiles * (int(vision.class_token) + vision.num_register_tokens)
 
     def features(self, model: ModelConfig) -> int:
         """Rows that the projector takes."""
+        if model.vision.pooled:
+            return self.tiles
         kept = int(model.vision.class_token and model.vision.keep_class_token)
         return self.patches // model.projector.pixel_shuffle**2 + self.tiles * kept
 
@@ -194,16 +196,16 @@ def _activations(
     elements = 0.0
     passes = chunk_passes_in_flight(rank, split.pipeline, split.virtual_pipeline, num_microbatches)
     below = False
-    kept: list[tuple[float, bool]] = []
+    kept: list[tuple[float, ParameterBlock]] = []
     for block in blocks:
         below = below or block.trains
         if block.part == "layer" and _lives_on(block, rank, split) and below:
-            kept.append((_layer_elements(block, load, model), block.module == "language"))
+            kept.append((_layer_elements(block, load, model), block))
     # A chunk pass keeps this rank's LLM layers / chunks; the encoder stands before the first chunk only.
     encoder_passes = math.ceil(passes / split.virtual_pipeline)
-    for layer_elements, is_language in kept:
-        share = passes / split.virtual_pipeline if is_language else encoder_passes
-        elements += share * (_checkpoint_elements(load, model, is_language) if load.recompute else layer_elements)
+    for layer_elements, block in kept:
+        share = passes / split.virtual_pipeline if block.module == "language" else encoder_passes
+        elements += share * (_checkpoint_elements(block, load, model) if load.recompute else layer_elements)
     if load.recompute and kept:
         elements += max(layer_elements for layer_elements, _ in kept)
     if rank == 0 and any(b.module == "projector" and b.trains for b in blocks):
@@ -221,28 +223,29 @@ def _layer_elements(block: ParameterBlock, load: _Load, model: ModelConfig) -> f
         before_activation, ffn = 2, language.ffn_hidden_size
         split = load.sequence_split
     else:
-        vision = model.vision
-        rows, width = load.encoder_rows(model), vision.hidden_size
-        attention, before_activation, ffn, split = 4 * width, 1, vision.ffn_hidden_size, 1
+        vision = model.encoders[block.encoder]
+        rows, width = load.encoder_rows(vision), vision.hidden_size
+        attention, before_activation, ffn, split = 4 * width, 2 if vision.gated_mlp else 1, vision.ffn_hidden_size, 1
     outside = (4 if block.trains else 2) * width / split
     inside = attention + (before_activation + int(block.trains)) * ffn
     return rows * (outside + inside / load.tensor)
 
 
-def _checkpoint_elements(load: _Load, model: ModelConfig, is_language: bool) -> float:
+def _checkpoint_elements(block: ParameterBlock, load: _Load, model: ModelConfig) -> float:
     """Elements that a recomputed layer keeps: its input."""
-    if is_language:
+    if block.module == "language":
         return load.tokens * model.language.hidden_size / load.sequence_split
-    return load.encoder_rows(model) * model.vision.hidden_size
+    vision = model.encoders[block.encoder]
+    return load.encoder_rows(vision) * vision.hidden_size
 
 
 def _projector_elements(load: _Load, model: ModelConfig) -> float:
     """Elements that the projector keeps: its input, and what stands before and after the GELU."""
     features = load.features(model)
-    width_in = model.vision.hidden_size * model.projector.pixel_shuffle**2
+    width_in = model.projector_input_size
     hidden = model.projector.hidden_size or model.language.hidden_size
     middle = 2 * hidden / load.tensor if model.projector.num_layers == 2 else 0
-    return features * (width_in * (2 if model.projector.input_norm else 1) + middle)
+    return features * (width_in * (2 if model.projector.input_norm or model.projector.kind == "average_pool" else 1) + middle)
 
 
 def _head(load: _Load, model: ModelConfig, embedding: ParameterBlock | None, blocks: Sequence[ParameterBlock]) -> int:

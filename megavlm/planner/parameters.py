@@ -6,8 +6,8 @@ Counts are of the weights as Hugging Face stores them (vocabulary unpadded). Wei
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from megavlm.config.schema import ModelConfig, ModuleTraining, StageConfig, VisionConfig
 
@@ -33,6 +33,8 @@ class ParameterBlock:
     local: int
     """On one tensor rank."""
     trains: bool
+    encoder: int = 0
+    """vision only: which of the encoders side by side."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,11 @@ def parameter_blocks(model: ModelConfig, stage: StageConfig | None = None, tenso
     everything = ModuleTraining()
     objective = stage.objective if stage else "multimodal"
     if objective != "text":
-        yield from _vision(model.vision, stage.vision if stage else everything, tensor)
+        yield from _vision(model.encoders, stage.vision if stage else everything, tensor)
     if objective == "multimodal":
         yield _projector(model, (stage.projector if stage else everything).train != "frozen", tensor)
     if objective == "vision_classification":
-        size = model.vision.hidden_size * ((stage.num_classes if stage else None) or 0)
+        size = model.feature_size * ((stage.num_classes if stage else None) or 0)
         yield ParameterBlock("vision_head", "head", None, size, size, True)
     else:
         yield from _language(model, stage.language if stage else everything, tensor)
@@ -101,31 +103,53 @@ def head_trains(model: ModelConfig, training: ModuleTraining) -> bool:
     return training.train == "full" or (training.train == "last_layers" and not model.language.tie_embeddings)
 
 
-def _vision(config: VisionConfig, training: ModuleTraining, tensor: int) -> Iterator[ParameterBlock]:
-    """Patch, class and position embeddings; layers; final norm; whatever is carried. Matrices inside layers are split over tensor ranks."""
+def _vision(encoders: Sequence[VisionConfig], training: ModuleTraining, tensor: int) -> Iterator[ParameterBlock]:
+    """Encoders one after another."""
+    for number, encoder in enumerate(encoders):
+        for block in _encoder(encoder, training, tensor):
+            yield replace(block, encoder=number)
+
+
+def _encoder(config: VisionConfig, training: ModuleTraining, tensor: int) -> Iterator[ParameterBlock]:
+    """Patch, position and other learned tokens; layers; final norm; whatever is carried. Matrices inside layers are split over tensor
+    ranks."""
     width, ffn = config.hidden_size, config.ffn_hidden_size
-    patch = (config.num_channels * config.patch_size_px**2 + int(config.patch_bias)) * width
-    tokens = config.num_patches + int(config.class_token)
-    embedding = patch + (tokens + int(config.class_token)) * width + (2 * width if config.pre_norm else 0)
+    norm = 2 * width if config.norm == "layer_norm" else width
+    patch = (config.num_channels * config.temporal_patch_size * config.patch_size_px**2 + int(config.patch_bias)) * width
+    tokens = config.num_position_rows and config.num_position_rows + int(config.class_token)
+    tokens += int(config.class_token) + config.num_register_tokens
+    embedding = patch + tokens * width + (norm if config.pre_norm else 0)
     yield ParameterBlock("vision", "embedding", None, embedding, embedding, training.train == "full")
-    split = 4 * width * width + 3 * width + 2 * width * ffn + ffn
-    whole = 4 * width + 2 * width
+    biases = int(config.linear_bias)
+    first_linear = (2 if config.gated_mlp else 1) * (width + biases) * ffn
+    split = 3 * (width + int(config.qkv_bias)) * width + width * width + first_linear + ffn * width + (2 * width if config.qk_norm else 0)
+    whole = 2 * norm + 2 * width * biases + (2 * width if config.layer_scale else 0)
     first = first_trainable_layer(training, config.num_used_layers, "vision")
     for layer in range(config.num_used_layers):
         yield ParameterBlock("vision", "layer", layer, split + whole, split // tensor + whole, layer >= first)
-    norm_part, norm_trains = ("norm", training.train != "frozen") if config.final_norm else ("carried", False)
-    yield ParameterBlock("vision", norm_part, None, 2 * width, 2 * width, norm_trains)
-    unused = (config.num_layers - config.num_used_layers) * (split + whole)
+    above = config.num_layers - config.num_used_layers
+    unused = above * whole + (width if config.mask_token else 0)
+    if config.final_norm:
+        yield ParameterBlock("vision", "norm", None, norm, norm, training.train != "frozen")
+    elif config.has_final_norm:
+        unused += norm
     if config.pooling_head:
         # Probe, attention (in and out projections with bias), LayerNorm, MLP: transformers' SiglipMultiheadAttentionPoolingHead.
-        unused += width + 4 * (width * width + width) + 2 * width + 2 * width * ffn + ffn + width
-    if unused:
-        yield ParameterBlock("vision", "carried", None, unused, unused, False)
+        head = width + 4 * (width * width + width) + 2 * width + 2 * width * ffn + ffn + width
+        if config.pooled:
+            yield ParameterBlock("vision", "head", None, head, head, training.train == "full")
+        else:
+            unused += head
+    if unused or above:
+        yield ParameterBlock("vision", "carried", None, unused + above * split, unused + above * (split // tensor), False)
 
 
 def _projector(model: ModelConfig, trains: bool, tensor: int) -> ParameterBlock:
     config, width_out = model.projector, model.language.hidden_size
-    width_in = model.vision.hidden_size * config.pixel_shuffle**2
+    width_in = model.projector_input_size
+    if config.kind == "average_pool":
+        size = width_in + width_in * width_out
+        return ParameterBlock("projector", "mlp", None, size, size, trains)
     whole = (2 * width_in if config.input_norm else 0) + (width_out if config.image_newline else 0)
     if config.num_layers == 1:
         split = (width_in + int(config.bias)) * width_out

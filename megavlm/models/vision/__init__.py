@@ -2,5 +2,6 @@
 
 from megavlm.models.vision.encoder import VisionEncoder
 from megavlm.models.vision.features import Features
+from megavlm.models.vision.side_by_side import SideBySide, build_encoder
 
-__all__ = ["Features", "VisionEncoder"]
+__all__ = ["Features", "SideBySide", "VisionEncoder", "build_encoder"]

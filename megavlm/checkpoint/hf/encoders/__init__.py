@@ -7,12 +7,30 @@ from typing import Any
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.encoders.base import EncoderKind
 from megavlm.checkpoint.hf.encoders.clip import Clip, Siglip
+from megavlm.checkpoint.hf.encoders.dinov2 import Dinov2, Dinov2WithRegisters
 from megavlm.checkpoint.hf.encoders.idefics import Idefics2Vision, Idefics3Vision, SmolVLMVision
+from megavlm.checkpoint.hf.encoders.internvit import InternViT
+from megavlm.checkpoint.hf.encoders.pixtral import Pixtral
+from megavlm.checkpoint.hf.encoders.siglip2 import Siglip2
 from megavlm.checkpoint.hf.holding import which_holds
 from megavlm.checkpoint.hf.reading import Problems, hf_config
 from megavlm.config.schema import VisionConfig
 
-ENCODERS: dict[str, EncoderKind] = {kind.model_type: kind for kind in (Clip(), Siglip(), Idefics2Vision(), Idefics3Vision(), SmolVLMVision())}
+ENCODERS: dict[str, EncoderKind] = {
+    kind.model_type: kind
+    for kind in (
+        Clip(),
+        Siglip(),
+        Siglip2(),
+        Dinov2(),
+        Dinov2WithRegisters(),
+        InternViT(),
+        Idefics2Vision(),
+        Idefics3Vision(),
+        SmolVLMVision(),
+        Pixtral(),
+    )
+}
 
 _FAMILYS_BUSINESS = {"feature_layer", "final_norm", "keep_class_token", "pooled", "image_mean", "image_std"}
 

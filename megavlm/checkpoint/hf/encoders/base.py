@@ -20,6 +20,8 @@ class EncoderKind(ABC):
     mean: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
     """Pixel statistics that the family uses when its folder has no processor."""
     std: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
+    renames: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """(regular expression, replacement) from names of live modules to those that transformers 5 writes to disk."""
 
     @abstractmethod
     def from_hf(self, config: Any, problems: Problems) -> dict[str, Any]:
@@ -32,3 +34,12 @@ class EncoderKind(ABC):
     @abstractmethod
     def links(self, vision: VisionConfig) -> list[Link]:
         """All weights, our keys relative to `vision.`, Hugging Face's names relative to the encoder."""
+
+
+def square(config: Any, field: str, problems: Problems) -> int:
+    """A side in pixels that a config may write as (height, width); a problem is noted when the two differ."""
+    value = getattr(config, field)
+    sides = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if len(set(sides)) != 1:
+        problems.add(f"vision_config.{field} is {list(sides)}, supported: a square")
+    return int(sides[0])
