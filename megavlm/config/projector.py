@@ -36,8 +36,9 @@ class ResamplerConfig(Block):
 class ProjectorConfig(Block):
     """What maps visual features to the LLM's width."""
 
-    kind: Literal["mlp", "perceiver"] = "mlp"
-    """mlp: linear layers on each feature. perceiver: a gated MLP (activation(gate) x up) on each feature, then `resampler` (Idefics2)."""
+    kind: Literal["mlp", "perceiver", "average_pool"] = "mlp"
+    """mlp: linear layers on each feature. perceiver: a gated MLP (activation(gate) x up) on each feature, then `resampler` (Idefics2).
+    average_pool: the mean of `pixel_shuffle` squared patches, an RMSNorm (zero-centred where the LLM's are), one linear map (Gemma 3)."""
     num_layers: Literal[1, 2, 3] = 2
     """Linear layers, with the activation between them (1: linear; 2: LLaVA-1.5)."""
     hidden_size: PositiveInt | None = None
@@ -45,11 +46,21 @@ class ProjectorConfig(Block):
     activation: Literal["gelu", "gelu_tanh", "silu"] = "gelu"
     bias: bool = True
     pixel_shuffle: PositiveInt = 1
-    """Merge pixel_shuffle x pixel_shuffle neighbouring patches into one token before the projection (InternVL and Qwen-VL use 2)."""
+    """Merge pixel_shuffle x pixel_shuffle neighbouring patches into one token before the projection (InternVL and Qwen-VL use 2): their
+    features side by side, or with kind=average_pool their mean (Gemma 3: 4)."""
+    merged_order: Literal["patches", "channels"] = "patches"
+    """Values of merged patches. patches: all of one patch, then those of the next; channels: one channel of all patches, then the next
+    (Mistral 3)."""
+    merge_linear: bool = False
+    """A linear layer without bias from merged patches back to the width of one, before the others (Mistral 3)."""
     image_newline: bool = False
     """A learned token at the end of each row of patches, for data.image.policy=anyres (LLaVA-NeXT)."""
     input_norm: bool = False
     """A LayerNorm on the (shuffled) features before the first linear layer (InternVL)."""
+    patch_norm: Literal["layer_norm", "rms_norm"] | None = None
+    """A norm on each patch's features before neighbours are merged (layer_norm: Qwen2-VL, Qwen3-VL; rms_norm: Qwen2.5-VL)."""
+    norm_eps: PositiveFloat = 1e-5
+    """Of patch_norm, input_norm and the norm of kind=average_pool."""
     resampler: ResamplerConfig | None = None
     """kind=perceiver, and only there."""
 
@@ -62,6 +73,21 @@ class ProjectorConfig(Block):
     def _check_resampler(self) -> ProjectorConfig:
         if (self.kind == "perceiver") != (self.resampler is not None):
             raise ValueError("kind=perceiver and the block resampler go together: give both (resampler={} has defaults) or neither")
-        if self.resampler is not None and (self.bias or self.num_layers != 2 or self.image_newline or self.input_norm):
-            raise ValueError("kind=perceiver has a gated MLP without biases: set bias=false; num_layers, image_newline and input_norm stay")
+        foreign = self.image_newline or self.input_norm or self.patch_norm or self.merge_linear
+        if self.resampler is not None and (self.bias or self.num_layers != 2 or foreign):
+            raise ValueError(
+                "kind=perceiver has a gated MLP without biases: set bias=false, and leave num_layers, image_newline, input_norm, patch_norm "
+                "and merge_linear as they are"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_average_pool(self) -> ProjectorConfig:
+        if self.kind == "average_pool":
+            if self.num_layers != 1 or self.bias or self.hidden_size is not None:
+                raise ValueError("kind=average_pool is one linear map without bias: set num_layers=1 and bias=false, and no hidden_size")
+            if self.image_newline or self.input_norm:
+                raise ValueError(
+                    "kind=average_pool has a norm of its own and no image_newline: set input_norm=false and image_newline=false"
+                )
         return self

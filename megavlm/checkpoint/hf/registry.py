@@ -7,13 +7,37 @@ from pathlib import Path
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.families.base import Family
 from megavlm.checkpoint.hf.families.causal_lm import CausalLM
+from megavlm.checkpoint.hf.families.gemma3 import Gemma3
 from megavlm.checkpoint.hf.families.idefics2 import Idefics2
 from megavlm.checkpoint.hf.families.idefics3 import Idefics3
 from megavlm.checkpoint.hf.families.llava import Llava
+from megavlm.checkpoint.hf.families.mistral3 import Mistral3
+from megavlm.checkpoint.hf.families.paligemma import PaliGemma
+from megavlm.checkpoint.hf.families.pixtral import Pixtral
+from megavlm.checkpoint.hf.families.qwen2_5_vl import Qwen25VL
+from megavlm.checkpoint.hf.families.qwen2_vl import Qwen2VL
+from megavlm.checkpoint.hf.families.qwen3_vl import Qwen3VL
 from megavlm.checkpoint.hf.families.smolvlm import SmolVLM
 from megavlm.checkpoint.hf.reading import CONFIG, read_json
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Llava(), CausalLM(), Idefics2(), Idefics3(), SmolVLM())}
+# Pixtral before LLaVA: its folders have the same model_type.
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Pixtral(),
+        Llava(),
+        CausalLM(),
+        Idefics2(),
+        Idefics3(),
+        SmolVLM(),
+        Mistral3(),
+        Qwen2VL(),
+        Qwen25VL(),
+        Qwen3VL(),
+        PaliGemma(),
+        Gemma3(),
+    )
+}
 
 
 def family(name: str) -> Family:

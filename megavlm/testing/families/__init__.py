@@ -1,6 +1,16 @@
 """All cases, family by family; the rows of docs/families.md."""
 
-from megavlm.testing.families import causal_lm, idefics, llava
+from megavlm.testing.families import causal_lm, gemma, gemma3, idefics, llava, moe, paligemma, pixtral, qwen_vl
 from megavlm.testing.families.case import Case
 
-CASES: list[Case] = [*llava.CASES, *causal_lm.CASES, *idefics.CASES]
+CASES: list[Case] = [
+    *llava.CASES,
+    *causal_lm.CASES,
+    *gemma.CASES,
+    *paligemma.CASES,
+    *gemma3.CASES,
+    *idefics.CASES,
+    *moe.CASES,
+    *pixtral.CASES,
+    *qwen_vl.CASES,
+]
