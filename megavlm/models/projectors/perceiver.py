@@ -41,6 +41,7 @@ class PerceiverProjector(MegatronModule):
         assert resampler is not None, "the config sees to it"
         check_heads(resampler, parallel.tensor)
         self.factor, self.num_latents = projector.pixel_shuffle, resampler.num_latents
+        self.channels_first = projector.merged_order == "channels"
         inputs, inner = model.feature_size * self.factor**2, projector.hidden_size or width
         self.mlp = GatedMLP(config, inputs, inner, width, projector.activation)
         self.latents = torch.nn.Parameter(torch.empty(self.num_latents, width, dtype=DTYPES[precision.dtype], device=device))
@@ -49,7 +50,7 @@ class PerceiverProjector(MegatronModule):
 
     def forward(self, features: Features, rows_N: torch.Tensor | None = None) -> torch.Tensor:
         """Visual tokens (M, H), picture after picture; `rows_N` as in `MLPProjector.forward`."""
-        context_NH = self.mlp(shuffled(features, self.factor))
+        context_NH = self.mlp(shuffled(features, self.factor, channels_first=self.channels_first))
         lengths = [length // self.factor**2 for length in features.lengths]
         packing = resampler_packing(lengths, self.num_latents, context_NH.device)
         x_MH = self.latents.repeat(len(lengths), 1)
