@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import Field, model_validator
 
 from megavlm.config.blocks import Block, PositiveFloat
@@ -49,6 +51,12 @@ class ModelConfig(Block):
         if self.projector.pixel_shuffle == 1:
             return self.vision.num_features
         return self.vision.num_patches // self.projector.pixel_shuffle**2
+
+    def visual_grids(self, tile_grids: Sequence[tuple[int, int]] | None, num_tiles: int) -> list[tuple[int, int]]:
+        """(rows, columns) of visual tokens of each picture, or where `tile_grids` is None of each of `num_tiles` tiles."""
+        factor, side = self.projector.pixel_shuffle, self.vision.grid_side
+        grids = tile_grids if tile_grids is not None else [(side, side)] * num_tiles
+        return [(rows // factor, columns // factor) for rows, columns in grids]
 
     def visual_tokens(self, rows: int, columns: int) -> int:
         """Placeholders that a picture of so many patches expands to (native resolution: no class token)."""

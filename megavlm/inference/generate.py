@@ -22,6 +22,7 @@ from megavlm.inference.cache import KVCache
 from megavlm.inference.linear import light_linears
 from megavlm.inference.sampling import GenerationError, Sampler, Sampling
 from megavlm.models.language.cross import Sight
+from megavlm.models.language.mrope import position_shift
 from megavlm.models.vlm import VisionLanguageModel
 
 OnToken = Callable[[int, int], None]
@@ -71,7 +72,7 @@ def generate(
     for i, prompt in enumerate(prompts):
         sampler.start(i, prompt.ids)
     answers: list[list[int]] = [[] for _ in prompts]
-    running = list(range(len(prompts)))
+    running, shifts = list(range(len(prompts))), [_shift(model.model, prompt) for prompt in prompts]
     with _evaluating(model), light_linears(model):
         batch = prompt_batch(prompts, image_token_id, model.model).to(model.ctx.device)
         while True:
@@ -96,13 +97,21 @@ def generate(
                 whole = [replace(prompts[s], ids=[*prompts[s].ids, *answers[s]]) for s in running]
                 batch = prompt_batch(whole, image_token_id, model.model).to(model.ctx.device)
             else:
-                batch = _token_batch([tokens[b] for b in keep], cache.lengths).to(model.ctx.device)
+                positions = [length + shifts[s] for length, s in zip(cache.lengths, running, strict=True)]
+                batch = _token_batch([tokens[b] for b in keep], positions).to(model.ctx.device)
 
 
 def _rotates_anew(language: LanguageConfig, lengths: Sequence[int]) -> bool:
     """Does a sequence's next token change the rotation of all its positions, and so its keys (LongRoPE; Phi3ForCausalLM does the same)?"""
     scaling = language.rope_scaling
     return scaling is not None and scaling.kind == "longrope" and scaling.parameters["original_max_position_embeddings"] in lengths
+
+
+def _shift(model: ModelConfig, prompt: Prompt) -> int:
+    """Position of the token behind a prompt, less the prompt's length: pictures take up fewer positions than tokens under M-RoPE."""
+    if model.language.mrope_sections is None:
+        return 0
+    return position_shift(model.visual_grids(prompt.tile_grids, prompt.num_tiles))
 
 
 def _token_batch(tokens: list[int], positions: list[int]) -> PackedBatch:

@@ -27,7 +27,7 @@ from megavlm.models.layers.masks import groups_of
 from megavlm.models.layers.packing import Packing, pack
 from megavlm.models.layers.run import AfterLayer
 from megavlm.models.projectors import build_projector
-from megavlm.models.vision import VisionEncoder, build_encoder
+from megavlm.models.vision import CanvasEncoder, VisionEncoder, build_encoder
 from megavlm.parallel.context import ParallelContext
 from megavlm.topology.pipeline import PipelineSplit
 
@@ -151,7 +151,7 @@ class VisionLanguageModel(MegatronModule):
         """(N, D), by whichever policy of data.image made the batch; and side rows, of which there are N for each DeepStack layer."""
         pixels, grids = (batch.pixels_X, batch.tile_grids) if batch.tile_grids is not None else (batch.tiles_TCHW, None)
         assert pixels is not None, "the first pipeline stage needs the pixels of its batch"
-        features = vision(pixels, grids)
+        features = vision(pixels, batch.picture_tiles if isinstance(vision, CanvasEncoder) else grids)
         tokens_ND: torch.Tensor = projector(features, batch.feature_rows_N)
         deep = projector.deep(features, batch.feature_rows_N) if features.deep else []
         return tokens_ND, {deepstack_side(i): rows_ND.unsqueeze(1) for i, rows_ND in enumerate(deep)}
@@ -187,9 +187,8 @@ class VisionLanguageModel(MegatronModule):
         """(3, S): time, row and column of each token, where the LLM tells these apart and there are pictures."""
         if self.model.language.mrope_sections is None or batch.num_tiles == 0:
             return None
-        factor, side = self.model.projector.pixel_shuffle, self.model.vision.grid_side
-        grids = batch.tile_grids if batch.tile_grids is not None else [(side, side)] * batch.num_tiles
-        return mrope_positions(batch.positions_S, batch.image_positions_N, [(rows // factor, columns // factor) for rows, columns in grids])
+        grids = self.model.visual_grids(batch.tile_grids, batch.num_tiles)
+        return mrope_positions(batch.positions_S, batch.image_positions_N, grids)
 
     def packing(self, batch: PackedBatch) -> Packing:
         """Segments and rotations of this batch for the LLM's attention."""
