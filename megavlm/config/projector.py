@@ -88,6 +88,7 @@ class ProjectorConfig(Block):
                 raise ValueError("kind=average_pool is one linear map without bias: set num_layers=1 and bias=false, and no hidden_size")
             if self.image_newline or self.input_norm:
                 raise ValueError(
-                    "kind=average_pool has a norm of its own and no image_newline: set input_norm=false and image_newline=false"
+                    "kind=average_pool has a norm of its own and one linear map: "
+                    "leave image_newline, input_norm, patch_norm and merge_linear as they are"
                 )
         return self

@@ -6,10 +6,11 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 
 from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from megavlm.models.projectors.average_pool import AveragePoolProjector
 from megavlm.models.projectors.mlp import MLPProjector
 from megavlm.models.projectors.perceiver import PerceiverProjector
 
-PROJECTORS: dict[str, type[MegatronModule]] = {"mlp": MLPProjector, "perceiver": PerceiverProjector}
+PROJECTORS: dict[str, type[MegatronModule]] = {"mlp": MLPProjector, "perceiver": PerceiverProjector, "average_pool": AveragePoolProjector}
 
 
 def build_projector(model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, device: torch.device) -> MegatronModule:

@@ -7,13 +7,16 @@ from typing import Any
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.holding import which_holds
 from megavlm.checkpoint.hf.language.base import LanguageKind
+from megavlm.checkpoint.hf.language.gemma import Gemma, Gemma2, Gemma3Text
 from megavlm.checkpoint.hf.language.llama import Llama, Mistral, Qwen2, Qwen3
 from megavlm.checkpoint.hf.language.opt import Opt
 from megavlm.checkpoint.hf.language.phi3 import Phi3
 from megavlm.checkpoint.hf.reading import Problems, hf_config
 from megavlm.config.schema import LanguageConfig
 
-LANGUAGES: dict[str, LanguageKind] = {kind.model_type: kind for kind in (Llama(), Qwen2(), Qwen3(), Opt(), Mistral(), Phi3())}
+LANGUAGES: dict[str, LanguageKind] = {
+    kind.model_type: kind for kind in (Llama(), Qwen2(), Qwen3(), Opt(), Mistral(), Phi3(), Gemma(), Gemma2(), Gemma3Text())
+}
 
 
 def language(model_type: str, allowed: tuple[str, ...] | None = None) -> LanguageKind:
@@ -47,6 +50,8 @@ def canonical(config: LanguageConfig) -> dict[str, Any]:
     values = config.model_dump(exclude={"family"}) | {"num_query_groups": config.kv_heads, "head_dim": config.head_width}
     if not config.sliding_layers:
         values["sliding_window_tokens"] = None
+    if not config.sliding_layers or (config.rope_scaling is None and config.rope_local_theta == config.rope_theta):
+        values["rope_local_theta"] = None
     if config.attention_scale is not None and abs(config.attention_scale - config.head_width**-0.5) < 1e-12:
         values["attention_scale"] = None
     return values
