@@ -76,8 +76,8 @@ class ProjectorConfig(Block):
         foreign = self.image_newline or self.input_norm or self.patch_norm or self.merge_linear
         if self.resampler is not None and (self.bias or self.num_layers != 2 or foreign):
             raise ValueError(
-                "kind=perceiver has a gated MLP without biases: set bias=false, and leave num_layers, image_newline, input_norm, patch_norm "
-                "and merge_linear as they are"
+                "kind=perceiver has a gated MLP without biases: set bias=false, and leave num_layers, image_newline, input_norm, "
+                "patch_norm and merge_linear as they are"
             )
         return self
 
@@ -86,7 +86,7 @@ class ProjectorConfig(Block):
         if self.kind == "average_pool":
             if self.num_layers != 1 or self.bias or self.hidden_size is not None:
                 raise ValueError("kind=average_pool is one linear map without bias: set num_layers=1 and bias=false, and no hidden_size")
-            if self.image_newline or self.input_norm:
+            if self.image_newline or self.input_norm or self.patch_norm or self.merge_linear:
                 raise ValueError(
                     "kind=average_pool has a norm of its own and one linear map: "
                     "leave image_newline, input_norm, patch_norm and merge_linear as they are"
