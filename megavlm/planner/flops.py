@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from megavlm.config.schema import ModelConfig, ModuleTraining, StageConfig, VisionConfig
-from megavlm.planner.parameters import first_trainable_layer, head_trains
+from megavlm.planner.language import layer_flops, picture_flops, reads_pictures
+from megavlm.planner.parameters import first_trainable_layer, head_trains, objective_of
 
 
 class VisionWork(NamedTuple):
@@ -124,7 +125,7 @@ class FlopsModel:
         self._kept_class_tokens = int(model.vision.class_token and model.vision.keep_class_token)
         self._patches_per_feature = model.projector.pixel_shuffle**2
         products = list(_products(model, stage))
-        self._objective = stage.objective if stage else "multimodal"
+        self._objective = objective_of(model, stage)
         self._forward: dict[str, dict[str, int]] = {}
         self._backward: dict[bool, dict[str, dict[str, int]]] = {False: {}, True: {}}
         for product in products:
@@ -198,7 +199,7 @@ def _accumulate(table: dict[str, dict[str, int]], product: _Product, flops: int)
 
 def _products(model: ModelConfig, stage: StageConfig | None) -> Iterable[_Product]:
     """Every matrix product that the stage's objective runs, in the order of the forward pass."""
-    objective = stage.objective if stage else "multimodal"
+    objective = objective_of(model, stage)
     vision_training = stage.vision if stage else _EVERYTHING
     encoder_trains = vision_training.train != "frozen"
     if objective != "text":
@@ -254,17 +255,18 @@ def _projector(model: ModelConfig, trains: bool, encoder_trains: bool) -> Iterab
 
 def _language(model: ModelConfig, training: ModuleTraining, pictures_train: bool) -> Iterable[_Product]:
     """Decoder layers per token and per token squared, head per target. The embedding is a look-up: no FLOPs, but with train=full
-    it trains, and every layer above needs input gradients."""
+    it trains, and every layer above needs input gradients. A sliding window counts as the whole triangle; of what cross-attention
+    layers read, keys and values count, and not the scores."""
     config = model.language
-    query, key_value = config.num_attention_heads * config.head_width, config.kv_heads * config.head_width
-    linear = (
-        2 * config.hidden_size * (query + 2 * key_value) + 2 * query * config.hidden_size + 6 * config.hidden_size * config.ffn_hidden_size
-    )
+    query = config.num_attention_heads * config.head_width
     first = first_trainable_layer(training, config.num_layers, "language")
     for layer in range(config.num_layers):
         trains = layer >= first
-        yield _Product("language.linear", linear, "token", trains, trains, pictures_train)
-        yield _Product("language.attention", 2 * query, "token_squared", False, trains, pictures_train, attention=True)
+        yield _Product("language.linear", layer_flops(config, layer), "token", trains, trains, pictures_train)
+        if reads_pictures(config, layer):
+            yield _Product("language.linear", picture_flops(config), "feature", trains, trains_below_with_tiles=pictures_train)
+        else:
+            yield _Product("language.attention", 2 * query, "token_squared", False, trains, pictures_train, attention=True)
     yield _Product(
         "language.head",
         2 * config.hidden_size * config.vocab_size,

@@ -10,6 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megavlm.config.schema import ModelConfig, ModuleTraining, StageConfig, VisionConfig
+from megavlm.planner.language import (
+    embedding_parameters,
+    expert_parameters,
+    has_experts,
+    layer_parameters,
+    norm_parameters,
+    position_parameters,
+)
 
 MODULES = ("vision", "projector", "language", "vision_head")
 
@@ -25,13 +33,13 @@ class ParameterBlock:
     module: str
     """vision, projector, language, or vision_head (the temporary head of vision_classification)."""
     part: str
-    """embedding, layer, norm, head, mlp or carried."""
+    """embedding, layer, experts (of a layer), norm, head, mlp or carried."""
     layer: int | None
     """Place in the module's layers that run, counted from 0; None: not a layer."""
     total: int
     """Over all tensor ranks."""
     local: int
-    """On one tensor rank."""
+    """On one rank."""
     trains: bool
     encoder: int = 0
     """vision only: which of the encoders side by side."""
@@ -61,14 +69,16 @@ def params(model: ModelConfig, stage: StageConfig | None = None) -> dict[str, Pa
     }
 
 
-def parameter_blocks(model: ModelConfig, stage: StageConfig | None = None, tensor: int = 1) -> Iterator[ParameterBlock]:
+def parameter_blocks(model: ModelConfig, stage: StageConfig | None = None, tensor: int = 1, expert: int = 1) -> Iterator[ParameterBlock]:
     """Every block of the model that `stage` builds (None: the whole model, everything training), in the order of the forward pass.
+
+    `tensor` and `expert` are the ranks that share a layer and its experts.
 
     Raises:
         TrainingError: `last_layers` of a module exceeds its layers.
     """
     everything = ModuleTraining()
-    objective = stage.objective if stage else "multimodal"
+    objective = objective_of(model, stage)
     if objective != "text":
         yield from _vision(model.encoders, stage.vision if stage else everything, tensor)
     if objective == "multimodal":
@@ -77,7 +87,12 @@ def parameter_blocks(model: ModelConfig, stage: StageConfig | None = None, tenso
         size = model.feature_size * ((stage.num_classes if stage else None) or 0)
         yield ParameterBlock("vision_head", "head", None, size, size, True)
     else:
-        yield from _language(model, stage.language if stage else everything, tensor)
+        yield from _language(model, stage.language if stage else everything, tensor, expert)
+
+
+def objective_of(model: ModelConfig, stage: StageConfig | None) -> str:
+    """The stage's objective; without one that of the whole model."""
+    return stage.objective if stage else "text" if model.text_only else "multimodal"
 
 
 def first_trainable_layer(training: ModuleTraining, num_layers: int, module: str) -> int:
@@ -160,23 +175,22 @@ def _projector(model: ModelConfig, trains: bool, tensor: int) -> ParameterBlock:
     return ParameterBlock("projector", "mlp", None, split + whole, split // tensor + whole, trains)
 
 
-def _language(model: ModelConfig, training: ModuleTraining, tensor: int) -> Iterator[ParameterBlock]:
-    """Embedding, layers, final norm, head (absent when tied). Key/value heads fewer than tensor ranks are held by several of them."""
-    config = model.language
-    width, head = config.hidden_size, config.head_width
-    vocabulary = config.vocab_size * width
-    yield ParameterBlock("language", "embedding", None, vocabulary, vocabulary // tensor, training.train == "full")
-    bias = int(config.qkv_bias)
-
-    def split(query_heads: int, kv_heads: int, ffn: int) -> int:
-        return (width + bias) * (query_heads + 2 * kv_heads) * head + query_heads * head * width + 3 * width * ffn
-
-    whole = 2 * width + (2 * head if config.qk_norm else 0)
-    total = split(config.num_attention_heads, config.kv_heads, config.ffn_hidden_size) + whole
-    local = split(config.num_attention_heads // tensor, max(config.kv_heads // tensor, 1), config.ffn_hidden_size // tensor) + whole
+def _language(model: ModelConfig, training: ModuleTraining, tensor: int, expert: int) -> Iterator[ParameterBlock]:
+    """Embedding, layers, final norm, head (absent when tied)."""
+    config, trains = model.language, training.train == "full"
+    tokens, places = embedding_parameters(config), position_parameters(config)
+    yield ParameterBlock("language", "embedding", None, tokens, tokens // tensor, trains)
+    if places:
+        yield ParameterBlock("language", "embedding", None, places, places, trains)
     first = first_trainable_layer(training, config.num_layers, "language")
     for layer in range(config.num_layers):
+        total, local = layer_parameters(config, layer), layer_parameters(config, layer, tensor)
         yield ParameterBlock("language", "layer", layer, total, local, layer >= first)
-    yield ParameterBlock("language", "norm", None, width, width, training.train != "frozen")
+        if has_experts(config, layer):
+            total, local = expert_parameters(config, layer), expert_parameters(config, layer, tensor, expert)
+            yield ParameterBlock("language", "experts", layer, total, local, layer >= first)
+    norm = norm_parameters(config)
+    yield ParameterBlock("language", "norm", None, norm, norm, training.train != "frozen")
     if not config.tie_embeddings:
-        yield ParameterBlock("language", "head", None, vocabulary, vocabulary // tensor, head_trains(model, training))
+        head = config.vocab_size * config.hidden_size
+        yield ParameterBlock("language", "head", None, head, head // tensor, head_trains(model, training))
