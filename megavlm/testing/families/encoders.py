@@ -113,6 +113,14 @@ def _naflex(tf: Any) -> Any:
     return tf.Siglip2VisionConfig(**small, intermediate_size=64, num_patches=16)
 
 
+def _idefics3(tf: Any) -> Any:
+    return tf.Idefics3VisionConfig(**(SMALL | {"intermediate_size": 64, "image_size": 20}))
+
+
+def _pixtral(tf: Any) -> Any:
+    return tf.PixtralVisionConfig(**(SMALL | {"intermediate_size": 64}))
+
+
 _LAST = {"feature_layer": -1, "final_norm": True}
 _SIX_B = {"norm_type": "rms_norm", "use_qk_norm": True}
 
@@ -135,4 +143,6 @@ ENCODER_CASES = [
     EncoderCase("InternViT 300M, final norm", "InternVLVisionModel", _internvit(use_mean_pooling=False, use_mask_token=True), _LAST),
     EncoderCase("InternViT 6B", "InternVLVisionModel", _internvit(**_SIX_B), {"feature_layer": -1}),
     EncoderCase("InternViT 6B, two layers", "InternVLVisionModel", _internvit(**_SIX_B), {"feature_layer": [-2, -1]}),
+    EncoderCase("Idefics3", "Idefics3VisionTransformer", _idefics3, _LAST),
+    EncoderCase("Pixtral", "PixtralVisionModel", _pixtral, {"feature_layer": [-1, 1]}),
 ]

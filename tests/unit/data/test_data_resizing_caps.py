@@ -15,7 +15,10 @@ POLICIES = {
     "tiles": {"max_tiles": 12, "thumbnail": True},
     "tiles, at least 4": {"policy": "tiles", "min_tiles": 4, "max_tiles": 9, "thumbnail": True},
     "anyres": {},
+    "split": {"longest_edge_px": 448},
     "native": {"min_tokens_per_image": 4},
+    "native, to the next patch": {"policy": "native", "whole_patches": "stretch", "longest_edge_px": 400, "min_tokens_per_image": 1},
+    "native, cut": {"policy": "native", "whole_patches": "cut", "longest_edge_px": 400, "shortest_edge_px": 100},
 }
 sides = st.one_of(st.integers(1, 60), st.integers(1, 5000))
 sizes = st.tuples(sides, sides).filter(lambda s: max(s) <= 200 * min(s))

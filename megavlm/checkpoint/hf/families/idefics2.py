@@ -46,12 +46,16 @@ class Idefics(Family):
         )
 
     def config_to_hf(self, model: ModelConfig, ids: TokenIds) -> dict[str, Any]:
+        special = ids.special()
+        if ids.pad is not None and ids.pad >= model.language.vocab_size:
+            # Idefics3Config has a pad_token_id beside the LLM's, 128002 whatever the vocabulary, and an import finds that one.
+            del special["pad_token_id"]
         return {
             "architectures": [self.hf_class],
             "model_type": self.name,
             "image_token_id": ids.image,
             "tie_word_embeddings": model.language.tie_embeddings,
-            "text_config": language_of(model.language).to_hf(model.language) | ids.special(),
+            "text_config": language_of(model.language).to_hf(model.language) | special,
             "vision_config": encoder_of(model.vision, self.encoders).to_hf(model.vision),
             **self.projector_to_hf(model),
         }
