@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from megavlm.config.blocks import Block, NonNegativeInt, PositiveFloat, PositiveInt
-from megavlm.config.data import DataConfig, ImageConfig, LossConfig, MixtureEntry, SourceConfig
+from megavlm.config.data import DataConfig, ImageConfig, LossConfig, MixtureEntry, PictureMarks, SourceConfig
 from megavlm.config.init import InitConfig
 from megavlm.config.language import CrossAttentionConfig, LanguageConfig, MoeConfig, RopeScaling
 from megavlm.config.model import ModelConfig
@@ -36,6 +36,7 @@ __all__ = [
     "MoeConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PictureMarks",
     "PrecisionConfig",
     "ProjectorConfig",
     "Recipe",
@@ -208,13 +209,25 @@ class Recipe(Block):
                 f"data.seq_len_tokens={self.data.seq_len_tokens} exceeds model.language.max_positions={language.max_positions}: "
                 "learned positions end there"
             )
+        self._check_text_only()
         self._check_pictures()
         self._check_tensor_split()
         self._check_experts()
         return self
 
+    def _check_text_only(self) -> None:
+        if not self.model.text_only:
+            return
+        for i, stage in enumerate(self.stages):
+            if stage.objective != "text":
+                raise ValueError(f"stages[{i}].objective={stage.objective}, but model.text_only=true has no encoder: set objective=text")
+            for module in ("vision", "projector"):
+                if getattr(stage, module) != StageConfig.model_fields[module].get_default(call_default_factory=True):
+                    raise ValueError(f"stages[{i}].{module}: model.text_only=true has no {module}: leave it out")
+
     def _check_pictures(self) -> None:
         policy = self.data.image.policy
+        self._check_canvas(policy)
         if policy in ("anyres", "native") and self.model.vision.class_token and self.model.vision.keep_class_token:
             raise ValueError(f"data.image.policy={policy} arranges patches in a plane: set model.vision.keep_class_token=false")
         if self.model.projector.image_newline and policy != "anyres":
@@ -224,18 +237,35 @@ class Recipe(Block):
                 "data.image.policy=native and objective=vision_classification do not go together: it takes one square tile a picture"
             )
 
+    def _check_canvas(self, policy: str) -> None:
+        if policy == "canvas" and self.model.vision.canvas is None:
+            raise ValueError("data.image.policy=canvas needs model.vision.canvas: an encoder that sees a picture's tiles together")
+        if self.model.vision.canvas is not None and policy not in ("canvas", "fixed"):
+            raise ValueError(f"model.vision.canvas goes with data.image.policy=canvas (or fixed), not {policy}")
+        alone = [stage.name for stage in self.stages if stage.objective == "vision_classification"]
+        if alone and (self.model.vision.canvas is not None or self.model.language.cross_attention is not None):
+            raise ValueError(
+                f"stage {alone[0]!r} has objective=vision_classification, which takes a picture apart into tiles of their own: "
+                "it does not go with model.vision.canvas or model.language.cross_attention"
+            )
+        if self.model.vision.canvas is not None and any(stage.vision.train == "last_layers" for stage in self.stages):
+            raise ValueError("vision.train=last_layers: an encoder with model.vision.canvas has two stacks of layers; use frozen or full")
+
     def _check_tensor_split(self) -> None:
         heads, kv, tp = self.model.language.num_attention_heads, self.model.language.kv_heads, self.parallel.tensor
         if heads % tp or (kv % tp and tp % kv):
             raise ValueError(f"parallel.tensor={tp} does not divide model.language's {heads} attention heads and {kv} key/value heads")
         projector = self.model.projector
         widths = {
-            "vision.num_attention_heads": self.model.vision.num_attention_heads,
-            "vision.ffn_hidden_size": self.model.vision.ffn_hidden_size,
             "language.ffn_hidden_size": self.model.language.ffn_hidden_size,
             "language.hidden_size": self.model.language.hidden_size,
-            "projector.hidden_size": projector.hidden_size or self.model.language.hidden_size,
         }
+        if not self.model.text_only:
+            widths |= {
+                "vision.num_attention_heads": self.model.vision.num_attention_heads,
+                "vision.ffn_hidden_size": self.model.vision.ffn_hidden_size,
+                "projector.hidden_size": projector.hidden_size or self.model.language.hidden_size,
+            }
         for name, width in widths.items():
             if width % tp:
                 raise ValueError(f"parallel.tensor={tp} does not divide model.{name}={width}")

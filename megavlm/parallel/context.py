@@ -92,6 +92,9 @@ def enter_grid(parallel: ParallelConfig, device: torch.device, seed: int) -> Par
         pipeline_model_parallel_size=grid.pipeline,
         virtual_pipeline_model_parallel_size=grid.virtual_pipeline if grid.virtual_pipeline > 1 else None,
         context_parallel_size=grid.context,
+        expert_model_parallel_size=grid.expert,
+        # Experts that are spread over ranks are whole there; gloo cannot gather tensor ranks' unequal numbers of tokens.
+        expert_tensor_parallel_size=1 if grid.expert > 1 else grid.tensor,
         create_gloo_process_groups=True,
     )
     torch.manual_seed(seed)

@@ -51,6 +51,9 @@ def _factory_on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch
 class _NoStream:
     """Stands in for a CUDA stream: every method does nothing, entering it changes nothing."""
 
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
 
@@ -109,4 +112,5 @@ def install() -> None:
     torch.cuda.is_available = lambda: False  # type: ignore[assignment]
     torch.cuda.empty_cache = lambda: None  # type: ignore[assignment]
     torch.cuda.current_stream = torch.cuda.default_stream = lambda *args, **kwargs: stream  # type: ignore[assignment]
+    torch.cuda.Stream = _NoStream  # type: ignore[assignment, misc]
     torch.cuda.stream = lambda *args, **kwargs: stream  # type: ignore[assignment]

@@ -52,7 +52,7 @@ def estimate_memory(
     """
     num_microbatches = grid.num_microbatches(stage)
     split = PipelineSplit(model.language.num_layers, grid.pipeline, grid.virtual_pipeline)
-    blocks = list(parameter_blocks(model, stage, grid.tensor))
+    blocks = list(parameter_blocks(model, stage, grid.tensor, grid.expert))
     load = _Load.of(model, stage, data, grid, parallel, precision)
     return [_rank_memory(rank, blocks, split, load, model, num_microbatches) for rank in range(grid.pipeline)]
 
@@ -98,6 +98,7 @@ class _Load:
     recompute: bool
     precision: PrecisionConfig
     shards: int
+    expert_shards: int
 
     @classmethod
     def of(
@@ -118,6 +119,7 @@ class _Load:
             recompute=parallel.recompute == "full",
             precision=precision,
             shards=grid.data * grid.context if parallel.distributed_optimizer else 1,
+            expert_shards=_expert_copies(grid) if parallel.distributed_optimizer else 1,
         )
 
     @property
@@ -134,6 +136,11 @@ class _Load:
             return self.tiles
         kept = int(model.vision.class_token and model.vision.keep_class_token)
         return self.patches // model.projector.pixel_shuffle**2 + self.tiles * kept
+
+
+def _expert_copies(grid: RankGrid) -> int:
+    """Ranks that hold the same experts."""
+    return grid.data * grid.context * grid.tensor // grid.expert if grid.expert > 1 else grid.data * grid.context
 
 
 def _most_pictures(model: ModelConfig, data: DataConfig) -> tuple[int, int]:
@@ -156,21 +163,24 @@ def _rank_memory(
     if embedding is not None and model.language.tie_embeddings and split.pipeline > 1 and split.is_last(rank):
         parameters += embedding.local
         trainable += embedding.local if embedding.trains else 0
+    # Experts are copied over fewer ranks than the rest, so each rank has more of their optimizer state.
+    experts = sum(b.local for b in mine if b.trains and b.part == "experts")
     weight, gradient, optimizer = state_bytes(load.precision, load.shards)
+    expert_optimizer = state_bytes(load.precision, load.expert_shards)[2]
     return RankMemory(
         pipeline_rank=rank,
         num_parameters=parameters,
         num_trainable=trainable,
         parameters_bytes=parameters * weight,
         gradients_bytes=trainable * gradient,
-        optimizer_bytes=math.ceil(trainable * optimizer),
+        optimizer_bytes=math.ceil((trainable - experts) * optimizer + experts * expert_optimizer),
         activations_bytes=_activations(rank, blocks, split, load, model, num_microbatches),
         head_bytes=_head(load, model, embedding, blocks) if load.tokens and split.is_last(rank) else 0,
     )
 
 
 def _lives_on(block: ParameterBlock, rank: int, split: PipelineSplit) -> bool:
-    if block.module == "language" and block.part == "layer":
+    if block.module == "language" and block.part in ("layer", "experts"):
         assert block.layer is not None
         return split.owner(block.layer)[0] == rank
     if block.module == "language" and block.part in ("norm", "head"):
@@ -220,8 +230,12 @@ def _layer_elements(block: ParameterBlock, load: _Load, model: ModelConfig) -> f
         language = model.language
         rows, width = load.tokens, language.hidden_size
         attention = (2 * language.num_attention_heads + 2 * max(language.kv_heads, load.tensor)) * language.head_width
-        before_activation, ffn = 2, language.ffn_hidden_size
+        before_activation, ffn = 2 if language.gated_mlp else 1, language.ffn_hidden_size
         split = load.sequence_split
+        if (moe := language.moe) is not None and block.layer not in moe.dense_layers:
+            # Evenly routed, a rank's experts get as many tokens as it sends out, each top_k times, and keep what they give back.
+            ffn = moe.top_k * moe.ffn_hidden_size
+            width += moe.top_k * width // 2
     else:
         vision = model.encoders[block.encoder]
         rows, width = load.encoder_rows(vision), vision.hidden_size

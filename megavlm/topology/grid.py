@@ -1,7 +1,8 @@
 """The rank grid: which rank stands where on the tensor, context, data and pipeline axes.
 
 Ranks are laid out in megatron-core's default order "tp-cp-ep-dp-pp" (`parallel_state.initialize_model_parallel`): neighbours in
-rank share a tensor group, so the chattiest axis stays inside a machine. The expert axis has size 1 (dense models).
+rank share a tensor group, so the chattiest axis stays inside a machine. Ranks that share experts are neighbours on the tensor, context
+and data axes, in this order; they are no axis of their own.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class RankGrid:
     virtual_pipeline: int = 1
     context: int = 1
     data: int = 1
+    expert: int = 1
+    """Neighbours on the tensor, context and data axes that share the experts of a layer."""
 
     def __post_init__(self) -> None:
         product_of_axes = self.tensor * self.context * self.data * self.pipeline
@@ -53,6 +56,12 @@ class RankGrid:
             raise GridError(
                 f"tensor={self.tensor} x context={self.context} x data={self.data} x pipeline={self.pipeline} = {product_of_axes} "
                 f"ranks, but world_size={self.world_size}"
+            )
+        ranks_of_a_layer = self.tensor * self.context * self.data
+        if self.expert < 1 or ranks_of_a_layer % self.expert:
+            raise GridError(
+                f"parallel.expert={self.expert} does not divide the {ranks_of_a_layer} ranks of the tensor, context and data axes: "
+                "use a multiple of it (run.num_ranks, --nproc), or change parallel.*"
             )
 
     @classmethod
@@ -76,6 +85,7 @@ class RankGrid:
             virtual_pipeline=parallel.virtual_pipeline,
             context=parallel.context,
             data=world_size // model_ranks,
+            expert=parallel.expert,
         )
 
     def size(self, axis: Axis) -> int:
@@ -139,7 +149,8 @@ class RankGrid:
         rows = [(rank, *self.coordinates(rank)) for rank in range(min(self.world_size, max_rows))]
         virtual = f" ({self.virtual_pipeline} chunks each)" if self.virtual_pipeline > 1 else ""
         sizes = f"tensor {self.tensor} x context {self.context} x data {self.data} x pipeline {self.pipeline}"
-        title = f"{self.world_size} ranks = {sizes}{virtual}"
+        experts = f", experts shared by {self.expert}" if self.expert > 1 else ""
+        title = f"{self.world_size} ranks = {sizes}{virtual}{experts}"
         text = text_table(("rank", *AXES), rows, title)
         return text if self.world_size <= max_rows else f"{text}\n... and {self.world_size - max_rows} more ranks"
 

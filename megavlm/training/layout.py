@@ -15,7 +15,7 @@ def stage_layout(parallel: ParallelConfig, stage: StageConfig) -> ParallelConfig
     """
     if stage.objective != "vision_classification":
         return parallel
-    return parallel.model_copy(update={"pipeline": 1, "virtual_pipeline": 1, "context": 1, "sequence": False})
+    return parallel.model_copy(update={"pipeline": 1, "virtual_pipeline": 1, "context": 1, "expert": 1, "sequence": False})
 
 
 def check_layouts(recipe: Recipe, world_size: int) -> None:

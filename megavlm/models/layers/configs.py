@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megavlm.config.schema import LanguageConfig, ParallelConfig, PrecisionConfig, VisionConfig
+from megavlm.config.schema import LanguageConfig, MoeConfig, ParallelConfig, PrecisionConfig, VisionConfig
 from megavlm.models.layers.activations import ACTIVATIONS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -76,8 +76,24 @@ def language_transformer_config(
         overlap_p2p_comm=virtual is not None,
         batch_p2p_comm=virtual is None,
         deallocate_pipeline_outputs=False,
+        **({} if language.moe is None else _experts(language.moe, parallel)),
         **_common(precision, parallel, device),
     )
+
+
+def _experts(moe: MoeConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_ffn_hidden_size": moe.ffn_hidden_size,
+        "moe_router_topk": moe.top_k,
+        # Normalised weights of the best experts are the softmax over their logits alone.
+        "moe_router_pre_softmax": not moe.norm_topk_prob,
+        "moe_router_load_balancing_type": "aux_loss" if moe.aux_loss else "none",
+        "moe_aux_loss_coeff": moe.aux_loss,
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": 1 if parallel.expert > 1 else parallel.tensor,
+    }
 
 
 def vision_transformer_config(

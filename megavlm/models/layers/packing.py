@@ -26,6 +26,8 @@ class Packing(PackedSeqParams):
     pieces: tuple[Piece, ...] = ()
     masks: Masks | None = None
     """Built when a layer asks for one; causal order needs none."""
+    keys_overlap: bool = False
+    """Several pieces see the same keys: pieces alone say what is seen, not the bounds of segments."""
     equal_length: int | None = None
     """Length of every segment when all are equal (tiles): attention then runs as one batch."""
     rotary: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)

@@ -51,5 +51,5 @@ def run_layers(
 
 
 def _layer(layer: Any, x_LBD: torch.Tensor, packing: Packing) -> torch.Tensor:
-    out: torch.Tensor = layer(x_LBD, None, packed_seq_params=packing)[0]
+    out: torch.Tensor = layer(x_LBD, None, packed_seq_params=packing, padding_mask=packing.balance)[0]
     return out

@@ -6,6 +6,7 @@ norms of `norms.py`. Both have the same checkpoint keys (those of Transformer En
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
 
 from megavlm.models.layers.attention import AttentionStyle, PackedAttention
 from megavlm.models.layers.linear import PostRowParallelLinear, post_transformer_engine_linear
@@ -117,12 +118,20 @@ def _transformer_engine_parts(style: LayerStyle) -> _Parts:
     return _Parts(TENorm, IdentityOp, TELayerNormColumnParallelLinear, row, {})
 
 
-def block_spec(config: TransformerConfig, layer: ModuleSpec, *, norm: str, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The layers of this pipeline chunk and the norm after the last one."""
+def block_spec(
+    config: TransformerConfig, layer: ModuleSpec | Sequence[ModuleSpec], *, norm: str, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline chunk and the norm after the last one. `layer` is one for all, or one for each layer of the model."""
     if has_transformer_engine():
         from megatron.core.extensions.transformer_engine import TENorm
 
         final: Any = TENorm
     else:
         final = NORMS[norm]
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=final)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    if isinstance(layer, ModuleSpec):
+        layers = [layer] * count
+    else:
+        first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+        layers = list(layer[first : first + count])
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final)

@@ -1,15 +1,18 @@
 """All cases, family by family; the rows of docs/families.md."""
 
-from megavlm.testing.families import causal_lm, gemma, gemma3, idefics, llava, moe, paligemma, pixtral, qwen_vl
+from megavlm.testing.families import causal_lm, gemma, gemma3, idefics, internvl, llava, llava_next, mllama, moe, paligemma, pixtral, qwen_vl
 from megavlm.testing.families.case import Case
 
 CASES: list[Case] = [
     *llava.CASES,
+    *llava_next.CASES,
+    *internvl.CASES,
     *causal_lm.CASES,
     *gemma.CASES,
     *paligemma.CASES,
     *gemma3.CASES,
     *idefics.CASES,
+    *mllama.CASES,
     *moe.CASES,
     *pixtral.CASES,
     *qwen_vl.CASES,

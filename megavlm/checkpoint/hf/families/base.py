@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from megavlm.checkpoint.hf.encoders import EncoderKind
+from megavlm.checkpoint.hf.language import language_of
 from megavlm.checkpoint.hf.links import Link
 from megavlm.checkpoint.hf.reading import Problems, quiet_transformers
 from megavlm.config.schema import ImageConfig, ModelConfig, VisionConfig
@@ -79,6 +80,11 @@ class Family(ABC):
     def hf_inputs(self, model: ModelConfig, prompt: Prompt) -> dict[str, torch.Tensor]:
         """Arguments of the Hugging Face model's forward for one prompt: what its processor makes of the same pictures."""
 
+    def picture_config(self, model: ModelConfig, image: ImageConfig) -> dict[str, Any]:
+        """Fields of `config.json` that say how pictures are cut, where the class itself has such (LLaVA-NeXT's grids)."""
+        del model, image
+        return {}
+
     def image_from_hf(self, folder: Path, model: ModelConfig) -> ImageConfig:
         """The data.image block that makes of a picture what the folder's processor makes of it."""
         del folder, model
@@ -109,6 +115,11 @@ class Family(ABC):
         for pattern, replacement in self.renames:
             name = re.sub(pattern, replacement, name)
         return name
+
+    def disk_tensors(self, model: ModelConfig, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A live module's tensor (or its gradient) by the names, and in the pieces, that transformers 5 writes to disk."""
+        pieces = {name: tensor} if model.language.moe is None else language_of(model.language).disk_tensors(name, tensor)
+        return {on_disk: piece for live, piece in pieces.items() if (on_disk := self.disk_name(live)) is not None}
 
     def hf_model(self, folder: str | Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
         """The Hugging Face model of a folder, for evaluation."""

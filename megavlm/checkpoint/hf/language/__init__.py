@@ -9,13 +9,15 @@ from megavlm.checkpoint.hf.holding import which_holds
 from megavlm.checkpoint.hf.language.base import LanguageKind
 from megavlm.checkpoint.hf.language.gemma import Gemma, Gemma2, Gemma3Text
 from megavlm.checkpoint.hf.language.llama import Llama, Mistral, Qwen2, Qwen3
+from megavlm.checkpoint.hf.language.moe import Mixtral, Qwen3Moe
 from megavlm.checkpoint.hf.language.opt import Opt
 from megavlm.checkpoint.hf.language.phi3 import Phi3
 from megavlm.checkpoint.hf.reading import Problems, hf_config
 from megavlm.config.schema import LanguageConfig
 
 LANGUAGES: dict[str, LanguageKind] = {
-    kind.model_type: kind for kind in (Llama(), Qwen2(), Qwen3(), Opt(), Mistral(), Phi3(), Gemma(), Gemma2(), Gemma3Text())
+    kind.model_type: kind
+    for kind in (Llama(), Qwen2(), Qwen3(), Opt(), Qwen3Moe(), Mixtral(), Mistral(), Phi3(), Gemma(), Gemma2(), Gemma3Text())
 }
 
 

@@ -1,0 +1,99 @@
+"""A model with experts trains alike however its experts, tensors, layers and sequences are spread."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megavlm.checkpoint import store
+from megavlm.config.schema import ParallelConfig
+from megavlm.models.init import initialise
+from megavlm.models.weights import sharded_tensors
+from megavlm.parallel.context import enter_grid
+from megavlm.testing.pool import RankPool
+from megavlm.testing.recipes import tiny_recipe, tiny_stage, train_and_read
+from megavlm.testing.tiny import tiny_chunks, tiny_model_config
+
+EXPERTS = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 64, "dense_layers": [1]}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "DP2": (2, {}),
+    "EP2": (2, {"expert": 2}),
+    "EP2+overlap": (2, {"expert": 2, "distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "TP2+SP": (2, {"tensor": 2, "sequence": True}),
+    "PP2": (2, {"pipeline": 2}),
+    "CP2xEP2": (2, {"context": 2, "expert": 2}),
+    "EP2+recompute": (2, {"expert": 2, "recompute": "full"}),
+    "EP4": (4, {"expert": 4}),
+    "TP2+SP with EP2": (2, {"tensor": 2, "sequence": True, "expert": 2}),
+    "TP2+SPxEP2": (4, {"tensor": 2, "sequence": True, "expert": 2}),
+}
+
+
+def train(pool: RankPool, run_dir: Path, data_dir: Path, world_size: int, moe: dict[str, Any], **blocks: Any) -> list[dict[str, Any]]:
+    recipe = tiny_recipe(run_dir, data_dir, [tiny_stage(steps=3)], model={"language": {"moe": moe}}, **blocks)
+    records: list[dict[str, Any]] = pool.run(train_and_read, recipe, world_size=world_size)[0]
+    return records
+
+
+@pytest.fixture(scope="session")
+def one_rank(pool: RankPool, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[float, list[dict[str, Any]]]:
+    """By the coefficient of the balancing loss."""
+    base = tmp_path_factory.mktemp("experts")
+    return {c: train(pool, base / str(c), data_dir, 1, EXPERTS | {"aux_loss": c}) for c in (0.0, 0.1)}
+
+
+@pytest.mark.parametrize("aux_loss", [0.0, 0.1])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(
+    layout: str, aux_loss: float, pool: RankPool, data_dir: Path, tmp_path: Path, one_rank: dict[float, list[dict[str, Any]]]
+) -> None:
+    world_size, parallel = LAYOUTS[layout]
+    records = train(pool, tmp_path, data_dir, world_size, EXPERTS | {"aux_loss": aux_loss}, parallel=parallel)
+    for record, expected in zip(records, one_rank[aux_loss], strict=True):
+        assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+def test_balancing_changes_gradients(one_rank: dict[float, list[dict[str, Any]]]) -> None:
+    plain, balanced = one_rank[0.0], one_rank[0.1]
+    assert plain[0]["loss"] == balanced[0]["loss"], "the balancing loss is no part of the reported one"
+    assert plain[0]["grad_norm"] != balanced[0]["grad_norm"]
+    assert plain[-1]["loss"] < plain[0]["loss"]
+
+
+def values(layout: dict[str, Any], source: Path | None, target: Path | None) -> dict[str, float]:
+    """Sum of |weight| by checkpoint key of this rank's slices, drawn anew or loaded; saved where `target` says."""
+    model = tiny_model_config(moe=EXPERTS)
+    ctx = enter_grid(ParallelConfig(**layout), torch.device("cpu"), seed=0)
+    chunks = tiny_chunks(model, ctx, ParallelConfig(**layout))
+    if source is None:
+        initialise(chunks, model, 3, ctx)
+    else:
+        store.load(source, chunks, None, ctx)
+    if target is not None:
+        store.save(target, chunks, None, {"model": model.model_dump(mode="json"), "step": 0}, ctx)
+    return {t.key: float(t.data.double().abs().sum()) for t in sharded_tensors(chunks, ctx) if "expert" in t.key or "router" in t.key}
+
+
+def test_expert_ranks_hold_other_experts_of_one_model(pool: RankPool, tmp_path: Path) -> None:
+    """Drawing, saving and loading give each expert the same numbers in any layout."""
+    whole = pool.run(values, {}, None, tmp_path / "one")[0]
+    assert sum(".experts.3.linear_fc2" in key for key in whole) == 3
+    for layout, source, target in [({"expert": 2}, None, "two"), ({"expert": 2}, "one", None), ({}, "two", None)]:
+        world_size = layout.get("expert", 1)
+        ranks = pool.run(values, layout, source and tmp_path / source, target and tmp_path / target, world_size=world_size)
+        assert {**ranks[0], **ranks[-1]} == whole
+        assert len(ranks) == 1 or ranks[0].keys() != ranks[1].keys()
+
+
+def test_resume_in_another_layout(pool: RankPool, data_dir: Path, tmp_path: Path, one_rank: dict[float, list[dict[str, Any]]]) -> None:
+    """Two steps with spread experts and a sharded optimizer, the third on one rank: weights and moments find their experts."""
+    parallel = {"expert": 2, "distributed_optimizer": True}
+    train(pool, tmp_path, data_dir, 2, EXPERTS | {"aux_loss": 0.0}, parallel=parallel, run={"max_steps": 2})
+    records = train(pool, tmp_path, data_dir, 1, EXPERTS | {"aux_loss": 0.0})
+    assert [r["step"] for r in records] == [r["step"] for r in one_rank[0.0]]
+    assert records[-1]["loss"] == pytest.approx(one_rank[0.0][-1]["loss"], rel=1e-5)
+    assert records[-1]["grad_norm"] == pytest.approx(one_rank[0.0][-1]["grad_norm"], rel=1e-4)
