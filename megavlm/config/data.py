@@ -25,13 +25,46 @@ class SourceConfig(Block):
     """Loss weight of every target of this source, times the sample's own and the task's."""
 
 
+class PictureMarks(Block):
+    """What stands round and between the visual tokens of a picture in the text, as a family's Hugging Face processor writes it."""
+
+    written: str = ""
+    """The token that the chat template writes for a picture, where that is not data.image_token (Gemma 3: <start_of_image>)."""
+    before: str = ""
+    """Text before a picture (InternVL: <img>)."""
+    after: str = ""
+    """Text behind it (InternVL: </img>)."""
+    merge: bool = False
+    """Where two pictures meet, what stands behind the first and before the second is written once (Idefics2)."""
+    word_space: bool = False
+    """Behind `after`, a space where a word follows directly (Idefics2)."""
+    row_end: str = ""
+    """native: behind each row of visual tokens but the last (Pixtral: [IMG_BREAK])."""
+    last_row_end: str = ""
+    """native: behind the last row (Pixtral: [IMG_END])."""
+    tile_before: str = ""
+    """split: before each tile of a picture that was cut; {row} and {column} count from 1 (Idefics3)."""
+    tile_row_end: str = ""
+    """split: behind each row of tiles."""
+    whole_before: str = ""
+    """split: before the tile that shows the whole picture."""
+    single_before: str = ""
+    """split: before the only tile of a picture that was not cut."""
+
+    @property
+    def inner(self) -> bool:
+        """Is there anything between the visual tokens of one picture?"""
+        return any((self.row_end, self.last_row_end, self.tile_before, self.tile_row_end, self.whole_before, self.single_before))
+
+
 class ImageConfig(Block):
     """From a picture to what the encoder sees. The side of a tile comes from model.vision.image_size_px."""
 
-    policy: Literal["fixed", "tiles", "anyres", "split", "native"] = "fixed"
+    policy: Literal["fixed", "tiles", "anyres", "split", "canvas", "native"] = "fixed"
     """fixed: one tile a picture. tiles: a grid of tiles of the nearest aspect ratio (InternVL). anyres: the grid that keeps most
     of the picture, padded, with the whole picture as first tile (LLaVA-NeXT). split: scaled to `longest_edge_px`, stretched to whole
-    tiles, cut, with the whole picture as last tile (Idefics3). native: the picture's own size in whole patches (Qwen2-VL, Pixtral)."""
+    tiles, cut, with the whole picture as last tile (Idefics3). canvas: the grid on which the picture is largest, black around it, for an
+    encoder with model.vision.canvas (Llama 3.2 Vision). native: the picture's own size in whole patches (Qwen2-VL, Pixtral)."""
     fit: Literal["stretch", "crop", "pad"] = "stretch"
     """fixed only. stretch: to the square (SigLIP). crop: shortest side to the tile's, centre cut out (CLIP). pad: to a square with the
     encoder's mean colour (LLaVA)."""
@@ -51,12 +84,20 @@ class ImageConfig(Block):
     whole_patches: Literal["nearest", "stretch", "cut"] = "nearest"
     """native only. nearest: sides are scaled to the nearest number of patches (Qwen2-VL). stretch: to the next (Pixtral). cut: what is
     beyond the last whole patch is cut off (Idefics2)."""
+    anyres_several: Literal["alike", "whole"] = "alike"
+    """anyres only: pictures of a sample with more than one. alike: each in its own grid (LLaVA-NeXT); whole: each is one tile, padded to
+    a square with the encoder's mean colour (LLaVA-OneVision)."""
+    anyres_max_tiles: PositiveInt | None = None
+    """anyres only: LLaVA-OneVision shrinks the features of a picture that has those of about 1.2 times as many tiles; here such a picture
+    is refused, so leave larger grids out of `anyres_grids`, or set `data.unusable=drop`. None: features are never shrunk."""
     min_tokens_per_image: PositiveInt = 4
     """native only: smaller pictures are enlarged to this many visual tokens."""
     max_tokens_per_image: PositiveInt | None = None
     """Visual tokens of one picture: above it, its resolution is lowered. None: no cap (native: 16384, Qwen2-VL's)."""
     max_tokens_per_sample: PositiveInt | None = None
     """Visual tokens of all pictures of a sample: above it, the resolution of all is lowered. No picture is ever left out."""
+    marks: PictureMarks = Field(default_factory=PictureMarks)
+    """Tokens round a picture's visual tokens; init.from_hf and `megavlm convert` take them from the family."""
     decoder: Literal["auto", "pillow", "nvimgcodec"] = "auto"
     """auto: nvImageCodec when a GPU can be used, else Pillow."""
 
@@ -65,7 +106,11 @@ class ImageConfig(Block):
         foreign = {
             "tiles": {"min_tiles": self.min_tiles != 1, "max_tiles": self.max_tiles != 1, "thumbnail": self.thumbnail},
             "fixed": {"fit": self.fit != "stretch"},
-            "anyres": {"anyres_grids": self.anyres_grids != ImageConfig.model_fields["anyres_grids"].default},
+            "anyres": {
+                "anyres_grids": self.anyres_grids != ImageConfig.model_fields["anyres_grids"].default,
+                "anyres_several": self.anyres_several != "alike",
+                "anyres_max_tiles": self.anyres_max_tiles is not None,
+            },
             "native": {
                 "min_tokens_per_image": self.min_tokens_per_image != ImageConfig.model_fields["min_tokens_per_image"].default,
                 "shortest_edge_px": self.shortest_edge_px is not None,
@@ -83,6 +128,14 @@ class ImageConfig(Block):
             raise ValueError(f"shortest_edge_px={self.shortest_edge_px} exceeds longest_edge_px={self.longest_edge_px}")
         if self.min_tiles > self.max_tiles:
             raise ValueError(f"min_tiles={self.min_tiles} exceeds max_tiles={self.max_tiles}")
+        rows, tiles = (
+            (self.marks.row_end, self.marks.last_row_end),
+            (self.marks.tile_before, self.marks.tile_row_end, self.marks.whole_before),
+        )
+        if any(rows) and self.policy != "native":
+            raise ValueError(f"marks.row_end and last_row_end go with policy=native, not {self.policy}")
+        if (any(tiles) or self.marks.single_before) and self.policy != "split":
+            raise ValueError(f"marks.tile_before, tile_row_end, whole_before and single_before go with policy=split, not {self.policy}")
         if not self.anyres_grids:
             raise ValueError("anyres_grids is empty: give at least one (rows, columns)")
         if self.max_tokens_per_image is not None and self.policy == "native" and self.min_tokens_per_image > self.max_tokens_per_image:

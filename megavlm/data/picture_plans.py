@@ -47,13 +47,15 @@ def plan_all(widths: np.ndarray, heights: np.ndarray, starts: np.ndarray, resizi
         widths, heights: pixels of all pictures, (I,).
         starts: (R + 1,); sample r has the pictures starts[r] .. starts[r + 1].
     """
-    pairs = widths.astype(np.int64) << 32 | heights.astype(np.int64)
-    unique, inverse = np.unique(pairs, return_inverse=True)
+    among_several = np.repeat(np.diff(starts) > 1, np.diff(starts)).astype(np.int64)
+    keys = widths.astype(np.int64) << 32 | heights.astype(np.int64) << 1 | among_several
+    unique, inverse = np.unique(keys, return_inverse=True)
     table = np.zeros((len(unique), len(GRID_COLUMNS)), dtype=np.int64)
     errors: dict[int, str] = {}
-    for i, pair in enumerate(unique.tolist()):
+    for i, key in enumerate(unique.tolist()):
+        policy = resizing.for_several() if key & 1 else resizing
         try:
-            table[i] = flat_grid(resizing.grid(pair >> 32, pair & 0xFFFFFFFF, image.max_tokens_per_image))
+            table[i] = flat_grid(policy.grid(key >> 32, (key & 0xFFFFFFFF) >> 1, image.max_tokens_per_image))
         except ResizingError as error:
             errors[i] = str(error)
     columns = {n: table[:, c][inverse].astype(COLUMN_TYPES[f"image_{n}"]) for c, n in enumerate(GRID_COLUMNS)}

@@ -8,13 +8,14 @@ Shape legend: T tiles, C channels, H height, W width, N visual tokens.
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
 import torch
 
 from megavlm.config.schema import ImageConfig, ModelConfig
-from megavlm.data.pixels import as_CHW, resize, split_tiles
+from megavlm.data.pixels import as_CHW, pad_to_square, resize, split_tiles
 from megavlm.data.resizing_base import PictureGrid, ResizingError, SquareTiles, check_cap, check_size
 from megavlm.planner.flops import VisionWork
 
@@ -32,6 +33,9 @@ class AnyRes(SquareTiles):
         self.features = self.side // model.vision.patch_size_px // model.projector.pixel_shuffle
         self.newline = int(model.projector.image_newline)
         self.grids = [(rows, cols) for rows, cols in image.anyres_grids]
+        # LLaVA-OneVision's own colour of the padding: the mean with its fraction cut off.
+        red, green, blue = model.vision.image_mean
+        self.mean_colour = int(255 * red), int(255 * green), int(255 * blue)
 
     def grid(self, width: int, height: int, max_tokens: int | None = None) -> PictureGrid:
         check_size(width, height)
@@ -40,12 +44,32 @@ class AnyRes(SquareTiles):
         if not fitting:
             return PictureGrid(1, 1, False, self.tokens_per_tile + self.newline, VisionWork.uniform(1, self.patches))
         rows, cols = self._best(fitting, width, height)
+        self._check_not_shrunk((rows, cols), width, height)
         work = VisionWork.uniform(rows * cols + 1, self.patches)
         return PictureGrid(cols, rows, True, self._tokens((rows, cols), width, height), work)
 
     def least(self, width: int, height: int) -> int:
         # A picture far from every grid's shape may be all padding in it: then the grid adds less than the alone picture's newline.
-        return min(self.tokens_per_tile + self.newline, *(self._tokens(g, width, height) for g in self.grids))
+        return min([self.tokens_per_tile + self.newline, *(self._tokens(g, width, height) for g in self.grids)])
+
+    def for_several(self) -> AnyRes:
+        if self.image.anyres_several == "alike":
+            return self
+        without_grids = copy.copy(self)
+        without_grids.grids = []
+        return without_grids
+
+    def _check_not_shrunk(self, grid: tuple[int, int], width: int, height: int) -> None:
+        """LLaVA-OneVision's `pack_image_features` blends features where there are many (transformers 5.23, models/llava_onevision)."""
+        most = self.image.anyres_max_tiles
+        if most is None:
+            return
+        lines, columns, above, left = self._unpadded(grid, width, height)
+        if math.sqrt((lines - 2 * above) * (columns - 2 * left) / (most * self.features**2)) > 1.1:
+            raise ResizingError(
+                f"a picture of {width}x{height} pixels takes {grid[0]} x {grid[1]} tiles, whose features LLaVA-OneVision shrinks to about "
+                f"data.image.anyres_max_tiles={most}, which is not done here: leave such grids, or the picture, out of the data"
+            )
 
     def _best(self, grids: list[tuple[int, int]], width: int, height: int) -> tuple[int, int]:
         """The grid that keeps most of the picture's pixels, among equals the one with least left over, among equals the first."""
@@ -71,6 +95,8 @@ class AnyRes(SquareTiles):
 
     def cut(self, picture_HWC: np.ndarray, grid: PictureGrid) -> torch.Tensor:
         picture = as_CHW(picture_HWC)
+        if not grid.thumbnail and self.image.anyres_several == "whole":
+            return pad_to_square(picture_HWC, self.side, self.mean_colour).unsqueeze(0)
         whole = resize(picture, self.side, self.side).unsqueeze(0)
         if not grid.thumbnail:
             return whole.contiguous()

@@ -21,6 +21,9 @@ class OneToken(Resizing):
     def least(self, width: int, height: int) -> int:
         return 1
 
+    def for_several(self) -> OneToken:
+        return OneToken(self.policy.for_several())
+
     def cut(self, picture_HWC: np.ndarray, grid: PictureGrid) -> torch.Tensor:
         return self.policy.cut(picture_HWC, grid)
 

@@ -10,14 +10,19 @@ from megavlm.checkpoint.hf.families.causal_lm import CausalLM
 from megavlm.checkpoint.hf.families.gemma3 import Gemma3
 from megavlm.checkpoint.hf.families.idefics2 import Idefics2
 from megavlm.checkpoint.hf.families.idefics3 import Idefics3
+from megavlm.checkpoint.hf.families.internvl import InternVL
 from megavlm.checkpoint.hf.families.llava import Llava
+from megavlm.checkpoint.hf.families.llava_next import LlavaNext
+from megavlm.checkpoint.hf.families.llava_onevision import LlavaOnevision
 from megavlm.checkpoint.hf.families.mistral3 import Mistral3
+from megavlm.checkpoint.hf.families.mllama import Mllama
 from megavlm.checkpoint.hf.families.paligemma import PaliGemma
 from megavlm.checkpoint.hf.families.pixtral import Pixtral
 from megavlm.checkpoint.hf.families.qwen2_5_vl import Qwen25VL
 from megavlm.checkpoint.hf.families.qwen2_vl import Qwen2VL
 from megavlm.checkpoint.hf.families.qwen3_vl import Qwen3VL
 from megavlm.checkpoint.hf.families.smolvlm import SmolVLM
+from megavlm.checkpoint.hf.families.vipllava import VipLlava
 from megavlm.checkpoint.hf.reading import CONFIG, read_json
 
 # Pixtral before LLaVA: its folders have the same model_type.
@@ -26,11 +31,16 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Pixtral(),
         Llava(),
+        LlavaNext(),
+        LlavaOnevision(),
+        VipLlava(),
+        InternVL(),
         CausalLM(),
         Idefics2(),
         Idefics3(),
         SmolVLM(),
         Mistral3(),
+        Mllama(),
         Qwen2VL(),
         Qwen25VL(),
         Qwen3VL(),

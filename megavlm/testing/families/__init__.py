@@ -1,6 +1,19 @@
 """All cases, family by family; the rows of docs/families.md."""
 
-from megavlm.testing.families import causal_lm, gemma, gemma3, idefics, internvl, llava, llava_next, mllama, moe, paligemma, pixtral, qwen_vl
+from megavlm.testing.families import (
+    causal_lm,
+    gemma,
+    gemma3,
+    idefics,
+    internvl,
+    llava,
+    llava_next,
+    mllama,
+    moe,
+    paligemma,
+    pixtral,
+    qwen_vl,
+)
 from megavlm.testing.families.case import Case
 
 CASES: list[Case] = [
