@@ -29,7 +29,7 @@ def describe(index: SampleIndex, row: int, recipe: Recipe, tokenizer: Tokenizer)
     if index.objective == "vision_classification":
         lines += [f"  object {o.label} in picture {o.image} at {', '.join(f'{v:g}' for v in o.box_px)}" for o in sample.objects or []]
     else:
-        lines += [f"  | {line}" for line in _conversation(sample, [g.tokens for g in index.grids(row)], recipe, tokenizer).split("\n")]
+        lines += [f"  | {line}" for line in _conversation(sample, index.grids(row), recipe, tokenizer).split("\n")]
     return "\n".join(lines)
 
 
@@ -53,11 +53,16 @@ def save_pictures(index: SampleIndex, row: int, folder: Path) -> list[Path]:
     return paths
 
 
-def _conversation(sample: Sample, tokens: list[int], recipe: Recipe, tokenizer: Tokenizer) -> str:
+def _conversation(sample: Sample, grids: list[PictureGrid], recipe: Recipe, tokenizer: Tokenizer) -> str:
     from megavlm.data.chat import Chat
+    from megavlm.data.resizing import make_resizing
 
-    encoded = Chat(recipe.data.chat_template, tokenizer).encode_conversation([m.model_dump() for m in sample.messages], tokens)
-    image_id = tokenizer.image_token_id if tokens else -1
+    chat, resizing = (
+        Chat(recipe.data.chat_template, tokenizer, recipe.data.image.marks),
+        make_resizing(recipe.data.image, recipe.model, tokenizer),
+    )
+    encoded = chat.encode_conversation([m.model_dump() for m in sample.messages], [resizing.sequence(grid) for grid in grids])
+    image_id = tokenizer.image_token_id if grids else -1
     text = ""
     rows = zip(encoded.ids_L.tolist(), encoded.supervised_L.tolist(), strict=True)
     for (is_image, is_target), run in groupby(rows, key=lambda r: (r[0] == image_id, r[1])):

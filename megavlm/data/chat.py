@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megavlm.config.schema import PictureMarks
 from megavlm.data.chat_jinja import TODAY, JinjaTemplate, read_template
 from megavlm.data.chat_templates import TEMPLATES, ChatError, ChatTemplate, Rendered, Role
+from megavlm.data.picture_marks import written_out
 from megavlm.data.sample import IMAGE_TOKEN
 from megavlm.data.tokenizer import Encoding, Tokenizer
 
@@ -32,6 +34,10 @@ class EncodedConversation:
     supervised_L: np.ndarray
     """bool; true where the token is part of an assistant text or its end token."""
 
+    plain_ids: np.ndarray
+    """As `ids_L`, with one placeholder a picture."""
+    plain_supervised: np.ndarray
+
     @property
     def num_targets(self) -> int:
         return int(self.supervised_L.sum())
@@ -43,14 +49,18 @@ class Chat:
     Args:
         template: recipe.data.chat_template: a name in TEMPLATES, "tokenizer" for the Hugging Face tokenizer's own, or a *.jinja file.
         tokenizer: from load_tokenizer.
+        marks: recipe.data.image.marks: tokens round and between the visual tokens of a picture.
 
     Raises:
         ChatError: unknown template name, no such file, a template that cannot render a question and an answer.
         TokenizerError: the tokenizer lacks a special token that the template needs.
     """
 
-    def __init__(self, template: str, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, template: str, tokenizer: Tokenizer, marks: PictureMarks | None = None) -> None:
+        self.tokenizer, self.marks = tokenizer, marks or PictureMarks()
+        for text in (self.marks.written, self.marks.before, self.marks.after):
+            if tokenizer.image_token in text:
+                raise ChatError(f"data.image.marks holds data.image_token={tokenizer.image_token!r} itself, in {text!r}: it is put there")
         self.template: ChatTemplate | JinjaTemplate
         if template in TEMPLATES:
             self.template = TEMPLATES[template]
@@ -58,10 +68,12 @@ class Chat:
             self.special_texts = tuple(tokenizer.image_token if t == IMAGE_TOKEN else t for t in texts)
             self._stop_texts: tuple[str, ...] = (self.template.stop_token.replace("{eos}", tokenizer.eos_token),)
         elif template == "tokenizer" or template.endswith(".jinja"):
-            self.template = JinjaTemplate(*read_template(template, tokenizer), tokenizer)
+            self.template = JinjaTemplate(*read_template(template, tokenizer), tokenizer, self.marks.written)
             self.special_texts, self._stop_texts = self.template.special_texts, self.template.stop_texts
         else:
             raise ChatError(f'chat template {template!r} is not one of {", ".join(TEMPLATES)}, "tokenizer" or a *.jinja file')
+        if self.marks.written:
+            self.special_texts = tuple(dict.fromkeys((*self.special_texts, tokenizer.image_token)))
         for token in self.special_texts:
             if not token:
                 raise ChatError(f"template {template!r} ends answers with the tokenizer's eos token, and this tokenizer names none")
@@ -78,6 +90,8 @@ class Chat:
     def fingerprint(self) -> str:
         """Changes whenever the tokens or the mask of some conversation could change."""
         parts = [str(_RULES), TODAY.isoformat(), self.tokenizer.fingerprint, self.jinja()]
+        if self.marks != PictureMarks():
+            parts.append(self.marks.model_dump_json())
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def jinja(self) -> str:
@@ -86,14 +100,14 @@ class Chat:
             return self.template.jinja()
         return self.template.jinja(self.tokenizer.image_token)
 
-    def encode_conversation(self, messages: Sequence[Mapping[str, str]], tokens_per_image: Sequence[int]) -> EncodedConversation:
-        """Tokens of a training sample; "<image>" number i becomes tokens_per_image[i] placeholders.
+    def encode_conversation(self, messages: Sequence[Mapping[str, str]], pictures: Sequence[int | np.ndarray]) -> EncodedConversation:
+        """Tokens of a training sample; "<image>" number i becomes pictures[i] placeholders, or those ids (`Resizing.sequence`).
 
         Raises:
             ChatError: wrong number of "<image>", a template token inside a content, no or only supervised tokens, or supervised
                 tokens that do not decode to the assistant texts and end tokens.
         """
-        self._check_contents(messages, len(tokens_per_image))
+        self._check_contents(messages, len(pictures))
         rendered = self._render(messages, generation_prompt=False)
         encoded = self._encode(rendered.text)
         ids = np.asarray(encoded.ids, dtype=np.int64)
@@ -111,18 +125,24 @@ class Chat:
             raise ChatError("no token is supervised: the conversation has no assistant message")
         if supervised.all() or supervised[0]:
             raise ChatError("the first token is supervised, and no token stands before it to predict it from: start with a user message")
-        return EncodedConversation(*self._expand(ids, supervised, tokens_per_image))
+        return EncodedConversation(*self._expand(ids, supervised, pictures), ids, supervised)
 
-    def encode_prompt(self, messages: Sequence[Mapping[str, str]], tokens_per_image: Sequence[int]) -> np.ndarray:
+    def encode_prompt(self, messages: Sequence[Mapping[str, str]], pictures: Sequence[int | np.ndarray]) -> np.ndarray:
         """int64 ids of `messages` and the assistant's header: what generation continues. Raises ChatError as encode_conversation."""
-        self._check_contents(messages, len(tokens_per_image))
+        self._check_contents(messages, len(pictures))
         ids = np.asarray(self._encode(self._render(messages, generation_prompt=True).text).ids, dtype=np.int64)
-        return self._expand(ids, np.zeros(len(ids), dtype=bool), tokens_per_image)[0]
+        return self._expand(ids, np.zeros(len(ids), dtype=bool), pictures)[0]
 
     def _render(self, messages: Sequence[Mapping[str, str]], generation_prompt: bool) -> Rendered:
+        rendered = self._rendered(messages, generation_prompt)
+        text, spans = written_out(rendered.text, list(rendered.spans), self.tokenizer.image_token, self.marks)
+        return replace(rendered, text=text, spans=spans)
+
+    def _rendered(self, messages: Sequence[Mapping[str, str]], generation_prompt: bool) -> Rendered:
+        """As the template writes it, without data.image.marks."""
         if isinstance(self.template, JinjaTemplate):
             return self.template.render(messages, generation_prompt)
-        token = self.tokenizer.image_token
+        token = self.marks.written or self.tokenizer.image_token
         if token != IMAGE_TOKEN:
             messages = [{"role": m["role"], "content": m["content"].replace(IMAGE_TOKEN, token)} for m in messages]
         names = {"bos": self.tokenizer.bos_token, "eos": self.tokenizer.eos_token}
@@ -166,17 +186,22 @@ class Chat:
             " tokenizer changes this text, or joins it with what stands before"
         )
 
-    def _expand(self, ids: np.ndarray, supervised: np.ndarray, tokens_per_image: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        if not tokens_per_image and self.tokenizer.image_token not in self.tokenizer.special_ids:
+    def _expand(self, ids: np.ndarray, supervised: np.ndarray, pictures: Sequence[int | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        if not pictures and self.tokenizer.image_token not in self.tokenizer.special_ids:
             return ids, supervised
-        places = np.flatnonzero(ids == self.tokenizer.image_token_id)
-        if len(places) != len(tokens_per_image):
-            raise ChatError(f"{len(places)} placeholders came out of the tokenizer for {len(tokens_per_image)} images")
+        image_id = self.tokenizer.image_token_id
+        places = np.flatnonzero(ids == image_id)
+        if len(places) != len(pictures):
+            raise ChatError(f"{len(places)} placeholders came out of the tokenizer for {len(pictures)} images")
         if not len(places):
             return ids, supervised
         repeats = np.ones(len(ids), dtype=np.int64)
-        repeats[places] = tokens_per_image
-        return np.repeat(ids, repeats), np.repeat(supervised, repeats)
+        repeats[places] = [len(p) if isinstance(p, np.ndarray) else p for p in pictures]
+        expanded = np.repeat(ids, repeats)
+        if any(isinstance(p, np.ndarray) for p in pictures):
+            own = [p if isinstance(p, np.ndarray) else np.full(p, image_id) for p in pictures]
+            expanded[expanded == image_id] = np.concatenate(own)
+        return expanded, np.repeat(supervised, repeats)
 
 
 def _window(text: str, at: int) -> str:

@@ -56,9 +56,10 @@ class JinjaTemplate:
         ChatError: it does not compile, or cannot render a question and an answer.
     """
 
-    def __init__(self, name: str, source: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, name: str, source: str, tokenizer: Tokenizer, written: str = "") -> None:
         self.name, self.source = name, source
-        self.image_token = tokenizer.image_token
+        self.image_token = written or tokenizer.image_token
+        """What the template writes for a picture: data.image.marks.written, else data.image_token."""
         self._variables = dict(tokenizer.named_tokens)
         self._marks_spans = _GENERATION.search(source) is not None
         self._special = re.compile(r"\s*(" + ("|".join(re.escape(t) for t in _structural(tokenizer)) or "(?!)") + ")")

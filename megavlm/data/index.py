@@ -64,7 +64,7 @@ def build_index(
             f"the tokenizer has {tokenizer.vocab_size} tokens but model.language.vocab_size is {model.language.vocab_size}:"
             f" set it to at least {tokenizer.vocab_size}"
         )
-    chat = Chat(data.chat_template, tokenizer)
+    chat = Chat(data.chat_template, tokenizer, data.image.marks)
     name = _cache_key(stamps, source, data, model, objective, chat) + ".arrow"
     index = _load(folder, name)
     if index is None:

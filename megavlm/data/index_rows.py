@@ -114,7 +114,7 @@ class _Assembly:
         self.images = {n: self._values(f"image_{n}") for n in ("width", "height", "offset", "size")}
         self._check_objective()
         self.image_config = ImageConfig() if objective == "vision_classification" else data.image
-        self.resizing = make_resizing(self.image_config, model)
+        self.resizing = make_resizing(self.image_config, model, chat.tokenizer)
         self.tokens = self._tokens(model, progress)
         self.plans = plan_all(self.images["width"], self.images["height"], self.starts, self.resizing, self.image_config)
         for row, why in self.plans.refused.items():

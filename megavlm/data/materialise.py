@@ -65,9 +65,9 @@ class Materialiser:
         self.recipe, self.stage, self.indexes, self.tokenizer = recipe, stage, indexes, tokenizer
         self.needs_tiles, self.check_images = needs_tiles, check_images
         self.classifies = stage.objective == "vision_classification"
-        self.chat = Chat(recipe.data.chat_template, tokenizer)
+        self.chat = Chat(recipe.data.chat_template, tokenizer, recipe.data.image.marks)
         image = ImageConfig() if self.classifies else recipe.data.image
-        self.resizing = make_resizing(image, recipe.model)
+        self.resizing = make_resizing(image, recipe.model, tokenizer)
         self.decoder: ImageDecoder = make_decoder(recipe.data.image.decoder, device)
         for name, index in indexes.items():
             if stage.num_classes is not None and index.max_label > stage.num_classes - 2:
@@ -122,18 +122,13 @@ class Materialiser:
             ids = np.zeros(len(targets), dtype=np.int64)
             rows = image_rows = np.arange(len(targets))
         else:
-            encoded = self.chat.encode_conversation([m.model_dump() for m in sample.messages], [g.tokens for g in grids])
+            encoded = self.chat.encode_conversation([m.model_dump() for m in sample.messages], [self.resizing.sequence(g) for g in grids])
             ids = encoded.ids_L
             if len(ids) != planned_length:
                 raise MaterialiseError(
                     f"{index.where(ref.row)} has {len(ids)} tokens, the plan says {planned_length}: the shards changed since"
                 )
-            one_each = np.ones(len(ids), dtype=bool)  # as it was indexed: one placeholder a picture, the others left out
-            tokens = [g.tokens for g in grids]
-            one_each[ids == self.tokenizer.image_token_id] = False
-            places = np.flatnonzero(~one_each)
-            one_each[places[np.cumsum([0, *tokens[:-1]])] if tokens else places] = True
-            if text_hash(ids[one_each], encoded.supervised_L[one_each]) != int(index.ids_hash[ref.row]):
+            if text_hash(encoded.plain_ids, encoded.plain_supervised) != int(index.ids_hash[ref.row]):
                 raise MaterialiseError(
                     f"{index.where(ref.row)} has another text than when it was indexed, as long in tokens: the shards changed since,"
                     f" with their sizes and times as before. Touch the shards, so that they are indexed again"
@@ -142,7 +137,7 @@ class Materialiser:
             targets = ids[rows + 1]
             image_rows = np.flatnonzero(ids == self.tokenizer.image_token_id)
         feature_rows = [self.resizing.feature_rows(g, i.width, i.height) for g, i in zip(grids, sample.images, strict=True)]
-        if any(rows is not None and len(rows) != g.tokens for rows, g in zip(feature_rows, grids, strict=True)):
+        if any(own is not None and len(own) != g.tokens for own, g in zip(feature_rows, grids, strict=True)):
             raise MaterialiseError(f"{index.where(ref.row)} has pictures of other sizes than when it was indexed: the shards changed since")
         pixels, problem = self._pixels(index, ref.row, sample, grids)
         return Piece(

@@ -2,38 +2,48 @@
 
 A policy has two halves that must agree: `grid` plans from width and height, `cut` makes the pixels of that plan. The index stores
 each picture's grid, so that whatever lowered a resolution is decided once. The policies: resizing_tiles (fixed, tiles),
-resizing_anyres, resizing_split, resizing_native; docs/data/pictures.md compares them.
+resizing_anyres, resizing_split, resizing_canvas, resizing_native; docs/data/pictures.md compares them.
 """
 
 from __future__ import annotations
 
 from megavlm.config.schema import ImageConfig, ModelConfig
+from megavlm.data.picture_marks import Marked
 from megavlm.data.resizing_anyres import AnyRes
 from megavlm.data.resizing_base import PictureGrid, Resizing, ResizingError
+from megavlm.data.resizing_canvas import Canvas
 from megavlm.data.resizing_native import Native
 from megavlm.data.resizing_read import OneToken
 from megavlm.data.resizing_split import Split
 from megavlm.data.resizing_tiles import Fixed, Tiles
+from megavlm.data.tokenizer import Tokenizer
 
 __all__ = ["PictureGrid", "Resizing", "ResizingError", "make_resizing", "plan_pictures"]
 
-_POLICIES: dict[str, type[Fixed | Tiles | AnyRes | Split | Native]] = {
+_POLICIES: dict[str, type[Fixed | Tiles | AnyRes | Split | Canvas | Native]] = {
     "fixed": Fixed,
     "tiles": Tiles,
     "anyres": AnyRes,
     "split": Split,
+    "canvas": Canvas,
     "native": Native,
 }
 
 
-def make_resizing(image: ImageConfig, model: ModelConfig) -> Resizing:
-    """The policy that the recipe asks for.
+def make_resizing(image: ImageConfig, model: ModelConfig, tokenizer: Tokenizer | None = None) -> Resizing:
+    """The policy that the recipe asks for. `tokenizer` is needed where data.image.marks stand between visual tokens.
 
     Raises:
         ResizingError: the model keeps its class token, and the policy has no place for it.
     """
-    policy = _POLICIES[image.policy](image, model)
-    return policy if model.language.cross_attention is None else OneToken(policy)
+    policy: Resizing = _POLICIES[image.policy](image, model)
+    if model.language.cross_attention is not None:
+        return OneToken(policy)
+    if not image.marks.inner:
+        return policy
+    if tokenizer is None:
+        raise ResizingError("data.image.marks stand between visual tokens: counting them takes the tokenizer")
+    return Marked(policy, image, model, tokenizer)
 
 
 def plan_pictures(sizes: list[tuple[int, int]], resizing: Resizing, image: ImageConfig, max_tokens: int | None = None) -> list[PictureGrid]:
@@ -47,6 +57,7 @@ def plan_pictures(sizes: list[tuple[int, int]], resizing: Resizing, image: Image
     Raises:
         ResizingError: no plan fits; names the least.
     """
+    resizing = resizing.for_several() if len(sizes) > 1 else resizing
     grids = [resizing.grid(width, height, image.max_tokens_per_image) for width, height in sizes]
     caps = [cap for cap in (image.max_tokens_per_sample, max_tokens) if cap is not None]
     if not caps or sum(g.tokens for g in grids) <= min(caps):

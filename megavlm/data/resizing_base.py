@@ -26,7 +26,7 @@ class PictureGrid(NamedTuple):
     thumbnail: bool
     """The whole picture is one more tile."""
     tokens: int
-    """Visual tokens that the LLM gets."""
+    """Visual tokens that the LLM gets, and with data.image.marks the tokens between them."""
     work: VisionWork
 
 
@@ -50,6 +50,10 @@ class Resizing(ABC):
     def least(self, width: int, height: int) -> int:
         """The smallest `max_tokens` that `grid` accepts for a picture of that size."""
 
+    def for_several(self) -> Resizing:
+        """The policy of pictures in a sample with more than one."""
+        return self
+
     @abstractmethod
     def cut(self, picture_HWC: np.ndarray, grid: PictureGrid) -> torch.Tensor:
         """uint8 pixels of that plan: tiles (T, 3, side, side); native: (3 x height x width,)."""
@@ -57,6 +61,10 @@ class Resizing(ABC):
     @abstractmethod
     def grey(self, grid: PictureGrid) -> torch.Tensor:
         """Stand-in of the same shape for a picture that could not be read."""
+
+    def sequence(self, grid: PictureGrid) -> int | np.ndarray:
+        """What stands in the text for the picture: so many placeholders, or int64 ids with other tokens between them."""
+        return grid.tokens
 
     def feature_rows(self, grid: PictureGrid, width: int, height: int) -> np.ndarray | None:
         """int64 (tokens,): row of the picture's projected features that each visual token takes, -1 for the learned end of a row.

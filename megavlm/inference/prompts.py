@@ -44,9 +44,9 @@ def make_prompt(
     """
     decoded = [_decode(picture, data) for picture in pictures]
     sizes = [(pixels_HWC.shape[1], pixels_HWC.shape[0]) for pixels_HWC in decoded]
-    resizing = make_resizing(data.image, model)
+    resizing = make_resizing(data.image, model, chat.tokenizer)
     grids = plan_pictures(sizes, resizing, data.image)
-    ids = chat.encode_prompt(messages, [grid.tokens for grid in grids]).tolist()
+    ids = chat.encode_prompt(messages, [resizing.sequence(grid) for grid in grids]).tolist()
     if not decoded:
         return Prompt(ids)
     cut = torch.cat([resizing.cut(pixels_HWC, grid) for pixels_HWC, grid in zip(decoded, grids, strict=True)])
