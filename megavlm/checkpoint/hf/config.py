@@ -49,8 +49,8 @@ def config_to_hf(model: ModelConfig, ids: TokenIds, *, dtype: str = "float32", b
     Raises:
         HuggingFaceError: the model has a part that the class lacks, or the image token lies outside the vocabulary.
     """
-    if ids.image is not None and not 0 <= ids.image < model.language.vocab_size:
-        raise HuggingFaceError(f"the image token's id {ids.image} lies outside model.language.vocab_size={model.language.vocab_size}")
+    if ids.image is not None and not 0 <= ids.image < model.language.num_tokens:
+        raise HuggingFaceError(f"the image token's id {ids.image} lies outside the {model.language.num_tokens} tokens of model.language")
     kind = family(model.family)
     values = kind.config_to_hf(model, ids)
     if base is not None and kind.handles(base):
@@ -81,8 +81,10 @@ def _overlaid(base: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
 
 
 def image_config_from_hf(folder: str | Path) -> ImageConfig:
-    """What the folder's image processor does to a picture, as a data.image block. Raises HuggingFaceError."""
-    return family_of_folder(folder).image_from_hf(Path(folder), config_from_hf(folder))
+    """What the folder's processor does to a picture and writes round it, as a data.image block. Raises HuggingFaceError."""
+    kind = family_of_folder(folder)
+    image = kind.image_from_hf(Path(folder), config_from_hf(folder))
+    return image.model_copy(update={"marks": kind.marks(image)})
 
 
 def network(model: ModelConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from megavlm.checkpoint.hf.encoders import EncoderKind
 from megavlm.checkpoint.hf.language import language_of
 from megavlm.checkpoint.hf.links import Link
 from megavlm.checkpoint.hf.reading import Problems, quiet_transformers
-from megavlm.config.schema import ImageConfig, ModelConfig, VisionConfig
+from megavlm.config.schema import ImageConfig, ModelConfig, PictureMarks, VisionConfig
 from megavlm.data.prompt import Prompt
 from megavlm.data.tokenizer import Tokenizer
 
@@ -57,6 +57,8 @@ class Family(ABC):
     """Field of the config with the placeholder's id."""
     token_fields: ClassVar[Mapping[str, str]] = {}
     """Further fields of the config that hold token ids -> text of the token."""
+    tokenizer_fields: ClassVar[Mapping[str, str]] = {}
+    """Attributes that the processor looks up in the tokenizer -> text of the token (InternVL); they go to tokenizer_config.json."""
     renames: ClassVar[Sequence[tuple[str, str]]] = ()
     """(regular expression, replacement) from names of live modules and of older folders to those that transformers 5 writes to disk."""
 
@@ -89,6 +91,11 @@ class Family(ABC):
         """The data.image block that makes of a picture what the folder's processor makes of it."""
         del folder, model
         return ImageConfig()
+
+    def marks(self, image: ImageConfig) -> PictureMarks:
+        """What the family's processor writes round and between the visual tokens of a picture that is cut as `image` says."""
+        del image
+        return PictureMarks()
 
     def check_pictures(self, model: ModelConfig, image: ImageConfig) -> None:  # noqa: B027
         """Raise HuggingFaceError when the family's processor cannot make of a picture what training made of it."""

@@ -17,7 +17,7 @@ from megavlm.checkpoint.hf.families.paligemma import SiglipGemma, stretching
 from megavlm.checkpoint.hf.links import Link, plain
 from megavlm.checkpoint.hf.processors import BICUBIC, processor_block
 from megavlm.checkpoint.hf.reading import Problems
-from megavlm.config.schema import ImageConfig, ModelConfig
+from megavlm.config.schema import ImageConfig, ModelConfig, PictureMarks
 from megavlm.data.prompt import Prompt
 from megavlm.data.tokenizer import Tokenizer
 
@@ -60,6 +60,10 @@ class Gemma3(SiglipGemma):
     def hf_inputs(self, model: ModelConfig, prompt: Prompt) -> dict[str, torch.Tensor]:
         inputs = super().hf_inputs(model, prompt)
         return inputs | {"token_type_ids": _of_pictures(inputs["input_ids"], prompt.num_tiles, model.visual_tokens_per_tile)}
+
+    def marks(self, image: ImageConfig) -> PictureMarks:
+        begin, end = self.token_fields["boi_token_index"], self.token_fields["eoi_token_index"]
+        return PictureMarks(written=begin, before=f"\n\n{begin}", after=f"{end}\n\n")
 
     def image_from_hf(self, folder: Path, model: ModelConfig) -> ImageConfig:
         block, file = processor_block(folder)

@@ -19,10 +19,11 @@ from megavlm.checkpoint.hf.language import language, language_of
 from megavlm.checkpoint.hf.links import Link, plain, prefixed
 from megavlm.checkpoint.hf.processors import BICUBIC, normalising, processor_block
 from megavlm.checkpoint.hf.reading import Problems
-from megavlm.config.schema import ImageConfig, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
+from megavlm.config.schema import ImageConfig, LanguageConfig, ModelConfig, PictureMarks, ProjectorConfig, VisionConfig
 from megavlm.data.prompt import Prompt
 from megavlm.data.tokenizer import Tokenizer
 
+FAKE = "<fake_token_around_image>"
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -158,6 +159,9 @@ class Idefics2(Idefics):
                 mask[i, :height, :width] = 1
             inputs |= {"pixel_values": pixels[None], "pixel_attention_mask": mask[None]}
         return inputs
+
+    def marks(self, image: ImageConfig) -> PictureMarks:
+        return PictureMarks(before=FAKE, after=FAKE, merge=True, word_space=True)
 
     def image_from_hf(self, folder: Path, model: ModelConfig) -> ImageConfig:
         block, file = processor_block(folder)

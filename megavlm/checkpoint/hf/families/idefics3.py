@@ -12,12 +12,12 @@ import torch
 
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.families.base import input_ids, normalised
-from megavlm.checkpoint.hf.families.idefics2 import Idefics
+from megavlm.checkpoint.hf.families.idefics2 import FAKE, Idefics
 from megavlm.checkpoint.hf.families.native import edges_of
 from megavlm.checkpoint.hf.links import Link, plain
 from megavlm.checkpoint.hf.processors import BICUBIC, normalising, processor_block
 from megavlm.checkpoint.hf.reading import Problems
-from megavlm.config.schema import ImageConfig, ModelConfig
+from megavlm.config.schema import ImageConfig, ModelConfig, PictureMarks
 from megavlm.data.prompt import Prompt
 from megavlm.data.tokenizer import Tokenizer
 
@@ -43,6 +43,17 @@ class Idefics3(Idefics):
         if prompt.tiles_TCHW is not None:
             inputs["pixel_values"] = normalised(model.vision, prompt.tiles_TCHW)[None]
         return inputs
+
+    def marks(self, image: ImageConfig) -> PictureMarks:
+        if image.policy != "split":
+            return PictureMarks(before=FAKE + "<global-img>", after=FAKE)
+        return PictureMarks(
+            after=FAKE,
+            tile_before=FAKE + "<row_{row}_col_{column}>",
+            tile_row_end="\n",
+            whole_before="\n" + FAKE + "<global-img>",
+            single_before=FAKE + "<global-img>",
+        )
 
     def image_from_hf(self, folder: Path, model: ModelConfig) -> ImageConfig:
         block, file = processor_block(folder)

@@ -16,7 +16,7 @@ from megavlm.checkpoint.hf.language import language_of
 from megavlm.checkpoint.hf.links import Link, plain
 from megavlm.checkpoint.hf.processors import BICUBIC, normalising, processor_block
 from megavlm.checkpoint.hf.reading import Problems
-from megavlm.config.schema import ImageConfig, ModelConfig
+from megavlm.config.schema import ImageConfig, ModelConfig, PictureMarks
 from megavlm.data.tokenizer import Tokenizer
 
 START, END, CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
@@ -31,6 +31,12 @@ class InternVL(Llava):
 
     name, hf_class, processor_class = "internvl", "InternVLForConditionalGeneration", "InternVLProcessor"
     image_token_field = "image_token_id"
+    tokenizer_fields = {
+        "start_image_token": START,
+        "end_image_token": END,
+        "context_image_token": CONTEXT,
+        "video_token": "<video>",
+    }
     encoders = ("internvl_vision",)
 
     def features(self, config: Any, vision: dict[str, Any], problems: Problems) -> dict[str, Any]:
@@ -75,6 +81,9 @@ class InternVL(Llava):
             for name, shape in shapes.items()
             for part in ("weight", "bias")
         ]
+
+    def marks(self, image: ImageConfig) -> PictureMarks:
+        return PictureMarks(before=START, after=END)
 
     def image_from_hf(self, folder: Path, model: ModelConfig) -> ImageConfig:
         block, file = processor_block(folder)

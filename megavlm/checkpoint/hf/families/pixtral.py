@@ -15,7 +15,7 @@ from megavlm.checkpoint.hf.families.base import TokenIds, input_ids
 from megavlm.checkpoint.hf.families.llava import Llava
 from megavlm.checkpoint.hf.families.native import check_native, edges_of, padded_pictures
 from megavlm.checkpoint.hf.processors import BICUBIC, normalising
-from megavlm.config.schema import ImageConfig, ModelConfig
+from megavlm.config.schema import ImageConfig, ModelConfig, PictureMarks
 from megavlm.data.prompt import Prompt
 from megavlm.data.tokenizer import Tokenizer
 
@@ -43,6 +43,9 @@ class Pixtral(Llava):
             pixels, sizes = padded_pictures(model.vision, prompt)
             inputs |= {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
         return inputs
+
+    def marks(self, image: ImageConfig) -> PictureMarks:
+        return PictureMarks(row_end="[IMG_BREAK]", last_row_end="[IMG_END]")
 
     def image_from_hf(self, folder: Path, model: ModelConfig) -> ImageConfig:
         longest = edges_of(folder).get("longest_edge") or LONGEST_EDGE
