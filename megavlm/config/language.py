@@ -163,6 +163,11 @@ class LanguageConfig(Block):
     max_positions: PositiveInt = 4096
 
     @property
+    def num_tokens(self) -> int:
+        """Rows of the embedding: tokens that can be read."""
+        return self.vocab_size + self.read_only_tokens
+
+    @property
     def kv_heads(self) -> int:
         return self.num_query_groups or self.num_attention_heads
 

@@ -11,6 +11,23 @@ from megavlm.config.blocks import Block, PositiveFloat, PositiveInt
 ROTARY_POSITIONS = ("rotary", "learned_rotary")
 
 
+class CanvasConfig(Block):
+    """A picture is cut into tiles that see each other, with learned vectors for where a tile lies, and more layers behind the final norm
+    (Llama 3.2 Vision; transformers 5.23, models/mllama). Features are the last of these layers' output, then, channel by channel, the
+    hidden states that `feature_layer` names."""
+
+    max_tiles: PositiveInt = 4
+    """Every picture is filled up to so many tiles: the model was trained to see the empty ones too."""
+    num_global_layers: PositiveInt = 8
+    """Layers behind the final norm; what each adds passes a gate tanh(g)."""
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """(rows, columns) of tiles that a picture may have, in the order in which the tables of tile positions know them."""
+        sides = range(1, self.max_tiles + 1)
+        return [(rows, columns) for rows in sides for columns in sides if rows * columns <= self.max_tiles]
+
+
 class VisionConfig(Block):
     """A pre-norm vision transformer: CLIP, SigLIP, DINOv2, InternViT, Pixtral, Qwen-VL and what is built alike."""
 
@@ -34,6 +51,8 @@ class VisionConfig(Block):
     qkv_bias: bool = True
     linear_bias: bool = True
     """Biases of the attention's output and of the MLP."""
+    attention_output_bias: bool = True
+    """False: the attention's output has none although `linear_bias` is set (Mllama)."""
     qk_norm: bool = False
     """RMSNorm over the whole width of query and key, all heads together (InternViT 6B)."""
     layer_scale: bool = False
@@ -84,9 +103,8 @@ class VisionConfig(Block):
     """One feature a tile, from the pooling head, instead of one a patch."""
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-
-    canvas_tiles: PositiveInt | None = None
-    """Every picture is filled up to so many tiles, which see each other; None: tiles are pictures of their own."""
+    canvas: CanvasConfig | None = None
+    """A picture's tiles see each other (Mllama); None: every tile is a picture of its own."""
 
     @property
     def grid_side(self) -> int:
@@ -99,6 +117,11 @@ class VisionConfig(Block):
         return self.grid_side**2
 
     @property
+    def window_patches(self) -> int | None:
+        """Patches of one window of attention; None: there are no windows."""
+        return None if self.attention_window_px is None else (self.attention_window_px // self.patch_size_px) ** 2
+
+    @property
     def feature_layers(self) -> tuple[int, ...]:
         """Hidden states that feed the projector, as numbers of layers executed (0: the embeddings)."""
         wanted = self.feature_layer if isinstance(self.feature_layer, list) else [self.feature_layer]
@@ -107,7 +130,7 @@ class VisionConfig(Block):
     @property
     def num_used_layers(self) -> int:
         """Layers that the forward pass executes."""
-        return max(self.feature_layers)
+        return self.num_layers if self.canvas is not None else max(self.feature_layers)
 
     @property
     def num_features(self) -> int:
@@ -119,7 +142,12 @@ class VisionConfig(Block):
     @property
     def feature_size(self) -> int:
         """Width of a feature vector."""
-        return self.hidden_size * len(self.feature_layers)
+        return self.hidden_size * (len(self.feature_layers) + int(self.canvas is not None))
+
+    @property
+    def canvas_tiles(self) -> int | None:
+        """Tiles that every picture is filled up to; None: none is."""
+        return None if self.canvas is None else self.canvas.max_tiles
 
     @property
     def num_position_rows(self) -> int:
@@ -168,4 +196,23 @@ class VisionConfig(Block):
         if self.attention_window_px is not None and self.attention_window_px % self.patch_size_px:
             raise ValueError(f"attention_window_px={self.attention_window_px} is not a multiple of patch_size_px={self.patch_size_px}")
         self._check_plane()
+        self._check_canvas()
         return self
+
+    def _check_canvas(self) -> None:
+        """The one shape of encoder that has a canvas."""
+        if self.canvas is None:
+            return
+        wanted = {
+            "class_token": True,
+            "keep_class_token": True,
+            "pre_norm": True,
+            "has_final_norm": True,
+            "final_norm": False,
+            "qk_norm": False,
+        }
+        wanted |= {"qk_norm": False, "positions": "learned", "pooling_head": False}
+        wanted |= {"layer_scale": False, "num_register_tokens": 0, "deepstack_layers": []}
+        wrong = [f"{name}={value}" for name, value in wanted.items() if getattr(self, name) != value]
+        if wrong:
+            raise ValueError(f"canvas needs {', '.join(wrong)}")

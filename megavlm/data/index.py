@@ -59,7 +59,7 @@ def build_index(
     stamps = shard_stamps(folder)
     if not stamps:
         raise SampleIndexError(f"{folder} has no shard-*.tar files" + ("" if exists(folder) else " (there is no such folder)"))
-    if tokenizer.vocab_size > model.language.vocab_size:
+    if tokenizer.vocab_size > model.language.num_tokens:
         raise SampleIndexError(
             f"the tokenizer has {tokenizer.vocab_size} tokens but model.language.vocab_size is {model.language.vocab_size}:"
             f" set it to at least {tokenizer.vocab_size}"

@@ -73,8 +73,8 @@ def as_CHW(picture_HWC: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(picture_HWC).permute(2, 0, 1)
 
 
-def resize(picture_CHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Antialiased bicubic resize of a uint8 picture; untouched, bit for bit, when the size is right already.
+def resize(picture_CHW: torch.Tensor, height: int, width: int, mode: str = "bicubic") -> torch.Tensor:
+    """Antialiased resize of a uint8 picture, bicubic or "bilinear"; untouched, bit for bit, when the size is right already.
 
     torch's uint8 kernel on channels-last memory: what torchvision (and so Hugging Face's image processors) runs, 4 to 9
     times as fast as Pillow's and within 2 of its 256 levels. Lines first, then columns, as Pillow did up to version 12 and as
@@ -91,7 +91,7 @@ def resize(picture_CHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
     # A batch of one with its full stride: by any other torch does not see channels-last memory, and converts the result.
     depth = pixels_HWC.shape[2]
     batch = pixels_HWC.as_strided((1, depth, rows, columns), (depth * rows * columns, 1, depth * columns, depth))
-    return functional.interpolate(batch, size=(height, width), mode="bicubic", antialias=True)[0, :channels]
+    return functional.interpolate(batch, size=(height, width), mode=mode, antialias=True)[0, :channels]
 
 
 def split_tiles(whole_CHW: torch.Tensor, tile_px: int) -> torch.Tensor:

@@ -171,10 +171,10 @@ def _check_prompt(model: VisionLanguageModel, number: int, prompt: Prompt, max_n
             f"together {length + max_new_tokens}, but model.language.max_positions={limit}"
         )
     highest = max(prompt.ids)
-    if min(prompt.ids) < 0 or highest >= model.model.language.vocab_size + model.model.language.read_only_tokens:
+    if min(prompt.ids) < 0 or highest >= model.model.language.num_tokens:
         raise PromptError(
             f"prompt {number} holds token ids from {min(prompt.ids)} to {highest}, but the model's vocabulary has "
-            f"{model.model.language.vocab_size} rows: is this the model's tokenizer?"
+            f"{model.model.language.num_tokens} rows: is this the model's tokenizer?"
         )
     _check_pictures(model.model, number, prompt, image_token_id)
 

@@ -43,11 +43,11 @@ def random_provider(model: ModelConfig, seed: int) -> Provider:
             as_language = ("language.", "projector.") if model.projector.kind == "average_pool" else ("language.",)
             zero_centered = key.startswith(as_language) and model.language.zero_centered_norm
             return torch.zeros(shape) if zero_centered else torch.ones(shape)
-        if name == "gate":  # tanh(gate): what the layer adds starts as nothing, as in Flamingo (https://arxiv.org/abs/2204.14198)
+        if name.endswith("gate"):  # tanh(gate): what the layer adds starts as nothing, as in Flamingo (https://arxiv.org/abs/2204.14198)
             return torch.zeros(shape)
         if is_vocabulary(key):
-            read_only = model.language.read_only_tokens if "word_embeddings" in key else 0
-            shape = (model.language.vocab_size + read_only, *shape[1:])  # padding depends on the layout: it is never drawn
+            rows = model.language.num_tokens if "word_embeddings" in key else model.language.vocab_size
+            shape = (rows, *shape[1:])  # padding depends on the layout: it is never drawn
         std = model.init_std
         if key.endswith(RESIDUAL_OUTPUTS):
             beside = re.match(r"vision\.beside_(\d+)\.", key)

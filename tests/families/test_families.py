@@ -48,7 +48,7 @@ def test_logits(pool: RankPool, oracle: Oracle, record: Record, layout: str) -> 
 
 def test_gradients(pool: RankPool, oracle: Oracle, record: Record) -> None:
     """Three plain gradient steps: every gradient and their norm, against autograd through the Hugging Face model."""
-    rows, targets = targets_of(oracle.prompts)
+    rows, targets = targets_of(oracle.prompts, oracle.model.language.vocab_size)
     hf, theirs, lr = copy.deepcopy(oracle.hf), [], 1e-3
     for _ in range(3):
         hf.zero_grad()

@@ -58,7 +58,8 @@ def complete(values: dict[str, Any]) -> dict[str, Any]:
     _check_agreement(ours, theirs, init)
     if "language" in found and data.get("tokenizer") and "vocab_size" not in (given.get("language") or {}):
         tokens = load_tokenizer(data["tokenizer"], data.get("image_token") or IMAGE_TOKEN).vocab_size
-        merged["language"]["vocab_size"] = max(tokens, ours.language.vocab_size)
+        if tokens > ours.language.num_tokens:
+            merged["language"]["vocab_size"] = tokens
     return values | {"model": merged, "data": data}
 
 

@@ -99,10 +99,22 @@ class Texts:
                 (folder / "chat_template.jinja").write_text(self.chat.jinja(), encoding="utf-8")
             else:
                 self.chat.tokenizer.save_hf(folder, self.chat.jinja())
+                self._name_tokens(folder / "tokenizer_config.json")
             _write(folder / GENERATION, generation_config(self.chat))
         if not self.keeps_processor:
             for name, content in self._processor().items():
                 _write(folder / name, content)
+
+    def _name_tokens(self, file: Path) -> None:
+        """The tokens that the family's processor looks up in the tokenizer."""
+        if fields := family(self.model.family).tokenizer_fields:
+            config = read_json(file)
+            named = config.get("extra_special_tokens")
+            _write(file, config | {"extra_special_tokens": (named if isinstance(named, dict) else {}) | dict(fields)})
+
+    def picture_config(self) -> dict[str, Any]:
+        """Fields of config.json that say how pictures are cut; {} where the processor is kept, and config.json's with it."""
+        return {} if self.keeps_processor or self.model.text_only else family(self.model.family).picture_config(self.model, self.image)
 
     def _processor(self) -> dict[str, dict[str, Any]]:
         if self.chat is None:  # an imported model whose pictures are to be cut in another way
@@ -127,12 +139,13 @@ def token_ids(chat: Chat, model: ModelConfig) -> TokenIds:
         HuggingFaceError: the tokenizer has more tokens than the model has embeddings, or lacks one that the family's config names.
     """
     tokenizer, kind = chat.tokenizer, family(model.family)
-    if tokenizer.vocab_size > model.language.vocab_size:
+    if tokenizer.vocab_size > model.language.num_tokens:
         raise HuggingFaceError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but model.language.vocab_size is {model.language.vocab_size}: "
             "it is not the tokenizer that this model was trained with"
         )
-    lacking = [text for text in kind.token_fields.values() if text not in tokenizer.special_ids]
+    needed = [*kind.token_fields.values(), *kind.tokenizer_fields.values()]
+    lacking = [text for text in needed if text not in tokenizer.special_ids]
     if lacking:
         raise HuggingFaceError(f"{kind.hf_class} needs the special tokens {', '.join(lacking)}, which the tokenizer lacks")
     return TokenIds(

@@ -28,8 +28,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megavlm.config.schema import CrossAttentionConfig, LanguageConfig, ModelConfig
 from megavlm.data.types import PackedBatch
+from megavlm.models.layers.gates import TanhGate
 from megavlm.models.layers.linear import PostRowParallelLinear
-from megavlm.models.layers.norms import NORMS, replicated
+from megavlm.models.layers.norms import NORMS
 from megavlm.models.layers.packing import Packing, owned_chunks
 from megavlm.models.layers.specs import LayerStyle, layer_spec
 
@@ -123,17 +124,6 @@ def _cut(looks: Sequence[Look], chunks: Sequence[tuple[int, int]]) -> list[Look]
                 found.append(replace(look, length=length))
             row += look.length
     return found
-
-
-class TanhGate(torch.nn.Module):
-    """tanh(gate) x, the gate being one learned number that starts at 0: what a layer adds begins as nothing."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, **_: Any) -> None:
-        super().__init__()
-        self.gate = replicated(torch.nn.Parameter(torch.zeros(1, dtype=config.params_dtype)), config)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.gate.tanh()
 
 
 class HeadNorm(torch.nn.Module):

@@ -48,7 +48,7 @@ class LanguageModel(GPTModel):
         super().__init__(
             config,
             block_spec(config, layers, norm=language.norm, vp_stage=vp_stage),  # type: ignore[arg-type]
-            vocab_size=padded_vocab_size(language.vocab_size + language.read_only_tokens, parallel.tensor),
+            vocab_size=padded_vocab_size(language.num_tokens, parallel.tensor),
             max_sequence_length=language.max_positions,
             pre_process=first,
             post_process=last,

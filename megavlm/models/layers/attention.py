@@ -122,7 +122,8 @@ def attend_packed(
     `window` (tokens that a row sees, itself included) and the groups of `packing.masks` are for causal attention.
     """
     grouped = any(piece.grouped for piece in packing.pieces)
-    runs_varlen = query.is_cuda and packing.gathered_order_S is None and _varlen_attn is not None and query.dtype != torch.float32
+    is_simple = packing.gathered_order_S is None and not packing.keys_overlap
+    runs_varlen = query.is_cuda and is_simple and _varlen_attn is not None and query.dtype != torch.float32
     if runs_varlen and softcap is None and not grouped:
         sides = (-1 if window is None else window - 1, 0) if causal else (-1, -1)
         cu_q, longest_q, cu_k, longest_k = packing.cu_seqlens_q, packing.max_seqlen_q, packing.cu_seqlens_kv, packing.max_seqlen_kv
@@ -196,7 +197,7 @@ def _segments(
     """
     pieces = packing.pieces
     queries = query.split([p.query_length for p in pieces])
-    if packing.gathered_order_S is None:
+    if packing.gathered_order_S is None and not packing.keys_overlap:
         lengths = [p.key_length for p in pieces]
         pairs = zip(key.split(lengths), value.split(lengths), strict=True)
     else:

@@ -5,6 +5,7 @@ Shape legend: L rows, H heads of this tensor rank, K head width, D encoder width
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,15 @@ class EncoderAttention(SelfAttention):
             return built
 
         super().__init__(config, replace(submodules, linear_qkv=linear_qkv), *args, **kwargs)
+
+
+class PlainOutputAttention(EncoderAttention):
+    """No bias on the output although the MLP has biases (Mllama)."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        config = copy.copy(config)
+        config.add_bias_linear = False
+        super().__init__(config, *args, **kwargs)
 
 
 class WideNormAttention(EncoderAttention):

@@ -22,7 +22,7 @@ from megavlm.models.layers.configs import DTYPES, vision_transformer_config
 from megavlm.models.layers.norms import NORMS
 from megavlm.models.layers.run import run_layers
 from megavlm.models.layers.specs import LayerStyle, block_spec, layer_spec, post_of
-from megavlm.models.vision.attention import EncoderAttention, WideNormAttention
+from megavlm.models.vision.attention import EncoderAttention, PlainOutputAttention, WideNormAttention
 from megavlm.models.vision.features import Features
 from megavlm.models.vision.pictures import Grid, split_pictures
 from megavlm.models.vision.pooling import PoolingHead
@@ -195,5 +195,5 @@ def vision_style(vision: VisionConfig) -> LayerStyle:
         norm=vision.norm,
         post=post_of(scale=vision.layer_scale),
         attention=AttentionStyle(),
-        self_attention=WideNormAttention if vision.qk_norm else EncoderAttention,
+        self_attention=WideNormAttention if vision.qk_norm else EncoderAttention if vision.attention_output_bias else PlainOutputAttention,
     )

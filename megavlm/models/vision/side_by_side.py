@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from megavlm.models.vision.canvas import CanvasEncoder
 from megavlm.models.vision.encoder import VisionEncoder
 from megavlm.models.vision.features import Features
 from megavlm.models.vision.pictures import Grid
@@ -40,6 +41,8 @@ class SideBySide(VisionEncoder):
 
 def build_encoder(model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, device: torch.device) -> VisionEncoder:
     """The encoder of a model, or all of them side by side."""
+    if model.vision.canvas is not None:
+        return CanvasEncoder(model.vision, precision, parallel, device)
     if model.vision_beside:
         return SideBySide(model, precision, parallel, device)
     return VisionEncoder(model.vision, precision, parallel, device)

@@ -74,7 +74,7 @@ def gradients(folder: Path, prompts: list[Prompt], image_token: int, steps: int,
     (chunk,), model, ctx = loaded(folder, {})
     chunk.train()
     batch, table = prompt_batch(prompts, image_token, model), {link.key: link for link in family(model.family).links(model)}
-    rows, targets = targets_of(prompts)
+    rows, targets = targets_of(prompts, model.language.vocab_size)
     found = []
     for step in range(steps):
         for parameter in chunk.parameters():
@@ -111,14 +111,15 @@ def _gradient(data: torch.Tensor, by_storage: dict[int, torch.nn.Parameter], lik
     raise AssertionError("a sharded tensor that is no parameter's storage")
 
 
-def targets_of(prompts: list[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of the pack that predict a token of the last five of each sample, and those tokens."""
+def targets_of(prompts: list[Prompt], vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of the pack that predict a token of the last five of each sample, and those tokens; tokens that no head predicts are left out."""
     rows, targets, start = [], [], 0
     for prompt in prompts:
         ids = list(prompt.ids)
         for i in range(len(ids) - 5, len(ids)):
-            rows.append(start + i - 1)
-            targets.append(ids[i])
+            if ids[i] < vocab_size:
+                rows.append(start + i - 1)
+                targets.append(ids[i])
         start += len(ids)
     return torch.tensor(rows), torch.tensor(targets)
 
