@@ -21,12 +21,15 @@ from megavlm.config.schema import ImageConfig, ModelConfig, PictureMarks
 from megavlm.data.prompt import Prompt
 from megavlm.data.tokenizer import Tokenizer
 
+START, SOFT, END = "<start_of_image>", "<image_soft_token>", "<end_of_image>"
+
 
 class Gemma3(SiglipGemma):
     """4B, 12B and 27B; the smaller ones are text alone."""
 
     name, hf_class, processor_class = "gemma3", "Gemma3ForConditionalGeneration", "Gemma3Processor"
-    token_fields = {"boi_token_index": "<start_of_image>", "eoi_token_index": "<end_of_image>"}
+    token_fields = {"boi_token_index": START, "eoi_token_index": END}
+    tokenizer_fields = {"image_token": SOFT, "boi_token": START, "eoi_token": END}
     languages, bidirectional = ("gemma3_text",), "pictures"
 
     def model_from_hf(self, config: Any, problems: Problems) -> ModelConfig:
@@ -62,8 +65,8 @@ class Gemma3(SiglipGemma):
         return inputs | {"token_type_ids": _of_pictures(inputs["input_ids"], prompt.num_tiles, model.visual_tokens_per_tile)}
 
     def marks(self, image: ImageConfig) -> PictureMarks:
-        begin, end = self.token_fields["boi_token_index"], self.token_fields["eoi_token_index"]
-        return PictureMarks(written=begin, before=f"\n\n{begin}", after=f"{end}\n\n")
+        """What the processor makes of the template's <start_of_image>."""
+        return PictureMarks(written=START, before=f"\n\n{START}", after=f"{END}\n\n")
 
     def image_from_hf(self, folder: Path, model: ModelConfig) -> ImageConfig:
         block, file = processor_block(folder)
@@ -72,6 +75,12 @@ class Gemma3(SiglipGemma):
         return super().image_from_hf(folder, model)
 
     def processor_files(self, model: ModelConfig, image: ImageConfig, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+        ours, theirs = image.marks, self.marks(image)
+        if tokenizer.image_token != SOFT or (ours.before, ours.after) != (theirs.before, theirs.after):
+            raise HuggingFaceError(
+                f"data.image_token={tokenizer.image_token!r}, data.image.marks.before={ours.before!r}, after={ours.after!r}: "
+                f"{self.processor_class} writes {theirs.before!r}, {SOFT} for each visual token, {theirs.after!r}; train with these"
+            )
         own = {"processor_class": self.processor_class, "image_seq_length": model.visual_tokens_per_tile}
         processor = stretching(model, "Gemma3ImageProcessor", BICUBIC) | {"do_pan_and_scan": False}
         return {"processor_config.json": own | {"image_processor": processor}}

@@ -87,7 +87,11 @@ class SiglipGemma(Llava):
 
 
 class PaliGemma(SiglipGemma):
-    """Gemma 1 or 2 behind the pictures."""
+    """Gemma 1 or 2 behind the pictures.
+
+    Its processor writes the pictures of a prompt first, then <bos>, the question and a line's end: a data.chat_template that does the
+    same makes what training sees equal to what the processor makes.
+    """
 
     name, hf_class, processor_class = "paligemma", "PaliGemmaForConditionalGeneration", "PaliGemmaProcessor"
     languages, bidirectional = ("gemma", "gemma2"), "prefix"
