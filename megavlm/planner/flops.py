@@ -20,6 +20,7 @@ from typing import NamedTuple
 from megavlm.config.schema import ModelConfig, ModuleTraining, StageConfig, VisionConfig
 from megavlm.planner.language import layer_flops, picture_flops, reads_pictures
 from megavlm.planner.parameters import first_trainable_layer, head_trains, objective_of
+from megavlm.planner.projectors import projector_products
 
 
 class VisionWork(NamedTuple):
@@ -225,13 +226,15 @@ def _encoder(config: VisionConfig, training: ModuleTraining) -> Iterable[_Produc
     yield _Product("vision.embedding", 2 * patch * width, "patch", training.train == "full")
     extra = int(config.class_token) + config.num_register_tokens
     linear = 2 * width * (4 * width + (3 if config.gated_mlp else 2) * ffn)
-    first = first_trainable_layer(training, config.num_used_layers, "vision")
-    for layer in range(config.num_used_layers):
+    first = first_trainable_layer(training, config.num_run_layers, "vision")
+    for layer in range(config.num_run_layers):
         trains = layer >= first
         for flops, unit in ((linear, "patch"), (linear * extra, "tile")):
             yield _Product("vision.linear", flops, unit, trains, trains)
-        # (patches + extra) squared within a tile
-        for times, unit in ((1, "patch_pair"), (2 * extra, "patch"), (extra**2, "tile")):
+        # (patches + extra) squared within a tile; within windows all are taken for whole ones, those at a picture's edges too
+        window = config.window_patches if layer not in config.full_attention_layers else None
+        pairs = (1, "patch_pair") if window is None else (window, "patch")
+        for times, unit in (pairs, (2 * extra, "patch"), (extra**2, "tile")):
             yield _Product("vision.attention", 4 * width * times, unit, False, trains, attention=True)
     if config.pooled:
         below, trains = training.train != "frozen", training.train == "full"
@@ -241,16 +244,9 @@ def _encoder(config: VisionConfig, training: ModuleTraining) -> Iterable[_Produc
 
 
 def _projector(model: ModelConfig, trains: bool, encoder_trains: bool) -> Iterable[_Product]:
-    width_in = model.projector_input_size
-    width_out = model.language.hidden_size
-    # An input norm that trains sits below the first product.
-    below = encoder_trains or (trains and (model.projector.input_norm or model.projector.kind == "average_pool"))
-    if model.projector.num_layers == 1:
-        yield _Product("projector", 2 * width_in * width_out, "feature", trains, below)
-        return
-    hidden = model.projector.hidden_size or width_out
-    yield _Product("projector", 2 * width_in * hidden, "feature", trains, below)
-    yield _Product("projector", 2 * hidden * width_out, "feature", trains, trains or encoder_trains)
+    for product in projector_products(model):
+        below = (trains and product.own_below) or (encoder_trains and product.encoder_below)
+        yield _Product("projector", product.flops, product.unit, trains and not product.attention, below, attention=product.attention)
 
 
 def _language(model: ModelConfig, training: ModuleTraining, pictures_train: bool) -> Iterable[_Product]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from megavlm.config.schema import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, StageConfig, VisionConfig
 from megavlm.planner.parameters import ParameterBlock, parameter_blocks
+from megavlm.planner.projectors import projector_elements
 from megavlm.topology.grid import RankGrid
 from megavlm.topology.pipeline import PipelineSplit
 from megavlm.topology.table import human_bytes, human_count, text_table
@@ -146,10 +147,15 @@ def _expert_copies(grid: RankGrid) -> int:
 def _most_pictures(model: ModelConfig, data: DataConfig) -> tuple[int, int]:
     """(tiles, patches) of the fullest pack."""
     budget = data.max_patches_per_pack if data.patch_budget == "hard" else None
+    fixed = model.projector.tokens_per_picture
+    if data.image.policy == "native" and fixed is not None:
+        side = math.ceil((data.image.longest_edge_px or model.vision.image_size_px) / model.vision.patch_size_px)
+        pictures = max(data.seq_len_tokens // fixed, 1)
+        return pictures, pictures * side**2 if budget is None else budget
     if data.image.policy == "native":
         return 1, data.seq_len_tokens * model.projector.pixel_shuffle**2 if budget is None else budget
     room = data.seq_len_tokens // model.visual_tokens_per_tile
-    tiles = max(room if budget is None else budget // model.vision.num_patches, 1)
+    tiles = max(room if budget is None else budget // model.vision.num_patches, model.vision.canvas_tiles or 1)
     return tiles, tiles * model.vision.num_patches
 
 
@@ -254,12 +260,8 @@ def _checkpoint_elements(block: ParameterBlock, load: _Load, model: ModelConfig)
 
 
 def _projector_elements(load: _Load, model: ModelConfig) -> float:
-    """Elements that the projector keeps: its input, and what stands before and after the GELU."""
-    features = load.features(model)
-    width_in = model.projector_input_size
-    hidden = model.projector.hidden_size or model.language.hidden_size
-    middle = 2 * hidden / load.tensor if model.projector.num_layers == 2 else 0
-    return features * (width_in * (2 if model.projector.input_norm or model.projector.kind == "average_pool" else 1) + middle)
+    """Elements that the projector keeps."""
+    return projector_elements(model, load.features(model), load.tiles, load.tensor)
 
 
 def _head(load: _Load, model: ModelConfig, embedding: ParameterBlock | None, blocks: Sequence[ParameterBlock]) -> int:

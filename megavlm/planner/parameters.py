@@ -18,6 +18,7 @@ from megavlm.planner.language import (
     norm_parameters,
     position_parameters,
 )
+from megavlm.planner.projectors import projector_parameters
 
 MODULES = ("vision", "projector", "language", "vision_head")
 
@@ -133,18 +134,19 @@ def _encoder(config: VisionConfig, training: ModuleTraining, tensor: int) -> Ite
     patch = (config.num_channels * config.temporal_patch_size * config.patch_size_px**2 + int(config.patch_bias)) * width
     tokens = config.num_position_rows and config.num_position_rows + int(config.class_token)
     tokens += int(config.class_token) + config.num_register_tokens
-    embedding = patch + tokens * width + (norm if config.pre_norm else 0)
+    embedding = patch + tokens * width + (norm if config.pre_norm else 0) + _canvas_parameters(config)
     yield ParameterBlock("vision", "embedding", None, embedding, embedding, training.train == "full")
     biases = int(config.linear_bias)
     first_linear = (2 if config.gated_mlp else 1) * (width + biases) * ffn
     split = 3 * (width + int(config.qkv_bias)) * width + width * width + first_linear + ffn * width + (2 * width if config.qk_norm else 0)
-    whole = 2 * norm + 2 * width * biases + (2 * width if config.layer_scale else 0)
-    first = first_trainable_layer(training, config.num_used_layers, "vision")
-    for layer in range(config.num_used_layers):
-        yield ParameterBlock("vision", "layer", layer, split + whole, split // tensor + whole, layer >= first)
+    whole = 2 * norm + (1 + int(config.attention_output_bias)) * width * biases + (2 * width if config.layer_scale else 0)
+    first = first_trainable_layer(training, config.num_run_layers, "vision")
+    for layer in range(config.num_run_layers):
+        own = whole + (2 if layer >= config.num_used_layers else 0)  # gates behind the canvas's norm
+        yield ParameterBlock("vision", "layer", layer, split + own, split // tensor + own, layer >= first)
     above = config.num_layers - config.num_used_layers
     unused = above * whole + (width if config.mask_token else 0)
-    if config.final_norm:
+    if config.final_norm or config.canvas is not None:
         yield ParameterBlock("vision", "norm", None, norm, norm, training.train != "frozen")
     elif config.has_final_norm:
         unused += norm
@@ -159,19 +161,16 @@ def _encoder(config: VisionConfig, training: ModuleTraining, tensor: int) -> Ite
         yield ParameterBlock("vision", "carried", None, unused + above * split, unused + above * (split // tensor), False)
 
 
+def _canvas_parameters(config: VisionConfig) -> int:
+    """Vectors for each tile of each grid, before the first layer, behind the norm, and one for each row; and a gate for each table."""
+    if config.canvas is None:
+        return 0
+    rows = 2 + config.num_patches + int(config.class_token)
+    return (len(config.canvas.grids) + 1) * config.canvas.max_tiles * rows * config.hidden_size + 3
+
+
 def _projector(model: ModelConfig, trains: bool, tensor: int) -> ParameterBlock:
-    config, width_out = model.projector, model.language.hidden_size
-    width_in = model.projector_input_size
-    if config.kind == "average_pool":
-        size = width_in + width_in * width_out
-        return ParameterBlock("projector", "mlp", None, size, size, trains)
-    whole = (2 * width_in if config.input_norm else 0) + (width_out if config.image_newline else 0)
-    if config.num_layers == 1:
-        split = (width_in + int(config.bias)) * width_out
-    else:
-        hidden = config.hidden_size or width_out
-        split = (width_in + int(config.bias)) * hidden + hidden * width_out
-        whole += width_out if config.bias else 0
+    split, whole = projector_parameters(model)
     return ParameterBlock("projector", "mlp", None, split + whole, split // tensor + whole, trains)
 
 
