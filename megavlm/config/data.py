@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from megavlm.config.blocks import Block, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-CHAT_TEMPLATES = ("megavlm", "chatml", "llava-v1", "llama3", "plain")
+CHAT_TEMPLATES = ("megavlm", "chatml", "llava-v1", "llama3", "plain", "paligemma")
 """Named conversation formats; megavlm.data.chat holds them."""
 
 
@@ -68,6 +68,8 @@ class ImageConfig(Block):
     fit: Literal["stretch", "crop", "pad"] = "stretch"
     """fixed only. stretch: to the square (SigLIP). crop: shortest side to the tile's, centre cut out (CLIP). pad: to a square with the
     encoder's mean colour (LLaVA)."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """fixed with fit=stretch only, every other resize is bicubic (canvas: bilinear). Gemma 3 learned bilinear ones."""
     min_tiles: PositiveInt = 1
     """tiles only: fewest tiles of one picture."""
     max_tiles: PositiveInt = 1
@@ -105,7 +107,7 @@ class ImageConfig(Block):
     def _check(self) -> ImageConfig:
         foreign = {
             "tiles": {"min_tiles": self.min_tiles != 1, "max_tiles": self.max_tiles != 1, "thumbnail": self.thumbnail},
-            "fixed": {"fit": self.fit != "stretch"},
+            "fixed": {"fit": self.fit != "stretch", "interpolation": self.interpolation != "bicubic"},
             "anyres": {
                 "anyres_grids": self.anyres_grids != ImageConfig.model_fields["anyres_grids"].default,
                 "anyres_several": self.anyres_several != "alike",
@@ -120,6 +122,8 @@ class ImageConfig(Block):
         for policy, fields in foreign.items():
             if policy != self.policy and (named := [name for name, is_set in fields.items() if is_set]):
                 raise ValueError(f"{', '.join(named)} goes with policy={policy}, not {self.policy}")
+        if self.interpolation != "bicubic" and self.fit != "stretch":
+            raise ValueError(f"interpolation={self.interpolation} goes with fit=stretch, not {self.fit}")
         if self.longest_edge_px is not None and self.policy not in ("split", "native"):
             raise ValueError(f"longest_edge_px goes with policy=split or native, not {self.policy}")
         if self.longest_edge_px is None and self.policy == "split":
@@ -150,7 +154,7 @@ class DataConfig(Block):
     tokenizer: str = ""
     """A SentencePiece model file (*.model) or a Hugging Face folder with tokenizer.json."""
     chat_template: str = "megavlm"
-    """Named conversation format (megavlm, chatml, llava-v1, llama3, plain), "tokenizer" for the Hugging Face tokenizer's own, or a
+    """Named conversation format (megavlm, chatml, llava-v1, llama3, plain, paligemma), "tokenizer" for the Hugging Face tokenizer's own, or a
     *.jinja file; see docs/data.md."""
     image_token: str = "<image>"
     """The tokenizer's special token that visual features replace (Qwen: <|image_pad|>). In the data a picture's place is always written

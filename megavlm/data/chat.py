@@ -15,6 +15,7 @@ import numpy as np
 
 from megavlm.config.schema import PictureMarks
 from megavlm.data.chat_jinja import TODAY, JinjaTemplate, read_template
+from megavlm.data.chat_sources import SOURCES
 from megavlm.data.chat_templates import TEMPLATES, ChatError, ChatTemplate, Rendered, Role
 from megavlm.data.picture_marks import written_out
 from megavlm.data.sample import IMAGE_TOKEN
@@ -67,11 +68,11 @@ class Chat:
             texts = (t.replace("{eos}", tokenizer.eos_token) for t in self.template.special_tokens)
             self.special_texts = tuple(tokenizer.image_token if t == IMAGE_TOKEN else t for t in texts)
             self._stop_texts: tuple[str, ...] = (self.template.stop_token.replace("{eos}", tokenizer.eos_token),)
-        elif template == "tokenizer" or template.endswith(".jinja"):
+        elif template == "tokenizer" or template in SOURCES or template.endswith(".jinja"):
             self.template = JinjaTemplate(*read_template(template, tokenizer), tokenizer, self.marks.written)
             self.special_texts, self._stop_texts = self.template.special_texts, self.template.stop_texts
         else:
-            raise ChatError(f'chat template {template!r} is not one of {", ".join(TEMPLATES)}, "tokenizer" or a *.jinja file')
+            raise ChatError(f'chat template {template!r} is not one of {", ".join((*TEMPLATES, *SOURCES))}, "tokenizer" or a *.jinja file')
         if self.marks.written:
             self.special_texts = tuple(dict.fromkeys((*self.special_texts, tokenizer.image_token)))
         for token in self.special_texts:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megavlm.data.chat_sources import SOURCES
 from megavlm.data.chat_templates import ChatError, Rendered
 from megavlm.data.sample import IMAGE_TOKEN
 from megavlm.data.tokenizer import Tokenizer
@@ -31,7 +32,7 @@ os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_i
 
 
 def read_template(template: str, tokenizer: Tokenizer) -> tuple[str, str]:
-    """(name for messages, source) of data.chat_template "tokenizer" or *.jinja.
+    """(name for messages, source) of data.chat_template "tokenizer", a name in SOURCES, or *.jinja.
 
     Raises:
         ChatError: the tokenizer brings no template, or there is no such file.
@@ -41,6 +42,8 @@ def read_template(template: str, tokenizer: Tokenizer) -> tuple[str, str]:
         if source is None:
             raise ChatError("data.chat_template=tokenizer, but the tokenizer brings no chat template: name one, or give a *.jinja file")
         return "tokenizer", source
+    if template in SOURCES:
+        return template, SOURCES[template]
     file = Path(template)
     if not file.is_file():
         raise ChatError(f"data.chat_template={template!r}: there is no such file")

@@ -246,3 +246,23 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         Chat("tokenizer", load_tokenizer(tmp_path, "[IMG]"), PictureMarks(before="[IMG]"))
     with pytest.raises(ResizingError, match="takes the tokenizer"):
         make_resizing(ImageConfig.model_validate({**family.image, "marks": family.marks}), ModelConfig())
+
+
+def test_paligemma_prompts_equal_the_processors(tmp_path: Path) -> None:
+    """Its folders bring no chat template: the one here puts pictures first, then bos, as its processor does."""
+    tf, family = quiet_transformers(), Family("PaliGemmaProcessor", "SiglipImageProcessorPil", {}, {}, {})
+    fast = make_tokenizer(tmp_path, family)
+    image_processor = tf.SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    image_processor.image_seq_length = 16
+    processor = tf.PaliGemmaProcessor(image_processor=image_processor, tokenizer=fast)
+    picture = Image.new("RGB", (30, 20))
+    tokenizer = load_tokenizer(tmp_path)
+    chat = Chat("paligemma", tokenizer)
+    for text in ("<image>caption en", "<image>\ncaption en"):
+        theirs = processor(text=["caption en"], images=[[picture]])["input_ids"][0]
+        assert chat.encode_prompt([{"role": "user", "content": text}], [16]).tolist() == list(theirs)
+    talk = [{"role": "user", "content": "<image>caption en"}, {"role": "assistant", "content": "A cat"}]
+    encoded = chat.encode_conversation(talk, [16])
+    assert tokenizer.decode(encoded.ids_L[encoded.supervised_L].tolist()) == "A cat<end>"
+    with pytest.raises(ChatError, match="one question and one answer"):
+        chat.encode_conversation([*talk, *talk], [16, 16])

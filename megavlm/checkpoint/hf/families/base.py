@@ -59,6 +59,8 @@ class Family(ABC):
     """Further fields of the config that hold token ids -> text of the token."""
     tokenizer_fields: ClassVar[Mapping[str, str]] = {}
     """Attributes that the processor looks up in the tokenizer -> text of the token (InternVL); they go to tokenizer_config.json."""
+    chat_template: ClassVar[str | None] = None
+    """data.chat_template for folders that bring none."""
     renames: ClassVar[Sequence[tuple[str, str]]] = ()
     """(regular expression, replacement) from names of live modules and of older folders to those that transformers 5 writes to disk."""
 
