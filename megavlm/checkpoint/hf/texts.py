@@ -70,9 +70,11 @@ class Texts:
         chat = Chat(data.chat_template, load_tokenizer(data.tokenizer, data.image_token))
         if kept is None or recipe.init.from_hf is None or data.tokenizer != recipe.init.from_hf:
             return cls.given(model, chat, image, kept)
-        same_image = not model.text_only and family(model.family).image_from_hf(kept, model) == image
+        kind = family(model.family)
+        theirs = image if model.text_only else kind.image_from_hf(kept, model)
+        same_image = image == theirs.model_copy(update={"marks": kind.marks(theirs)})
         same_template = data.chat_template == template_of(kept)
-        return cls(model, chat, image, _kept_ids(kept), kept, True, same_template, keeps_processor=model.text_only or same_image)
+        return cls(model, chat, image, _kept_ids(kept), kept, True, same_template, keeps_processor=same_image)
 
     @property
     def base_config(self) -> dict[str, Any] | None:
@@ -139,9 +141,10 @@ def token_ids(chat: Chat, model: ModelConfig) -> TokenIds:
         HuggingFaceError: the tokenizer has more tokens than the model has embeddings, or lacks one that the family's config names.
     """
     tokenizer, kind = chat.tokenizer, family(model.family)
-    if tokenizer.vocab_size > model.language.num_tokens:
+    rows = tokenizer.num_rows(text_only=model.text_only)
+    if rows > model.language.num_tokens:
         raise HuggingFaceError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but model.language.vocab_size is {model.language.vocab_size}: "
+            f"the tokenizer has {rows} tokens, but model.language.vocab_size is {model.language.vocab_size}: "
             "it is not the tokenizer that this model was trained with"
         )
     needed = [*kind.token_fields.values(), *kind.tokenizer_fields.values()]
@@ -170,19 +173,31 @@ def generation_config(chat: Chat) -> dict[str, Any]:
 
 
 def template_of(folder: Path) -> str | None:
-    """What data.chat_template says of a folder: a name of ours that renders as its own template does, else "tokenizer"; None: none."""
+    """What data.chat_template says of a folder: a name of ours that renders as its own template does, else "tokenizer".
+
+    A folder without a template has its family's; None: neither.
+    """
     file = folder / "chat_template.jinja"
     if file.is_file():
         text = file.read_text(encoding="utf-8").strip()
         return next((name for name, template in TEMPLATES.items() if text == template.jinja().strip()), "tokenizer")
     others = [folder / "chat_template.json", folder / "tokenizer_config.json"]
-    return "tokenizer" if any(f.is_file() and read_json(f).get("chat_template") for f in others) else None
+    if any(f.is_file() and read_json(f).get("chat_template") for f in others):
+        return "tokenizer"
+    return family_of_folder(folder).chat_template if (folder / CONFIG).is_file() else None
 
 
 def check_pictures(model: ModelConfig, image: ImageConfig) -> None:
     """Can the family's processor make of a picture what training made of it? Raises HuggingFaceError when it cannot."""
-    if not model.text_only:
-        family(model.family).check_pictures(model, image)
+    if model.text_only:
+        return
+    kind = family(model.family)
+    kind.check_pictures(model, image)
+    if image.marks != kind.marks(image):
+        raise HuggingFaceError(
+            f"the model was trained with data.image.marks={image.marks.model_dump(exclude_defaults=True)}, but Hugging Face's "
+            f"{kind.processor_class or kind.hf_class} writes {kind.marks(image).model_dump(exclude_defaults=True)} round a picture: train with these"
+        )
 
 
 def keep_texts(source: Path, kept: Path) -> None:

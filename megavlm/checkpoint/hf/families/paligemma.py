@@ -6,6 +6,7 @@ Image and question see each other both ways; the answer is written in order. Sou
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,12 +17,14 @@ from megavlm.checkpoint.hf.families.base import TokenIds
 from megavlm.checkpoint.hf.families.llava import HEAD, LANGUAGE, PROJECTOR, VISION, Llava
 from megavlm.checkpoint.hf.language import LanguageKind, language, language_of
 from megavlm.checkpoint.hf.links import Link, plain, prefixed
-from megavlm.checkpoint.hf.processors import BICUBIC, normalising
+from megavlm.checkpoint.hf.processors import BICUBIC, BILINEAR, normalising, processor_block
 from megavlm.checkpoint.hf.reading import Problems
 from megavlm.config.schema import ImageConfig, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megavlm.data.prompt import Prompt
 from megavlm.data.sample import IMAGE_TOKEN
 from megavlm.data.tokenizer import Tokenizer
+
+INTERPOLATIONS: dict[int, Literal["bicubic", "bilinear"]] = {BICUBIC: "bicubic", BILINEAR: "bilinear"}
 
 
 class SiglipGemma(Llava):
@@ -78,6 +81,14 @@ class SiglipGemma(Llava):
             *prefixed(kind.head(alone, HEAD, f"{LANGUAGE}embed_tokens.weight"), "language.", ""),
         ]
 
+    def image_from_hf(self, folder: Path, model: ModelConfig) -> ImageConfig:
+        image, (block, file) = super().image_from_hf(folder, model), processor_block(folder)
+        if image.policy == "fixed" and image.fit == "stretch" and "resample" in block:
+            if block["resample"] not in INTERPOLATIONS:
+                raise HuggingFaceError(f"{file}: resample is {block['resample']}, supported: {', '.join(map(str, INTERPOLATIONS))}")
+            image.interpolation = INTERPOLATIONS[block["resample"]]
+        return image
+
     def check_pictures(self, model: ModelConfig, image: ImageConfig) -> None:
         super().check_pictures(model, image)
         if image.policy == "fixed" and image.fit != "stretch":
@@ -94,6 +105,7 @@ class PaliGemma(SiglipGemma):
     """
 
     name, hf_class, processor_class = "paligemma", "PaliGemmaForConditionalGeneration", "PaliGemmaProcessor"
+    chat_template = "paligemma"
     languages, bidirectional = ("gemma", "gemma2"), "prefix"
 
     def text_config(self, config: Any) -> Any:
@@ -125,12 +137,18 @@ class PaliGemma(SiglipGemma):
     def processor_files(self, model: ModelConfig, image: ImageConfig, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
         if tokenizer.image_token != IMAGE_TOKEN:
             raise HuggingFaceError(f"data.image_token={tokenizer.image_token!r}: {self.processor_class} knows {IMAGE_TOKEN!r} only")
-        processor = stretching(model, "SiglipImageProcessor", BICUBIC) | {"image_seq_length": model.visual_tokens_per_tile}
+        processor = stretching(model, image, "SiglipImageProcessor") | {"image_seq_length": model.visual_tokens_per_tile}
         return {"processor_config.json": {"processor_class": self.processor_class, "image_processor": processor}}
 
 
-def stretching(model: ModelConfig, processor: str, resample: int) -> dict[str, Any]:
+def stretching(model: ModelConfig, image: ImageConfig, processor: str) -> dict[str, Any]:
     """Settings of an image processor that stretches every picture to the encoder's square."""
     side = model.vision.image_size_px
-    size = {"height": side, "width": side}
-    return {"image_processor_type": processor, "do_resize": True, "size": size, "resample": resample, **normalising(model.vision)}
+    resample = {ours: theirs for theirs, ours in INTERPOLATIONS.items()}[image.interpolation]
+    return {
+        "image_processor_type": processor,
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": resample,
+        **normalising(model.vision),
+    }
