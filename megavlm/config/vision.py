@@ -133,6 +133,11 @@ class VisionConfig(Block):
         return self.num_layers if self.canvas is not None else max(self.feature_layers)
 
     @property
+    def num_run_layers(self) -> int:
+        """Layers that the forward pass executes, those behind a canvas's norm too."""
+        return self.num_used_layers + (0 if self.canvas is None else self.canvas.num_global_layers)
+
+    @property
     def num_features(self) -> int:
         """Feature vectors that one tile hands to the projector."""
         if self.pooled:

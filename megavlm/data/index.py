@@ -59,10 +59,10 @@ def build_index(
     stamps = shard_stamps(folder)
     if not stamps:
         raise SampleIndexError(f"{folder} has no shard-*.tar files" + ("" if exists(folder) else " (there is no such folder)"))
-    if tokenizer.vocab_size > model.language.num_tokens:
+    rows = tokenizer.num_rows(text_only=model.text_only)
+    if rows > model.language.num_tokens:
         raise SampleIndexError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens but model.language.vocab_size is {model.language.vocab_size}:"
-            f" set it to at least {tokenizer.vocab_size}"
+            f"the tokenizer has {rows} tokens but model.language.vocab_size is {model.language.vocab_size}: set it to at least {rows}"
         )
     chat = Chat(data.chat_template, tokenizer, data.image.marks)
     name = _cache_key(stamps, source, data, model, objective, chat) + ".arrow"
@@ -123,7 +123,12 @@ def _cache_key(
 ) -> str:
     tasks = sorted(source.tasks) if source.tasks is not None else None
     image = data.image.model_dump(exclude={"decoder"})
-    vision = [model.vision.model_dump(), model.projector.model_dump(), model.visual_tokens_per_tile]
+    vision = [
+        model.vision.model_dump(),
+        model.projector.model_dump(),
+        model.visual_tokens_per_tile,
+        model.language.cross_attention is not None,
+    ]
     budgets = [data.over_long, data.seq_len_tokens, data.max_patches_per_pack] if data.over_long else []
     parts = [FORMAT_VERSION, stamps, source.split, tasks, data.unusable, image, vision, objective, table_key(chat), budgets]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:24]

@@ -83,7 +83,7 @@ def _settings(stage: StageConfig, data: DataConfig, model: ModelConfig) -> dict[
     if stage.objective == "multimodal":
         settings["image_token"] = data.image_token
         settings |= {f"image.{name}": str(value) for name, value in data.image.model_dump(exclude={"decoder"}).items()}
-        settings["tokens_per_tile"] = model.visual_tokens_per_tile
+        settings["tokens_per_tile"] = model.visual_tokens_per_tile if model.language.cross_attention is None else "one a picture"
     if stage.objective != "text":
         settings["image_size_px"], settings["patch_size_px"] = model.vision.image_size_px, model.vision.patch_size_px
     return settings

@@ -33,7 +33,9 @@ class Canvas(SquareTiles):
         check_cap(max_tokens, self.tokens_per_tile, width, height, "canvas")
         most = self.max_tiles if max_tokens is None else max_tokens // self.tokens_per_tile
         rows, cols = canvas_grid(width, height, self.side, tuple(grid for grid in self.grids if grid[0] * grid[1] <= most))
-        return PictureGrid(cols, rows, False, rows * cols * self.tokens_per_tile, VisionWork.uniform(rows * cols, self.patches))
+        # The encoder works on empty tiles too.
+        work = VisionWork(rows * cols, self.max_tiles * self.patches, (self.max_tiles * self.patches) ** 2)
+        return PictureGrid(cols, rows, False, rows * cols * self.tokens_per_tile, work)
 
     def least(self, width: int, height: int) -> int:
         return self.tokens_per_tile

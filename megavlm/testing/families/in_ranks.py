@@ -112,7 +112,7 @@ def _gradient(data: torch.Tensor, by_storage: dict[int, torch.nn.Parameter], lik
 
 
 def targets_of(prompts: list[Prompt], vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of the pack that predict a token of the last five of each sample, and those tokens; tokens that no head predicts are left out."""
+    """Rows of the pack that predict a token of the last five of each sample, and those tokens; not those that no head predicts."""
     rows, targets, start = [], [], 0
     for prompt in prompts:
         ids = list(prompt.ids)

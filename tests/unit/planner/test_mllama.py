@@ -1,0 +1,38 @@
+"""Counts of a model with a canvas and cross-attention, against its transformers class."""
+
+from __future__ import annotations
+
+import pytest
+
+from megavlm.checkpoint.hf.reading import Problems, quiet_transformers
+from megavlm.checkpoint.hf.registry import family
+from megavlm.config.schema import ModelConfig
+from megavlm.planner.flops import FlopsModel, VisionWork
+from megavlm.planner.parameters import params
+from megavlm.testing.families.mllama import CASES
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_parameter_is_counted(case) -> None:
+    tf = quiet_transformers()
+    config = case.config(tf)
+    model: ModelConfig = family("mllama").model_from_hf(config, Problems())
+    counts, theirs = params(model), tf.MllamaForConditionalGeneration(config)
+
+    def size(module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    assert counts["vision"].total == counts["vision"].trainable == size(theirs.model.vision_model)
+    assert counts["projector"].total == size(theirs.model.multi_modal_projector)
+    assert counts["language"].total == size(theirs.model.language_model) + size(theirs.lm_head)
+
+
+def test_empty_tiles_and_keys_cost() -> None:
+    tf = quiet_transformers()
+    model: ModelConfig = family("mllama").model_from_hf(CASES[0].config(tf), Problems())
+    patches = model.vision.num_patches
+    flops = FlopsModel(model)
+    one, four = VisionWork(1, 4 * patches, (4 * patches) ** 2), VisionWork(4, 4 * patches, (4 * patches) ** 2)
+    without, parts = flops.pack([20], VisionWork(), 5), flops.pack([20], one, 5)
+    assert parts.by_part["language.linear"].forward > without.by_part["language.linear"].forward
+    assert flops.pack([20], four, 5).forward < 1.1 * parts.forward
