@@ -33,12 +33,33 @@ class ResamplerConfig(Block):
         return self
 
 
+class QFormerConfig(Block):
+    """Learned queries that read a picture's features through BERT-like layers with norms after them (BLIP-2)."""
+
+    num_queries: PositiveInt = 32
+    """Visual tokens of a picture, whatever its size."""
+    num_layers: PositiveInt = 12
+    hidden_size: PositiveInt = 768
+    num_attention_heads: PositiveInt = 12
+    ffn_hidden_size: PositiveInt = 3072
+    cross_attention_frequency: PositiveInt = 2
+    """The first of so many layers reads the picture's features; in the others queries see each other alone."""
+    activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu"
+    norm_eps: PositiveFloat = 1e-12
+
+    @model_validator(mode="after")
+    def _check(self) -> QFormerConfig:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}")
+        return self
+
+
 class ProjectorConfig(Block):
     """What maps visual features to the LLM's width."""
 
-    kind: Literal["mlp", "perceiver", "average_pool"] = "mlp"
+    kind: Literal["mlp", "perceiver", "average_pool", "qformer"] = "mlp"
     """mlp: linear layers on each feature. perceiver: a gated MLP (activation(gate) x up) on each feature, then `resampler` (Idefics2).
-    average_pool: the mean of `pixel_shuffle` squared patches, an RMSNorm (zero-centred where the LLM's are), one linear map (Gemma 3)."""
+    qformer: `qformer`, then one linear map (BLIP-2). average_pool: the mean of `pixel_shuffle` squared patches, an RMSNorm (zero-centred where the LLM's are), one linear map (Gemma 3)."""
     num_layers: Literal[1, 2, 3] = 2
     """Linear layers, with the activation between them (1: linear; 2: LLaVA-1.5)."""
     hidden_size: PositiveInt | None = None
@@ -63,10 +84,14 @@ class ProjectorConfig(Block):
     """Of patch_norm, input_norm and the norm of kind=average_pool."""
     resampler: ResamplerConfig | None = None
     """kind=perceiver, and only there."""
+    qformer: QFormerConfig | None = None
+    """kind=qformer, and only there."""
 
     @property
     def tokens_per_picture(self) -> int | None:
         """Visual tokens of a picture or tile whatever its size; None: as many as its (merged) patches."""
+        if self.qformer is not None:
+            return self.qformer.num_queries
         return self.resampler.num_latents if self.resampler is not None else None
 
     @model_validator(mode="after")
@@ -78,6 +103,18 @@ class ProjectorConfig(Block):
             raise ValueError(
                 "kind=perceiver has a gated MLP without biases: set bias=false, and leave num_layers, image_newline, input_norm, "
                 "patch_norm and merge_linear as they are"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_qformer(self) -> ProjectorConfig:
+        if (self.kind == "qformer") != (self.qformer is not None):
+            raise ValueError("kind=qformer and the block qformer go together: give both (qformer={} has defaults) or neither")
+        foreign = self.image_newline or self.input_norm or self.patch_norm or self.merge_linear or self.pixel_shuffle > 1
+        if self.qformer is not None and (not self.bias or self.num_layers != 1 or self.hidden_size is not None or foreign):
+            raise ValueError(
+                "kind=qformer ends in one linear map with bias, and reads each patch: set num_layers=1, and leave bias, hidden_size, "
+                "pixel_shuffle, image_newline, input_norm, patch_norm and merge_linear as they are"
             )
         return self
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.families.base import Family
+from megavlm.checkpoint.hf.families.blip_2 import Blip2
 from megavlm.checkpoint.hf.families.causal_lm import CausalLM
 from megavlm.checkpoint.hf.families.gemma3 import Gemma3
 from megavlm.checkpoint.hf.families.idefics2 import Idefics2
@@ -46,6 +47,7 @@ FAMILIES: dict[str, Family] = {
         Qwen3VL(),
         PaliGemma(),
         Gemma3(),
+        Blip2(),
     )
 }
 

@@ -9,8 +9,9 @@ from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megavlm.models.projectors.average_pool import AveragePoolProjector
 from megavlm.models.projectors.mlp import MLPProjector
 from megavlm.models.projectors.perceiver import PerceiverProjector
+from megavlm.models.projectors.qformer import QFormerProjector
 
-PROJECTORS: dict[str, type[MegatronModule]] = {"mlp": MLPProjector, "perceiver": PerceiverProjector, "average_pool": AveragePoolProjector}
+PROJECTORS: dict[str, type[MegatronModule]] = {"mlp": MLPProjector, "perceiver": PerceiverProjector, "average_pool": AveragePoolProjector, "qformer": QFormerProjector}
 
 
 def build_projector(model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, device: torch.device) -> MegatronModule:

@@ -127,11 +127,15 @@ def check_heads(resampler: ResamplerConfig, tensor: int) -> None:
 
 def resampler_packing(lengths: list[int], num_latents: int, device: torch.device) -> Packing:
     """Each picture's latents see its own features and themselves."""
-    seen = [length + num_latents for length in lengths]
+    return reading_packing([length + num_latents for length in lengths], num_latents, device)
+
+
+def reading_packing(seen: list[int], num_latents: int, device: torch.device) -> Packing:
+    """`num_latents` rows a picture, each of which sees all of the `seen` rows of its picture."""
     bounds = [0, *accumulate(seen)]
     packing = Packing(
         qkv_format="thd",
-        cu_seqlens_q=torch.arange(len(lengths) + 1, dtype=torch.int32, device=device) * num_latents,
+        cu_seqlens_q=torch.arange(len(seen) + 1, dtype=torch.int32, device=device) * num_latents,
         cu_seqlens_kv=torch.tensor(bounds, dtype=torch.int32, device=device),
         max_seqlen_q=num_latents,
         max_seqlen_kv=max(seen),

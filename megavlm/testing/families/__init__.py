@@ -1,6 +1,7 @@
 """All cases, family by family; the rows of docs/families.md."""
 
 from megavlm.testing.families import (
+    blip,
     causal_lm,
     gemma,
     gemma3,
@@ -20,6 +21,7 @@ CASES: list[Case] = [
     *llava.CASES,
     *llava_next.CASES,
     *internvl.CASES,
+    *blip.CASES,
     *causal_lm.CASES,
     *gemma.CASES,
     *paligemma.CASES,
