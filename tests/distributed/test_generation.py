@@ -12,11 +12,12 @@ from megavlm.data.prompt import Prompt
 from megavlm.inference.generate import generate
 from megavlm.inference.sampling import GenerationError
 from megavlm.parallel.context import enter_grid
-from megavlm.testing.hf_models import Kind, make_hf
+from megavlm.testing.families import CASES
+from megavlm.testing.families.case import Case, make_hf
 from megavlm.testing.pool import RankError, RankPool
 from megavlm.testing.tiny import IMAGE_TOKEN_ID, tiny_chunks
 
-KINDS = [Kind(), Kind("siglip", "qwen2", select="full", tie=True, layer=-1), Kind(text="qwen3")]
+KINDS = [case for case in CASES if case.name in ("LLaVA-1.5", "LLaVA-1.5, SigLIP, Qwen2 tied", "LLaVA-1.5, Qwen3")]
 NEW_TOKENS = 40
 """So many that the cache must grow: see GROWTH_TOKENS."""
 IMAGES = (0, 1, 2, 0, 1)
@@ -60,7 +61,7 @@ def rank_answers(folder: Path, layout: dict[str, Any], requests: list[dict[str, 
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
-def test_greedy_equals_hugging_face(pool: RankPool, tmp_path: Path, kind: Kind) -> None:
+def test_greedy_equals_hugging_face(pool: RankPool, tmp_path: Path, kind: Case) -> None:
     hf = make_hf(kind, tmp_path)
     hf.generation_config.eos_token_id = None
     model = config_from_hf(tmp_path)
@@ -76,7 +77,7 @@ def test_greedy_equals_hugging_face(pool: RankPool, tmp_path: Path, kind: Kind) 
 
 
 def test_sampled_answers_agree_across_tensor_ranks(pool: RankPool, tmp_path: Path) -> None:
-    make_hf(Kind(), tmp_path)
+    make_hf(KINDS[0], tmp_path)
     requests = [{"stop_ids": [7, 8, 9], "temperature": 2.0, "top_k": 60, "top_p": 0.95, "seed": s} for s in (1, 2)]
     ranks = pool.run(rank_answers, tmp_path, {"tensor": 2}, requests, world_size=2)
     assert ranks[0] == ranks[1]
@@ -85,6 +86,6 @@ def test_sampled_answers_agree_across_tensor_ranks(pool: RankPool, tmp_path: Pat
 
 @pytest.mark.parametrize("layout", [{"pipeline": 2}, {"context": 2}, {"tensor": 2, "sequence": True}])
 def test_other_layouts_are_refused(pool: RankPool, tmp_path: Path, layout: dict[str, Any]) -> None:
-    make_hf(Kind(), tmp_path)
+    make_hf(KINDS[0], tmp_path)
     with pytest.raises(RankError, match=GenerationError.__name__):
         pool.run(rank_answers, tmp_path, layout, [{"stop_ids": []}], world_size=2)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megavlm.config.schema import ModelConfig, ParallelConfig
 from megavlm.data.types import PackedBatch
 from megavlm.models.init import initialise
+from megavlm.models.language.rotary import rotary_tables
 from megavlm.models.layers.packing import pack
 from megavlm.models.vlm import TargetLoss, VisionLanguageModel
 from megavlm.parallel.context import ParallelContext, enter_grid
@@ -176,9 +177,8 @@ def leaking_control() -> bool:
     language, length = model.language, batch.segment_lengths[0]
 
     def hidden(b: PackedBatch) -> torch.Tensor:
-        one_segment = pack(
-            [b.num_tokens], b.tokens_S.device, causal=True, rotary=(b.positions_S, language.head_width, language.rope_theta, torch.float32)
-        )
+        tables = rotary_tables(language, b.positions_S, torch.float32)
+        one_segment = pack([b.num_tokens], b.tokens_S.device, causal=True, rotary=tables)
         return vlm.transform(b, one_segment)
 
     with torch.no_grad():

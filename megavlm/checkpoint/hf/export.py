@@ -103,7 +103,7 @@ def export_hf(
     finally:
         if isinstance(read, CheckpointSource):
             read.close()
-    config = config_to_hf(model, texts.ids, dtype=written.dtype, base=texts.base_config)
+    config = config_to_hf(model, texts.ids, dtype=written.dtype, base=texts.base_config) | texts.picture_config()
     (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     texts.write(unfinished)
     folders.publish(unfinished, folder)

@@ -16,8 +16,7 @@ from megavlm.checkpoint.hf.config import config_from_hf
 from megavlm.checkpoint.hf.export import DTYPES, check_room
 from megavlm.checkpoint.hf.folder import WeightFolder
 from megavlm.checkpoint.hf.links import Link
-from megavlm.checkpoint.hf.load import check_weights, open_weights
-from megavlm.checkpoint.hf.registry import family
+from megavlm.checkpoint.hf.load import check_weights, links_of, open_weights
 from megavlm.checkpoint.hf.tensors import to_ours
 from megavlm.checkpoint.hf.texts import KEPT, keep_texts
 from megavlm.checkpoint.progress import progress_bar
@@ -50,7 +49,7 @@ def import_hf(folder: str | Path, checkpoint: str | Path, *, dtype: Literal["fp3
     if checkpoint.exists():
         raise HuggingFaceError(f"{checkpoint} is there already: give another folder")
     model = config_from_hf(folder)
-    links = family(model.family).links(model)
+    links = links_of(model)
     with open_weights(folder, model) as weights:
         check_weights(weights, links)
         number = dtype or _dtype(weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from megavlm.models.init import random_provider
 from megavlm.models.weights import Provider, Where, assign, is_vocabulary
 from megavlm.parallel.context import ParallelContext
 
+_EMBEDDING, _HEAD = "language.embedding.word_embeddings.weight", "language.output_layer.weight"
 _MODULES = ("vision.", "projector.", "language.")
 
 
@@ -32,7 +34,7 @@ def load_hf(chunks: Sequence[torch.nn.Module], folder: str | Path, model: ModelC
         HuggingFaceError: the folder is damaged, or its weights are not those of `model`.
     """
     with open_weights(folder, model) as weights:
-        return assign(chunks, hf_provider(weights, family(model.family).links(model)), ctx)
+        return assign(chunks, hf_provider(weights, links_of(model)), ctx)
 
 
 def start_from(chunks: Sequence[torch.nn.Module], init: InitConfig, model: ModelConfig, seed: int, ctx: ParallelContext) -> None:
@@ -71,12 +73,26 @@ def _providers(init: InitConfig) -> Iterator[dict[str, Provider]]:
         if whole is not None:
             theirs = config_from_hf(whole)
             opened.append(open_weights(whole, theirs))
-            read = hf_provider(opened[-1], family(theirs.family).links(theirs))
+            read = hf_provider(opened[-1], links_of(theirs))
             found |= dict.fromkeys(_MODULES if init.from_hf is not None and not theirs.text_only else ("language.",), read)
         yield found
     finally:
         for weights in opened:
             weights.close()
+
+
+def links_of(model: ModelConfig) -> list[Link]:
+    """Every weight of the model's family. A tied head, which some folders hold again, is an alias of the embedding."""
+    kind = family(model.family)
+    links = kind.links(model)
+    if not model.language.tie_embeddings:
+        return links
+    untied = model.model_copy(update={"language": model.language.model_copy(update={"tie_embeddings": False})})
+    try:
+        heads = [name for link in kind.links(untied) if link.key == _HEAD for name in link.names]
+    except HuggingFaceError:  # a class whose head is always tied has no name for it
+        return links
+    return [replace(link, aliases=(*link.aliases, *heads)) if link.key == _EMBEDDING else link for link in links]
 
 
 def open_weights(folder: str | Path, model: ModelConfig) -> WeightFolder:

@@ -17,7 +17,7 @@ from megavlm.checkpoint import folders, store
 from megavlm.checkpoint.errors import HuggingFaceError, some
 from megavlm.checkpoint.hf.config import config_from_hf, network
 from megavlm.checkpoint.hf.export import groups_of
-from megavlm.checkpoint.hf.load import open_weights
+from megavlm.checkpoint.hf.load import links_of, open_weights
 from megavlm.checkpoint.hf.registry import family
 from megavlm.checkpoint.hf.seeded import seeded_prompts
 from megavlm.checkpoint.hf.sources import CheckpointSource, find_checkpoint
@@ -165,7 +165,7 @@ def compare_tensors(checkpoint: Path, folder: str | Path, model: ModelConfig) ->
                         theirs = weights.tensor(entry.name) if entry.name in weights.names else None
                         found.append(_proof(entry.name, theirs, ours))
                         bar.update(entry.nbytes)
-            aliases = {alias for link in family(model.family).links(model) for alias in link.aliases}
+            aliases = {alias for link in links_of(model) for alias in link.aliases}
             found += [_proof(name, weights.tensor(name), None) for name in sorted(weights.names - seen - aliases)]
         source.check()
     finally:

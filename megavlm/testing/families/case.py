@@ -41,8 +41,8 @@ class Case:
         return family(self.family)
 
 
-def make_hf(case: Case, folder: Path, **save: Any) -> Any:
-    """Write the case's model with large random weights to `folder`, and return it."""
+def make_hf(case: Case, folder: Path, *, dtype: torch.dtype = torch.float32, **save: Any) -> Any:
+    """Write the case's model with large random weights to `folder`, and return it. `save` are options of save_pretrained."""
     tf = quiet_transformers()
     tf.utils.logging.disable_progress_bar()
     config = case.config(tf)
@@ -51,6 +51,7 @@ def make_hf(case: Case, folder: Path, **save: Any) -> Any:
     build = cls.from_config if case.kind.hf_class.startswith("Auto") else cls
     model = build(config).eval()
     randomise(model, case.std)
+    model = model.to(dtype)
     model.save_pretrained(str(folder), **save)
     return model
 

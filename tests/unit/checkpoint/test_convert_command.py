@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megavlm.testing.hf_models import Kind, make_hf
+import torch
+from safetensors.torch import load_file, save_file
+
+from megavlm.testing.families import CASES
+from megavlm.testing.families.case import make_hf
 
 
 def megavlm(*arguments: str | Path, code: int = 0) -> str:
@@ -22,12 +26,42 @@ def megavlm(*arguments: str | Path, code: int = 0) -> str:
 
 
 def test_there_and_back(tmp_path: Path) -> None:
-    make_hf(Kind("siglip", select="full", dtype="bfloat16"), tmp_path / "hf")
+    case = next(case for case in CASES if case.name == "LLaVA-1.5, SigLIP, Qwen2 tied")
+    make_hf(case, tmp_path / "hf", dtype=torch.bfloat16)
     assert "(bf16)" in megavlm("import", tmp_path / "hf", tmp_path / "checkpoint")
     megavlm("export", tmp_path / "checkpoint", tmp_path / "out")
-    said = megavlm("verify", tmp_path / "checkpoint", tmp_path / "hf")
-    assert "tensors are equal bit for bit" in said
-    report = json.loads((tmp_path / "hf" / "megavlm_verify.json").read_text())
-    assert report["ok"] and report["num_tensors"] > 100 and report["unequal"] == []
+    said = megavlm("verify", tmp_path / "checkpoint", tmp_path / "out")
+    assert "tensors are equal bit for bit" in said and "2 pictures: " in said
+    report = json.loads((tmp_path / "out" / "megavlm_verify.json").read_text())
+    assert report["ok"] and len(report["tensors"]) > 100 and report["unequal"] == [] and report["versions"]["transformers"]
+    assert [p["sample"].split(":")[0] for p in report["logits"]] == ["text", "1 picture", "1 picture", "2 pictures"]
+    assert all(t["sha256_folder"] == t["sha256_checkpoint"] for t in report["tensors"])
+    assert "equal to" in (tmp_path / "out" / "megavlm_verify.md").read_text()
     said = megavlm("import", tmp_path / "hf", tmp_path / "checkpoint", code=2)
     assert "megavlm: error: " in said and "is there already" in said and "Traceback" not in said
+
+
+def test_one_changed_number_is_exit_code_1(tmp_path: Path) -> None:
+    make_hf(CASES[0], tmp_path / "hf")
+    megavlm("import", tmp_path / "hf", tmp_path / "checkpoint")
+    file, name = tmp_path / "hf" / "model.safetensors", "language_model.model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(file)
+    tensors[name] = tensors[name].clone()
+    tensors[name][0, 0] += 1.0
+    save_file(tensors, file, metadata={"format": "pt"})
+    said = megavlm("verify", tmp_path / "checkpoint", tmp_path / "hf", code=1)
+    assert f"differs: {name}" in said and "TOO LARGE" in said
+    report = json.loads((tmp_path / "hf" / "megavlm_verify.json").read_text())
+    assert not report["ok"] and report["unequal"] == [name]
+    page = (tmp_path / "hf" / "megavlm_verify.md").read_text()
+    assert "DIFFERENT FROM" in page and name in page
+    said = megavlm("verify", tmp_path / "checkpoint", tmp_path / "hf", "--tensors-only", code=1)
+    assert "logits" not in said
+
+
+def test_families_are_listed_and_others_named(tmp_path: Path) -> None:
+    said = megavlm("families")
+    assert "LlavaForConditionalGeneration" in said and "siglip_vision_model" in said and "qwen2" in said
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    said = megavlm("import", tmp_path, tmp_path / "c", code=2)
+    assert "model_type='bert' is none of the families here: llava" in said
