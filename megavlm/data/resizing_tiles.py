@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from megavlm.config.schema import ImageConfig, ModelConfig
-from megavlm.data.pixels import TileGrid, crop_to_square, cut_tiles, pad_to_square, tile_grid
+from megavlm.data.pixels import TileGrid, as_CHW, crop_to_square, cut_tiles, pad_to_square, resize, tile_grid
 from megavlm.data.resizing_base import PictureGrid, SquareTiles, check_cap, check_size
 from megavlm.planner.flops import VisionWork
 
@@ -36,7 +36,7 @@ class Fixed(SquareTiles):
             return crop_to_square(picture_HWC, self.side).unsqueeze(0)
         if self.image.fit == "pad":
             return pad_to_square(picture_HWC, self.side, self.mean_colour).unsqueeze(0)
-        return cut_tiles(picture_HWC, TileGrid(1, 1, False), self.side)
+        return resize(as_CHW(picture_HWC), self.side, self.side, self.image.interpolation).unsqueeze(0).contiguous()
 
 
 class Tiles(SquareTiles):

@@ -9,7 +9,7 @@ from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.reading import read_json
 from megavlm.config.schema import ImageConfig, VisionConfig
 
-BICUBIC = 3
+BILINEAR, BICUBIC = 2, 3
 FILES = ("processor_config.json", "preprocessor_config.json")
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 

@@ -15,7 +15,7 @@ from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.families.base import TokenIds
 from megavlm.checkpoint.hf.families.paligemma import SiglipGemma, stretching
 from megavlm.checkpoint.hf.links import Link, plain
-from megavlm.checkpoint.hf.processors import BICUBIC, processor_block
+from megavlm.checkpoint.hf.processors import processor_block
 from megavlm.checkpoint.hf.reading import Problems
 from megavlm.config.schema import ImageConfig, ModelConfig, PictureMarks
 from megavlm.data.prompt import Prompt
@@ -82,7 +82,7 @@ class Gemma3(SiglipGemma):
                 f"{self.processor_class} writes {theirs.before!r}, {SOFT} for each visual token, {theirs.after!r}; train with these"
             )
         own = {"processor_class": self.processor_class, "image_seq_length": model.visual_tokens_per_tile}
-        processor = stretching(model, "Gemma3ImageProcessor", BICUBIC) | {"do_pan_and_scan": False}
+        processor = stretching(model, image, "Gemma3ImageProcessor") | {"do_pan_and_scan": False}
         return {"processor_config.json": own | {"image_processor": processor}}
 
 
