@@ -196,7 +196,7 @@ def check_pictures(model: ModelConfig, image: ImageConfig) -> None:
     if image.marks != kind.marks(image):
         raise HuggingFaceError(
             f"the model was trained with data.image.marks={image.marks.model_dump(exclude_defaults=True)}, but Hugging Face's "
-            f"{kind.processor_class or kind.hf_class} writes {kind.marks(image).model_dump(exclude_defaults=True)} round a picture: train with these"
+            f"{kind.processor_class} writes {kind.marks(image).model_dump(exclude_defaults=True)}: train with these"
         )
 
 
