@@ -51,9 +51,9 @@ def hf_vision(model: ModelConfig) -> tuple[Any, dict[str, str]]:
 
 def give_weights(hf: Any, vlm: VisionLanguageModel, model: ModelConfig) -> None:
     """Our weights into a Hugging Face model, by the names that the export writes."""
-    from megavlm.checkpoint.hf.export import hf_tensors, live_source
+    from megavlm.checkpoint.hf.export import LiveSource, hf_tensors
 
-    tensors = dict(hf_tensors(model, live_source([vlm])))
+    tensors = dict(hf_tensors(model, LiveSource([vlm])))
     missing = []
     for name, parameter in hf.state_dict(keep_vars=True).items():
         ours = next((n for n in tensors if n.endswith(name.removeprefix("vision_model."))), None)
@@ -75,7 +75,7 @@ def test_native_features_equal_hugging_face_with_interpolated_positions(style: s
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (model.vision.image_mean, model.vision.image_std))
     with torch.no_grad():
         ours = vlm.vision(torch.cat([p.flatten() for p in pictures]), GRIDS)
-        for picture, mine, (rows, columns) in zip(pictures, ours.split([r * c for r, c in GRIDS]), GRIDS, strict=True):
+        for picture, mine, (rows, columns) in zip(pictures, ours.x_ND.split(ours.lengths), GRIDS, strict=True):
             pixels = ((picture / 255 - mean) / std).unsqueeze(0)
             theirs = hf(pixels, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states[-2][0]
             theirs = theirs[int(model.vision.class_token) :]
@@ -94,7 +94,7 @@ def test_a_square_of_the_trained_size_is_a_tile_bit_for_bit(style: str, shuffle:
     grids = [(4, 4)] * 3
     with torch.no_grad():
         from_tiles = vlm.projector(vlm.vision(tiles))
-        native = vlm.projector(vlm.vision(tiles.flatten(), grids), grids)
+        native = vlm.projector(vlm.vision(tiles.flatten(), grids))
     assert torch.equal(from_tiles, native)
 
 
@@ -110,7 +110,7 @@ def test_a_native_pack_computes_what_its_samples_compute_alone(ctx: ParallelCont
         pixels, start = together.pixels_X, 0
         for grid in together.tile_grids:
             size = 3 * grid[0] * grid[1] * 16
-            alone.append(vlm.projector(vlm.vision(pixels[start : start + size], [grid]), [grid]))
+            alone.append(vlm.projector(vlm.vision(pixels[start : start + size], [grid])))
             start += size
     assert packed.shape[0] == 16 + 48 + 32
     assert torch.allclose(packed, torch.cat(alone), atol=1e-5)
@@ -194,18 +194,17 @@ def llava_next(model: ModelConfig) -> Any:
 def test_anyres_logits_equal_llava_next(ctx: ParallelContext) -> None:
     """The weights of a random LLaVA-NeXT in our model: equal visual tokens and logits, after its own `pack_image_features` with
     unpadding and newlines."""
-    from megavlm.checkpoint.hf.links import disk_name, links
+    from megavlm.checkpoint.hf.registry import family
+    from megavlm.checkpoint.hf.tensors import to_ours
 
     plain = tiny_model_config()
-    model, hf = with_newline(plain), llava_next(plain)
-    state = {disk_name(name): parameter for name, parameter in hf.state_dict().items()}
-    table = {link.key: link for link in links(plain)}
+    model, hf, kind = with_newline(plain), llava_next(plain), family("llava_next")
+    state = {kind.disk_name(name): parameter for name, parameter in hf.state_dict().items()}
+    table = {link.key: link for link in kind.links(model)}
     vlm = encoder(model, ctx)
 
-    def provide(key: str, shape: tuple[int, ...]) -> torch.Tensor:
-        names = ("model.image_newline",) if key == "projector.image_newline" else table[key].names
-        parts = [state[name] for name in names]
-        return parts[0] if key not in table else table[key].to_ours(parts)
+    def provide(key: str, shape: tuple[int, ...], where: tuple[slice, ...]) -> torch.Tensor:
+        return to_ours(table[key], lambda name, first, last: state[name][first:last], where)
 
     assign([vlm], provide, ctx)
     resizing = make_resizing(ImageConfig(policy="anyres", anyres_grids=ANYRES_GRIDS), model)
@@ -269,7 +268,7 @@ def test_prompts_with_wrong_pixels_or_rows_are_refused(ctx: ParallelContext) -> 
 def test_a_row_end_without_image_newline_is_refused(ctx: ParallelContext) -> None:
     vlm = encoder(tiny_model_config(), ctx)
     with pytest.raises((IndexError, RuntimeError)):
-        vlm.projector(vlm.vision(torch.zeros(1, 3, 16, 16, dtype=torch.uint8)), None, torch.tensor([0, 1, -1]))
+        vlm.projector(vlm.vision(torch.zeros(1, 3, 16, 16, dtype=torch.uint8)), torch.tensor([0, 1, -1]))
 
 
 @in_rank
