@@ -18,7 +18,7 @@ class ModelConfig(Block):
     family: str = "llava"
     """Which Hugging Face class the export becomes: a name in docs/families.md."""
     text_only: bool = False
-    """There is no encoder and no projector: a language model alone."""
+    """There is no encoder and no projector: a language model alone. Stages have objective=text."""
     vision: VisionConfig = Field(default_factory=VisionConfig)
     vision_beside: list[VisionConfig] = Field(default_factory=list)
     """Further encoders that see the same pixels, each with its own statistics; features are joined by channel, patch by patch
@@ -76,6 +76,12 @@ class ModelConfig(Block):
         if not self.text_only:
             self._check_beside()
             self._check_plane()
+            return self
+        for name in ("vision", "vision_beside", "projector"):
+            if getattr(self, name) != ModelConfig.model_fields[name].get_default(call_default_factory=True):
+                raise ValueError(f"text_only=true is a model without encoder and projector: leave {name} out")
+        if self.language.cross_attention is not None:
+            raise ValueError("text_only=true: language.cross_attention reads pictures, and there are none")
         return self
 
     def _check_beside(self) -> None:
@@ -93,17 +99,16 @@ class ModelConfig(Block):
     def _check_plane(self) -> None:
         """Fields that need one visual token for each block of patches."""
         deep, window = self.vision.deepstack_layers, self.vision.attention_window_px
-        for name, is_set in (
-            ("language.mrope_sections", self.language.mrope_sections is not None),
-            ("vision.deepstack_layers", bool(deep)),
-        ):
-            if is_set and (
-                self.projector.kind != "mlp" or self.projector.image_newline or self.vision.pooled or self.vision.keep_class_token
-            ):
+        projector, mrope = self.projector, self.language.mrope_sections is not None
+        others = projector.kind != "mlp" or projector.image_newline or self.vision.pooled or self.vision.keep_class_token
+        for name, is_set in (("language.mrope_sections", mrope), ("vision.deepstack_layers", bool(deep))):
+            if is_set and (others or self.vision.canvas is not None):
                 raise ValueError(
                     f"{name} needs one visual token for each block of patches: set projector.kind=mlp, projector.image_newline=false, "
-                    "vision.pooled=false, vision.keep_class_token=false"
+                    "vision.pooled=false, vision.keep_class_token=false, and no vision.canvas"
                 )
+        if mrope and self.language.cross_attention is not None:
+            raise ValueError("language.mrope_sections are for pictures among the tokens, and language.cross_attention reads them elsewhere")
         if len(deep) > self.language.num_layers:
             raise ValueError(f"vision.deepstack_layers={deep} names more layers than the LLM's {self.language.num_layers}")
         block_px = self.vision.patch_size_px * self.projector.pixel_shuffle

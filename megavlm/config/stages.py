@@ -123,6 +123,8 @@ class StageConfig(Block):
             raise ValueError(f"schedule.warmup_steps={self.schedule.warmup_steps} + decay_steps={decay} exceed steps={self.steps}")
         if self.projector.train == "last_layers":
             raise ValueError("projector.train=last_layers: the projector has no transformer layers; use frozen or full")
+        if self.objective == "text" and self.language.train == "frozen":
+            raise ValueError("objective=text with language.train=frozen: nothing would train")
         if self.objective == "multimodal" and all(m.train == "frozen" for m in (self.vision, self.projector, self.language)):
             raise ValueError("every module is frozen: nothing would train")
         return self

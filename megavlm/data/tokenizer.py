@@ -54,6 +54,8 @@ class Tokenizer(ABC):
     templates may use."""
     image_token: str
     """Special token that visual features replace; recipe.data.image_token."""
+    image_token_is_added: bool = False
+    """The tokenizer came without `image_token`, and got it as its last token."""
     fingerprint: str
     """Changes whenever the ids of some text could change."""
 
@@ -72,6 +74,10 @@ class Tokenizer(ABC):
     def chat_template(self) -> str | None:
         """The Jinja chat template that came with the tokenizer; None where there is none."""
         return None
+
+    def num_rows(self, *, text_only: bool) -> int:
+        """Rows that an embedding needs; a model without pictures needs none for an added image token."""
+        return self.vocab_size - int(text_only and self.image_token_is_added)
 
     @property
     def image_token_id(self) -> int:
@@ -246,6 +252,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.image_token = image_token
         if image_token == IMAGE_TOKEN and image_token not in {t.content for t in self._tok.get_added_tokens_decoder().values()}:
             self._tok.add_special_tokens([tokenizers.AddedToken(image_token, normalized=False, special=True)])
+            self.image_token_is_added = True
             log.info("%s has no %s token: added as id %d", folder, image_token, self._tok.token_to_id(image_token))
         added = self._tok.get_added_tokens_decoder()
         self.special_ids = {t.content: i for i, t in added.items()}

@@ -73,10 +73,10 @@ class RunData:
         self.held_out_tasks: list[str] = []
         """Tasks of the held-out packs, which the stage's own sources need not have."""
         self.tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.data.image_token)
-        if self.tokenizer.vocab_size > recipe.model.language.num_tokens:
+        rows = self.tokenizer.num_rows(text_only=recipe.model.text_only)
+        if rows > recipe.model.language.num_tokens:
             raise ValueError(
-                f"{recipe.data.tokenizer} has {self.tokenizer.vocab_size} tokens, but model.language.vocab_size is "
-                f"{recipe.model.language.vocab_size}: raise it"
+                f"{recipe.data.tokenizer} has {rows} tokens, but model.language.vocab_size is {recipe.model.language.vocab_size}: raise it"
             )
 
     def open_stage(self, stage: StageConfig, ctx: ParallelContext, state: RunState) -> StageStream:

@@ -57,7 +57,7 @@ def complete(values: dict[str, Any]) -> dict[str, Any]:
         return values | {"model": merged, "data": data}
     _check_agreement(ours, theirs, init)
     if "language" in found and data.get("tokenizer") and "vocab_size" not in (given.get("language") or {}):
-        tokens = load_tokenizer(data["tokenizer"], data.get("image_token") or IMAGE_TOKEN).vocab_size
+        tokens = load_tokenizer(data["tokenizer"], data.get("image_token") or IMAGE_TOKEN).num_rows(text_only=ours.text_only)
         if tokens > ours.language.num_tokens:
             merged["language"]["vocab_size"] = tokens
     return values | {"model": merged, "data": data}

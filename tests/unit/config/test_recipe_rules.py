@@ -81,3 +81,31 @@ def test_models_that_do_not_split_over_tensor_ranks(model: dict[str, Any], words
 def test_odd_heads_cannot_be_rotated() -> None:
     with pytest.raises(ValidationError, match="15 wide"):
         recipe(model={"language": {"head_dim": 15}})
+
+
+TEXT = {"text_only": True, "family": "causal_lm"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "model", "words"),
+    [
+        ({}, {}, r"stages\[0\].objective=multimodal, but model.text_only=true has no encoder: set objective=text"),
+        ({"objective": "text", "vision": {"train": "full"}}, {}, r"stages\[0\].vision: model.text_only=true has no vision"),
+        ({"objective": "text", "projector": {"lr_scale": 2.0}}, {}, r"stages\[0\].projector: model.text_only=true has no projector"),
+        ({"objective": "text"}, {"vision": {"num_layers": 3}}, "leave vision out"),
+        ({"objective": "text"}, {"projector": {"bias": False}}, "leave projector out"),
+        ({"objective": "text", "language": {"train": "frozen"}}, {}, "nothing would train"),
+        ({"objective": "text"}, {"language": {"linear_bias": True}}, "linear_bias=true needs qkv_bias=true"),
+        ({"objective": "text"}, {"language": {"position_offset": 2}}, "position_offset=2 goes with positions=learned"),
+        ({"objective": "text"}, {"language": {"positions": "learned", "max_positions": 64}}, "exceeds model.language.max_positions=64"),
+    ],
+)
+def test_what_a_model_without_encoder_refuses(stage: dict[str, Any], model: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        recipe(stage, model=TEXT | model)
+
+
+def test_a_model_without_encoder_splits_as_its_language_model() -> None:
+    small = {"num_attention_heads": 6, "hidden_size": 48, "num_query_groups": 3, "ffn_hidden_size": 96}
+    written = recipe({"objective": "text"}, model=TEXT | {"language": small}, parallel={"tensor": 3})
+    assert Recipe.model_validate(written.model_dump()) == written
