@@ -59,7 +59,8 @@ class ProjectorConfig(Block):
 
     kind: Literal["mlp", "perceiver", "average_pool", "qformer"] = "mlp"
     """mlp: linear layers on each feature. perceiver: a gated MLP (activation(gate) x up) on each feature, then `resampler` (Idefics2).
-    qformer: `qformer`, then one linear map (BLIP-2). average_pool: the mean of `pixel_shuffle` squared patches, an RMSNorm (zero-centred where the LLM's are), one linear map (Gemma 3)."""
+    average_pool: the mean of `pixel_shuffle` squared patches, an RMSNorm (zero-centred where the LLM's are), one linear map (Gemma 3).
+    qformer: `qformer`, then one linear map (BLIP-2)."""
     num_layers: Literal[1, 2, 3] = 2
     """Linear layers, with the activation between them (1: linear; 2: LLaVA-1.5)."""
     hidden_size: PositiveInt | None = None

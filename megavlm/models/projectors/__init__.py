@@ -11,7 +11,12 @@ from megavlm.models.projectors.mlp import MLPProjector
 from megavlm.models.projectors.perceiver import PerceiverProjector
 from megavlm.models.projectors.qformer import QFormerProjector
 
-PROJECTORS: dict[str, type[MegatronModule]] = {"mlp": MLPProjector, "perceiver": PerceiverProjector, "average_pool": AveragePoolProjector, "qformer": QFormerProjector}
+PROJECTORS: dict[str, type[MegatronModule]] = {
+    "mlp": MLPProjector,
+    "perceiver": PerceiverProjector,
+    "average_pool": AveragePoolProjector,
+    "qformer": QFormerProjector,
+}
 
 
 def build_projector(model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, device: torch.device) -> MegatronModule:

@@ -1,4 +1,4 @@
-"""BLIP-2 (https://arxiv.org/abs/2301.12597): EVA's encoder, a Q-Former, OPT or another decoder. Source: transformers 5.23, models/blip_2."""
+"""BLIP-2 (https://arxiv.org/abs/2301.12597): a ViT, a Q-Former, OPT or another decoder. Source: transformers 5.23, models/blip_2."""
 
 from __future__ import annotations
 
