@@ -232,12 +232,12 @@ class Recipe(Block):
             raise ValueError(f"data.image.policy={policy} arranges patches in a plane: set model.vision.keep_class_token=false")
         if self.model.projector.image_newline and policy != "anyres":
             raise ValueError(f"model.projector.image_newline=true goes with data.image.policy=anyres, not {policy}")
-        if self.model.language.mrope_sections is not None and not self.model.text_only:
-            if policy not in ("native", "fixed") or self.data.image.marks.inner:
-                raise ValueError(
-                    "model.language.mrope_sections gives a picture's visual tokens its rows and columns: set data.image.policy=native (or "
-                    "fixed), and no data.image.marks between them"
-                )
+        mrope = self.model.language.mrope_sections is not None and not self.model.text_only
+        if mrope and (policy not in ("native", "fixed") or self.data.image.marks.inner):
+            raise ValueError(
+                "model.language.mrope_sections gives a picture's visual tokens its rows and columns: set data.image.policy=native (or "
+                "fixed), and no data.image.marks between them"
+            )
         if policy == "native" and any(stage.objective == "vision_classification" for stage in self.stages):
             raise ValueError(
                 "data.image.policy=native and objective=vision_classification do not go together: it takes one square tile a picture"

@@ -6,13 +6,14 @@ Shape legend: N patches of all pictures, C channels, L tokens of a prompt.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from megavlm.checkpoint.errors import HuggingFaceError
-from megavlm.checkpoint.hf.encoders import EncoderKind
+from megavlm.checkpoint.hf.encoders.base import EncoderKind
 from megavlm.checkpoint.hf.encoders.qwen import Qwen2VLVision
 from megavlm.checkpoint.hf.families.base import Family, TokenIds, input_ids, normalised
 from megavlm.checkpoint.hf.language.base import LanguageKind
@@ -40,7 +41,7 @@ class Qwen2VL(Family):
         "vision_start_token_id": "<|vision_start|>",
         "vision_end_token_id": "<|vision_end|>",
     }
-    renames = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model."))
+    renames: ClassVar[Sequence[tuple[str, str]]] = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model."))
     visual_prefix, language_prefix = "visual.", "model."
     vision_kind: EncoderKind = Qwen2VLVision()
     text_kind: LanguageKind = Qwen2VLText()
@@ -153,7 +154,7 @@ class Qwen2VL(Family):
     def processor_files(self, model: ModelConfig, image: ImageConfig, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
         if tokenizer.image_token != IMAGE_PAD:
             raise HuggingFaceError(
-                f"data.image_token={tokenizer.image_token!r}: the processor of {self.hf_class} puts {IMAGE_PAD!r} where visual features go; "
+                f"data.image_token={tokenizer.image_token!r}: the processor of {self.hf_class} puts {IMAGE_PAD!r} where features go; "
                 "train with data.image_token=<|image_pad|>"
             )
         vision, factor = model.vision, model.vision.patch_size_px * model.projector.pixel_shuffle
