@@ -1,4 +1,4 @@
-"""The whole chain on somebody else's model: Hugging Face folder -> train (model.init_from) -> export -> Hugging Face's logits."""
+"""The whole chain on somebody else's model: Hugging Face folder -> train (init.from_hf) -> export -> Hugging Face's logits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megavlm.config.schema import ParallelConfig
+from megavlm.config.schema import InitConfig, ParallelConfig
 from megavlm.testing.pool import RankPool
 from megavlm.testing.recipes import tiny_recipe, tiny_stage, train_and_read
 
@@ -53,7 +53,7 @@ def make_folder(vision: str, text: str, folder: Path) -> None:
 def model_block(folder: Path) -> dict[str, Any]:
     from megavlm.checkpoint.hf import config_from_hf
 
-    return {**config_from_hf(folder).model_dump(), "init_from": str(folder)}
+    return config_from_hf(folder).model_dump()
 
 
 def export_and_verify(run_dir: Path, folder: Path) -> tuple[bool, float]:
@@ -75,6 +75,7 @@ def test_import_train_export(vision: str, text: str, pool: RankPool, data_dir: P
     for name, (world_size, parallel) in {"TP1": (1, {}), "TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2})}.items():
         run_dir = tmp_path / name
         recipe = tiny_recipe(run_dir, data_dir, [tiny_stage(steps=3)], model=block, parallel=parallel)
+        recipe = recipe.model_copy(update={"init": InitConfig(from_hf=str(tmp_path / "hf"))})
         records = pool.run(train_and_read, recipe, world_size=world_size)[0]
         curves[name] = [r["loss"] for r in records]
         assert curves[name] == pytest.approx(curves["TP1"], rel=1e-5)

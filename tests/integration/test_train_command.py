@@ -129,7 +129,7 @@ MISTAKES = [
     (["stages.all.packs_per_step=7", "parallel.pipeline=2", "parallel.virtual_pipeline=2"], ["packs_per_step"]),
     (["parallel.pipeline=3"], ["3"]),
     (["run.device=cuda"], ["run.device"]),
-    (["model.init_from=nowhere"], ["nowhere"]),
+    (["init.from_hf=nowhere"], ["nowhere", "no such folder"]),
 ]
 
 
