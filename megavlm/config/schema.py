@@ -230,6 +230,11 @@ class Recipe(Block):
         self._check_canvas(policy)
         if policy in ("anyres", "native") and self.model.vision.class_token and self.model.vision.keep_class_token:
             raise ValueError(f"data.image.policy={policy} arranges patches in a plane: set model.vision.keep_class_token=false")
+        if policy == "anyres" and self.model.projector.tokens_per_picture is not None:
+            raise ValueError(
+                f"data.image.policy=anyres arranges patches in a plane, and model.projector.kind={self.model.projector.kind} makes none: "
+                "use fixed, tiles, split or native"
+            )
         if self.model.projector.image_newline and policy != "anyres":
             raise ValueError(f"model.projector.image_newline=true goes with data.image.policy=anyres, not {policy}")
         mrope = self.model.language.mrope_sections is not None and not self.model.text_only
@@ -271,6 +276,12 @@ class Recipe(Block):
                 "vision.num_attention_heads": self.model.vision.num_attention_heads,
                 "vision.ffn_hidden_size": self.model.vision.ffn_hidden_size,
                 "projector.hidden_size": projector.hidden_size or self.model.language.hidden_size,
+            }
+        if projector.resampler is not None:
+            widths |= {
+                "projector.resampler.num_attention_heads": projector.resampler.num_attention_heads,
+                "projector.resampler.num_query_groups": projector.resampler.num_query_groups,
+                "projector.resampler.ffn_hidden_size": projector.resampler.ffn_hidden_size or 4 * self.model.language.hidden_size,
             }
         if projector.qformer is not None:
             widths |= {
