@@ -16,6 +16,7 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 
 from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from megavlm.config.vision import ROTARY_POSITIONS
 from megavlm.data.types import PackedBatch
 from megavlm.models.handover import Sides, deepstack_side, join, pad, part, side_rows
 from megavlm.models.language import LanguageModel
@@ -177,8 +178,10 @@ class VisionLanguageModel(MegatronModule):
         encoder's buckets waiting, and the job hanging, on this rank only.
         """
         assert self.vision is not None and self.projector is not None
-        side = self.model.vision.image_size_px
-        tile = torch.full((1, self.model.vision.num_channels, side, side), 127, dtype=torch.uint8, device=self.ctx.device)
+        vision, block_px = self.model.vision, self.model.vision.patch_size_px * self.model.projector.pixel_shuffle
+        # Encoders with rotary positions take pictures of any size: the smallest will do.
+        side = block_px if vision.positions in ROTARY_POSITIONS else vision.image_size_px
+        tile = torch.full((1, vision.num_channels, side, side), 127, dtype=torch.uint8, device=self.ctx.device)
         features = self.vision(tile)
         deep = self.projector.deep(features) if features.deep else []
         return 0.0 * sum((rows.sum() for rows in deep), start=self.projector(features).sum())
