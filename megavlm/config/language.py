@@ -209,8 +209,8 @@ class LanguageConfig(Block):
         for layer in self.cross_attention.layers if self.cross_attention else ():
             if not 0 <= layer < self.num_layers:
                 raise ValueError(f"cross_attention.layers names layer {layer}, but layers go from 0 to {self.num_layers - 1}")
-        if self.cross_attention and (self.moe or self.sandwich_norm or self.linear_bias or self.qkv_bias):
-            raise ValueError("cross_attention needs moe=null, sandwich_norm=false, linear_bias=false and qkv_bias=false")
+        if self.cross_attention and (self.moe or self.sandwich_norm or self.zero_centered_norm or self.linear_bias or self.qkv_bias):
+            raise ValueError("cross_attention needs moe=null; sandwich_norm, zero_centered_norm, linear_bias and qkv_bias false")
         if self.read_only_tokens and self.tie_embeddings:
             raise ValueError("read_only_tokens needs tie_embeddings=false: a tied head would predict these tokens")
         if self.moe and (self.linear_bias or self.sandwich_norm):

@@ -67,6 +67,10 @@ class ModelConfig(Block):
         shuffle, side = self.projector.pixel_shuffle, self.vision.grid_side
         if side % shuffle:
             raise ValueError(f"projector.pixel_shuffle={shuffle} does not divide the {side} patches on a tile's side")
+        if self.language.cross_attention is not None and self.text_only:
+            raise ValueError("language.cross_attention reads pictures, and with text_only=true there are none")
+        if self.vision.canvas is not None and self.vision_beside:
+            raise ValueError("vision.canvas takes whole pictures, and vision_beside the same tiles one by one: use one of them")
         if self.language.cross_attention is not None and self.projector.image_newline:
             raise ValueError("projector.image_newline is for pictures among the tokens, and language.cross_attention reads them elsewhere")
         if self.language.cross_attention is not None and self.vision.deepstack_layers:

@@ -266,6 +266,8 @@ class Recipe(Block):
         heads, kv, tp = self.model.language.num_attention_heads, self.model.language.kv_heads, self.parallel.tensor
         if heads % tp or (kv % tp and tp % kv):
             raise ValueError(f"parallel.tensor={tp} does not divide model.language's {heads} attention heads and {kv} key/value heads")
+        if self.model.language.cross_attention is not None and kv % tp:
+            raise ValueError(f"parallel.tensor={tp} does not divide the {kv} key/value heads of model.language.cross_attention")
         projector = self.model.projector
         widths = {
             "language.ffn_hidden_size": self.model.language.ffn_hidden_size,

@@ -62,6 +62,11 @@ class Mllama(Family):
         }
 
     def links(self, model: ModelConfig) -> list[Link]:
+        if model.vision.canvas is None or model.language.cross_attention is None:
+            raise HuggingFaceError(
+                f"{self.hf_class} has an encoder with a canvas and cross-attention: set model.vision.canvas and "
+                "model.language.cross_attention, or another model.family"
+            )
         width, inputs = model.language.hidden_size, model.vision.feature_size
         return [
             *prefixed(self.vision_kind.links(model.vision), "vision.", VISION),
