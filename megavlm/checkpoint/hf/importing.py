@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Literal
+from zlib import crc32
 
 import torch
 
@@ -49,11 +50,17 @@ def import_hf(folder: str | Path, checkpoint: str | Path, *, dtype: Literal["fp3
     if checkpoint.exists():
         raise HuggingFaceError(f"{checkpoint} is there already: give another folder")
     model = config_from_hf(folder)
-    links = links_of(model)
+    links = links_of(model, folder)
     with open_weights(folder, model) as weights:
         check_weights(weights, links)
         number = dtype or _dtype(weights)
-        job = {"import": str(folder.resolve()), "files": weights.files(), "dtype": number, "megavlm": megavlm.__version__}
+        job = {
+            "import": str(folder.resolve()),
+            "files": weights.files(),
+            "dtype": number,
+            "megavlm": megavlm.__version__,
+            "links": crc32(repr(links).encode()),
+        }
         sizes = {link.key: prod(link.shape) * DTYPES[number].itemsize for link in links}
         total = sum(sizes.values())
         writer = CheckpointWriter(checkpoint, job)

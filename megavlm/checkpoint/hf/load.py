@@ -12,9 +12,11 @@ import torch
 from megavlm.checkpoint.errors import HuggingFaceError, some
 from megavlm.checkpoint.hf.config import config_from_hf
 from megavlm.checkpoint.hf.encoders.folder import encoder_folder
+from megavlm.checkpoint.hf.families.base import Family
 from megavlm.checkpoint.hf.folder import WeightFolder
 from megavlm.checkpoint.hf.links import Link, prefixed
-from megavlm.checkpoint.hf.registry import family
+from megavlm.checkpoint.hf.reading import CONFIG
+from megavlm.checkpoint.hf.registry import family, family_of_folder
 from megavlm.checkpoint.hf.tensors import to_ours
 from megavlm.config.schema import InitConfig, ModelConfig
 from megavlm.models.init import random_provider
@@ -34,7 +36,7 @@ def load_hf(chunks: Sequence[torch.nn.Module], folder: str | Path, model: ModelC
         HuggingFaceError: the folder is damaged, or its weights are not those of `model`.
     """
     with open_weights(folder, model) as weights:
-        return assign(chunks, hf_provider(weights, links_of(model)), ctx)
+        return assign(chunks, hf_provider(weights, links_of(model, folder)), ctx)
 
 
 def start_from(chunks: Sequence[torch.nn.Module], init: InitConfig, model: ModelConfig, seed: int, ctx: ParallelContext) -> None:
@@ -73,7 +75,7 @@ def _providers(init: InitConfig) -> Iterator[dict[str, Provider]]:
         if whole is not None:
             theirs = config_from_hf(whole)
             opened.append(open_weights(whole, theirs))
-            read = hf_provider(opened[-1], links_of(theirs))
+            read = hf_provider(opened[-1], links_of(theirs, whole))
             found |= dict.fromkeys(_MODULES if init.from_hf is not None and not theirs.text_only else ("language.",), read)
         yield found
     finally:
@@ -81,9 +83,10 @@ def _providers(init: InitConfig) -> Iterator[dict[str, Provider]]:
             weights.close()
 
 
-def links_of(model: ModelConfig) -> list[Link]:
-    """Every weight of the model's family. A tied head, which some folders hold again, is an alias of the embedding."""
-    kind = family(model.family)
+def links_of(model: ModelConfig, folder: str | Path | None = None) -> list[Link]:
+    """Every weight of the model by its family's names, or those that `folder` has. A tied head, which some folders hold again, is an alias
+    of the embedding."""
+    kind = _family_of_weights(folder, model)
     links = kind.links(model)
     if not model.language.tie_embeddings:
         return links
@@ -96,8 +99,13 @@ def links_of(model: ModelConfig) -> list[Link]:
 
 
 def open_weights(folder: str | Path, model: ModelConfig) -> WeightFolder:
-    """The folder's weights, by the names of the model's family."""
-    return WeightFolder(folder, family(model.family).disk_name)
+    """The folder's weights, by the names of the model's family, or of a layout that is read as that family."""
+    return WeightFolder(folder, _family_of_weights(folder, model).disk_name)
+
+
+def _family_of_weights(folder: str | Path | None, model: ModelConfig) -> Family:
+    kind = family_of_folder(folder) if folder is not None and (Path(folder) / CONFIG).is_file() else None
+    return kind if kind is not None and kind.becomes == model.family else family(model.family)
 
 
 def hf_provider(weights: WeightFolder, links: Collection[Link]) -> Provider:

@@ -11,6 +11,8 @@ from typing import Any
 from megavlm.checkpoint.errors import HuggingFaceError
 
 CONFIG = "config.json"
+SAME_CONFIG = {"internlm2": "llama"}
+"""model_type of classes that are code in their folders, which is never run -> the class of transformers whose config says the same."""
 
 
 def quiet_transformers() -> Any:
@@ -44,6 +46,7 @@ def hf_config(values: Mapping[str, Any]) -> Any:
 
     values = dict(values)
     model_type = values.pop("model_type", None)
+    model_type = SAME_CONFIG.get(model_type, model_type)
     try:
         return quiet_transformers().AutoConfig.for_model(model_type, **values)
     except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:

@@ -11,6 +11,7 @@ from megavlm.checkpoint.hf.families.causal_lm import CausalLM
 from megavlm.checkpoint.hf.families.gemma3 import Gemma3
 from megavlm.checkpoint.hf.families.idefics2 import Idefics2
 from megavlm.checkpoint.hf.families.idefics3 import Idefics3
+from megavlm.checkpoint.hf.families.internlm2 import InternLM2
 from megavlm.checkpoint.hf.families.internvl import InternVL
 from megavlm.checkpoint.hf.families.llava import Llava
 from megavlm.checkpoint.hf.families.llava_next import LlavaNext
@@ -37,6 +38,7 @@ FAMILIES: dict[str, Family] = {
         VipLlava(),
         InternVL(),
         CausalLM(),
+        InternLM2(),
         Idefics2(),
         Idefics3(),
         SmolVLM(),

@@ -52,6 +52,8 @@ class Family(ABC):
     """`model.family`; the `model_type` of the class's config where there is one."""
     hf_class: ClassVar[str]
     """Class that an export loads as."""
+    becomes: ClassVar[str | None] = None
+    """A layout that is read and never written: the family that its folders are read as; None: the family is its own."""
     processor_class: ClassVar[str | None] = None
     image_token_field: ClassVar[str] = "image_token_id"
     """Field of the config with the placeholder's id."""
