@@ -21,6 +21,7 @@ from megavlm.checkpoint.hf.processors import BICUBIC, normalising, processor_blo
 from megavlm.checkpoint.hf.reading import Problems
 from megavlm.config.schema import ImageConfig, LanguageConfig, ModelConfig, PictureMarks, ProjectorConfig, VisionConfig
 from megavlm.data.prompt import Prompt
+from megavlm.data.sample import IMAGE_TOKEN
 from megavlm.data.tokenizer import Tokenizer
 
 FAKE = "<fake_token_around_image>"
@@ -69,6 +70,14 @@ class Idefics(Family):
             *prefixed(text.links(model.language), "language.", "model.text_model."),
             *prefixed(text.head(model.language, "lm_head.weight", "model.text_model.embed_tokens.weight"), "language.", ""),
         ]
+
+    @staticmethod
+    def check_image_token(hf_class: str, tokenizer: Tokenizer) -> None:
+        """Raise HuggingFaceError when the processor would not find the tokenizer's placeholder."""
+        if tokenizer.image_token != IMAGE_TOKEN:
+            raise HuggingFaceError(
+                f"data.image_token={tokenizer.image_token!r}: the processor of {hf_class} looks for {IMAGE_TOKEN!r}: train with that token"
+            )
 
     @abstractmethod
     def projector_from_hf(self, config: Any, problems: Problems) -> dict[str, Any]:
@@ -184,6 +193,7 @@ class Idefics2(Idefics):
         check_native(self.hf_class, image, "cut", least)
 
     def processor_files(self, model: ModelConfig, image: ImageConfig, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+        self.check_image_token(self.hf_class, tokenizer)
         processor = {
             "image_processor_type": "Idefics2ImageProcessor",
             "do_image_splitting": False,

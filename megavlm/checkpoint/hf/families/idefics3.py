@@ -74,6 +74,7 @@ class Idefics3(Idefics):
             )
 
     def processor_files(self, model: ModelConfig, image: ImageConfig, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+        self.check_image_token(self.hf_class, tokenizer)
         side = model.vision.image_size_px
         processor = {
             "image_processor_type": self.hf_class.removesuffix("ForConditionalGeneration") + "ImageProcessor",
