@@ -43,7 +43,7 @@ def _text(kind: str, **changes: Any) -> Any:
 
 
 CASES = [
-    Case("Gemma", "causal_lm", _text("gemma", num_key_value_heads=2), slow=True),
+    Case("Gemma", "causal_lm", _text("gemma", num_key_value_heads=1), slow=True),
     Case("Gemma 2", "causal_lm", _text("gemma2")),
     Case("Gemma 3 (text)", "causal_lm", _text("gemma3_text")),
     Case("Gemma 3 (text), untied, soft-capped logits", "causal_lm",

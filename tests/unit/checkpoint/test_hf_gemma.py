@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from megavlm.checkpoint.hf.reading import quiet_transformers
 from megavlm.checkpoint.hf.registry import family
 from megavlm.config.schema import ImageConfig, ModelConfig
 from megavlm.data.resizing import make_resizing
+from megavlm.planner.parameters import params
 from megavlm.testing.families import CASES
 
 TOKENS = {"paligemma": "<image>", "gemma3": "<image_soft_token>"}
@@ -112,6 +114,13 @@ def test_processors_that_are_refused(name: str, changes: dict[str, Any], message
 def test_settings_that_are_refused(name: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(HuggingFaceError, match=message):
         read(tmp_path, name, **changes)
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_the_planner_counts_every_weight(name: str, tmp_path: Path) -> None:
+    model = read(tmp_path, name)
+    theirs = sum(math.prod(part.shape) for link in family(name).links(model) for part in link.parts)
+    assert sum(count.total for count in params(model).values()) == theirs
 
 
 def test_other_classes_do_not_hold_them(tmp_path: Path) -> None:
