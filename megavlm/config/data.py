@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from megavlm.config.blocks import Block, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-CHAT_TEMPLATES = ("megavlm", "chatml", "llava-v1", "llama3", "plain", "paligemma")
+CHAT_TEMPLATES = ("megavlm", "chatml", "llava-v1", "llama3", "plain", "paligemma", "blip-2")
 """Named conversation formats; megavlm.data.chat holds them."""
 
 
@@ -90,8 +90,8 @@ class ImageConfig(Block):
     """anyres only: pictures of a sample with more than one. alike: each in its own grid (LLaVA-NeXT); whole: each is one tile, padded to
     a square with the encoder's mean colour (LLaVA-OneVision)."""
     anyres_max_tiles: PositiveInt | None = None
-    """anyres only: LLaVA-OneVision shrinks the features of a picture that has those of about 1.2 times as many tiles; here such a picture
-    is refused, so leave larger grids out of `anyres_grids`, or set `data.unusable=drop`. None: features are never shrunk."""
+    """anyres only: where a picture has the features of more than 1.2 times as many tiles, they are shrunk to those of this many
+    (LLaVA-OneVision: 9). None: never."""
     min_tokens_per_image: PositiveInt = 4
     """native only: smaller pictures are enlarged to this many visual tokens."""
     max_tokens_per_image: PositiveInt | None = None
@@ -154,8 +154,8 @@ class DataConfig(Block):
     tokenizer: str = ""
     """A SentencePiece model file (*.model) or a Hugging Face folder with tokenizer.json."""
     chat_template: str = "megavlm"
-    """Named conversation format (megavlm, chatml, llava-v1, llama3, plain, paligemma), "tokenizer" for the Hugging Face tokenizer's own, or a
-    *.jinja file; see docs/data.md."""
+    """Named conversation format (megavlm, chatml, llava-v1, llama3, plain, paligemma, blip-2), "tokenizer" for the Hugging Face tokenizer's
+    own, or a *.jinja file; see docs/data.md."""
     image_token: str = "<image>"
     """The tokenizer's special token that visual features replace (Qwen: <|image_pad|>). In the data a picture's place is always written
     <image>."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from megavlm.config.projector import QFormerConfig
 from megavlm.config.schema import ModelConfig
 
 
@@ -31,6 +32,8 @@ def projector_parameters(model: ModelConfig) -> tuple[int, int]:
         return 0, inputs + inputs * width
     if config.resampler is not None:
         return _resampler_parameters(model)
+    if config.qformer is not None:
+        return _qformer_parameters(config.qformer, model.feature_size, width)
     norms = {"layer_norm": 2, "rms_norm": 1, None: 0}
     whole = norms[config.patch_norm] * model.feature_size + (width if config.image_newline else 0)
     split = 0
@@ -64,12 +67,45 @@ def _resampler_parameters(model: ModelConfig) -> tuple[int, int]:
     return split, (resampler.num_latents + 3 * resampler.num_layers + 1) * width
 
 
+def _qformer_parameters(qformer: QFormerConfig, inputs: int, out: int) -> tuple[int, int]:
+    width, inner, readers = qformer.hidden_size, qformer.ffn_hidden_size, _readers(qformer)
+    query_and_output, linear = (width + 1) * width + width * width, 2 * (width + 1) * width
+    mlp = (width + 1) * inner + inner * width
+    split = qformer.num_layers * (query_and_output + linear + mlp) + readers * (query_and_output + 2 * (inputs + 1) * width)
+    # Biases of rows and a norm's two vectors: after each attention and each MLP.
+    whole = 3 * width * (2 * qformer.num_layers + readers) + 2 * width + qformer.num_queries * width
+    return split + (width + 1) * out, whole
+
+
+def _readers(qformer: QFormerConfig) -> int:
+    """Layers that read the picture."""
+    return -(-qformer.num_layers // qformer.cross_attention_frequency)
+
+
+def _qformer_products(qformer: QFormerConfig, inputs: int, out: int) -> Iterator[ProjectorProduct]:
+    width, inner, queries = qformer.hidden_size, qformer.ffn_hidden_size, qformer.num_queries
+    for layer in range(qformer.num_layers):
+        # The queries themselves do not hang on the encoder; what the first layer made of them does.
+        yield ProjectorProduct(8 * width * width * queries, "tile", encoder_below=layer > 0)
+        yield ProjectorProduct(4 * width * queries * queries, "tile", encoder_below=layer > 0, attention=True)
+        if layer % qformer.cross_attention_frequency == 0:
+            yield ProjectorProduct(2 * width * width * queries, "tile", encoder_below=layer > 0)
+            yield ProjectorProduct(4 * inputs * width, "feature", own_below=False)
+            yield ProjectorProduct(4 * width * queries, "feature", attention=True)
+            yield ProjectorProduct(2 * width * width * queries, "tile")
+        yield ProjectorProduct(4 * width * inner * queries, "tile")
+    yield ProjectorProduct(2 * width * out * queries, "tile")
+
+
 def projector_products(model: ModelConfig) -> Iterator[ProjectorProduct]:
     """Every matrix product."""
     config, width = model.projector, model.language.hidden_size
     inputs, hidden = model.projector_input_size, config.hidden_size or width
     if config.resampler is not None:
         yield from _resampler_products(model)
+        return
+    if config.qformer is not None:
+        yield from _qformer_products(config.qformer, model.feature_size, width)
         return
     norm_below = config.input_norm or config.patch_norm is not None or config.kind == "average_pool"
     if config.merge_linear:
@@ -108,6 +144,8 @@ def projector_elements(model: ModelConfig, features: int, tiles: int, tensor: in
     """Elements that the projector keeps for its backward pass: inputs, and what stands before and after each activation."""
     config, resampler, width = model.projector, model.projector.resampler, model.language.hidden_size
     inputs, hidden = model.projector_input_size, config.hidden_size or width
+    if config.qformer is not None:
+        return _qformer_elements(config.qformer, model.feature_size, features, tiles, tensor)
     if resampler is None:
         normed = config.input_norm or config.patch_norm is not None or config.kind == "average_pool"
         middle = 2 * hidden * (config.num_layers - 1) / tensor
@@ -119,3 +157,11 @@ def projector_elements(model: ModelConfig, features: int, tiles: int, tensor: in
     rows = tiles * resampler.num_latents
     layer = (features + rows) * (2 * width + 2 * groups / tensor) + rows * (4 * width + (2 * heads + 4 * inner) / tensor)
     return features * (inputs + width + 4 * hidden / tensor) + resampler.num_layers * layer
+
+
+def _qformer_elements(qformer: QFormerConfig, inputs: int, features: int, tiles: int, tensor: int) -> float:
+    width, inner, rows = qformer.hidden_size, qformer.ffn_hidden_size, tiles * qformer.num_queries
+    # Of each attention: what comes in, the sum before the norm, queries, keys, values and their result.
+    layer = rows * (2 * width + 4 * width / tensor) + rows * (2 * width + 2 * inner / tensor)
+    reading = rows * (2 * width + 2 * width / tensor) + features * 2 * width / tensor
+    return features * inputs + qformer.num_layers * layer + _readers(qformer) * reading + 2 * rows * width

@@ -9,6 +9,7 @@ import pytest
 
 from megavlm.config.data import CHAT_TEMPLATES
 from megavlm.data.chat import TEMPLATES, Chat, ChatError
+from megavlm.data.chat_sources import SOURCES
 from megavlm.data.tokenizer import TokenizerError, load_tokenizer, train_sentencepiece
 
 TURNS = [
@@ -49,7 +50,7 @@ def test_text_ids_and_mask_equal_hugging_face(name, system, tokenizer, hf):
 
 
 def test_config_names_every_template():
-    assert set(CHAT_TEMPLATES) == set(TEMPLATES)
+    assert set(CHAT_TEMPLATES) == {*TEMPLATES, *SOURCES}
 
 
 @pytest.mark.parametrize(

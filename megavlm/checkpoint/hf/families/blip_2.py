@@ -11,7 +11,7 @@ import torch
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.encoders import EncoderKind, encoder, encoder_of
 from megavlm.checkpoint.hf.families.base import Family, TokenIds, input_ids, normalised
-from megavlm.checkpoint.hf.families.paligemma import stretching
+from megavlm.checkpoint.hf.families.paligemma import INTERPOLATIONS, stretching
 from megavlm.checkpoint.hf.language import language, language_of
 from megavlm.checkpoint.hf.links import Link, plain, prefixed
 from megavlm.checkpoint.hf.processors import BICUBIC, image_fit, processor_block
@@ -30,6 +30,7 @@ class Blip2(Family):
 
     name, hf_class, processor_class = "blip-2", "Blip2ForConditionalGeneration", "Blip2Processor"
     image_token_field = "image_token_index"
+    chat_template = "blip-2"
     encoders: tuple[str, ...] = ("blip_2_vision_model",)
     qformer_type = "blip_2_qformer"
 
@@ -134,7 +135,10 @@ class Blip2(Family):
 
     def image_from_hf(self, folder: Path, model: ModelConfig) -> ImageConfig:
         block, file = processor_block(folder)
-        return ImageConfig(fit=image_fit(block, file) if "size" in block else "stretch")
+        resample = block.get("resample", BICUBIC)
+        if resample not in INTERPOLATIONS:
+            raise HuggingFaceError(f"{file}: resample is {resample}, supported: {', '.join(map(str, INTERPOLATIONS))}")
+        return ImageConfig(fit=image_fit(block, file) if "size" in block else "stretch", interpolation=INTERPOLATIONS[resample])
 
     def check_pictures(self, model: ModelConfig, image: ImageConfig) -> None:
         if image.policy != "fixed" or image.fit != "stretch":
@@ -150,7 +154,7 @@ class Blip2(Family):
             "processor_config.json": {
                 "processor_class": self.processor_class,
                 "num_query_tokens": _qformer(model).num_queries,
-                "image_processor": stretching(model, "BlipImageProcessor", BICUBIC),
+                "image_processor": stretching(model, image, "BlipImageProcessor"),
             }
         }
 
