@@ -30,6 +30,8 @@ from megavlm.models.vision.pictures import split_pictures
 IMAGE_PAD = "<|image_pad|>"
 _PIXEL_LIMITS = {"shortest_edge": ("min_tokens_per_image", "min_pixels", 1), "longest_edge": ("max_tokens_per_image", "max_pixels", 0)}
 """Key of the processor's size -> our field, the key's old name, whether to round up."""
+_DEFAULT_PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
+"""Of transformers' Qwen2VLImageProcessor, where a folder's processor says nothing."""
 
 
 class Qwen2VL(Family):
@@ -131,11 +133,11 @@ class Qwen2VL(Family):
         for ours, own in (("patch_size", model.vision.patch_size_px), ("merge_size", model.projector.pixel_shuffle)):
             if block.get(ours, own) != own:
                 raise HuggingFaceError(f"{file}: {ours} is {block[ours]}, the model's own is {own}")
+        if not block:
+            return ImageConfig(policy="native")
         limits: dict[str, int] = {}
         for edge, (field, name, up) in _PIXEL_LIMITS.items():
-            pixels = block.get(name) or size.get(edge) or size.get(name)
-            if pixels is None:
-                continue
+            pixels = block.get(name) or size.get(edge) or size.get(name) or _DEFAULT_PIXELS[edge]
             if pixels % factor**2:
                 raise HuggingFaceError(
                     f"{file}: {name} (size.{edge}) is {pixels}, no multiple of the {factor} x {factor} pixels of a visual token: "
