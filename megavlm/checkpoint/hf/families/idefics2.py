@@ -34,7 +34,8 @@ class Idefics(Family):
     encoders: ClassVar[tuple[str, ...]]
 
     def encoder(self, config: Any) -> EncoderKind:
-        return encoder(config.vision_config.model_type, self.encoders)
+        # The class builds its own encoder whatever the block's model_type says: published folders write idefics3 there.
+        return encoder(self.encoders[0], self.encoders)
 
     def model_from_hf(self, config: Any, problems: Problems) -> ModelConfig:
         vision = self.encoder(config).from_hf(config.vision_config, problems)
