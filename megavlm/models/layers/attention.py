@@ -23,10 +23,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
 
 from megavlm.models.layers.masks import Piece, is_plain
 from megavlm.models.layers.packing import Packing, apply_rotary
 
+SCORES_AT_A_TIME = 1 << 26
+"""Soft-capped scores that exist at once: 256 MiB in fp32, for each of the steps between query and softmax."""
 CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
 
@@ -172,9 +175,22 @@ def capped_attention(
 ) -> torch.Tensor:
     """Attention whose scores are softcap x tanh(score / softcap) (Gemma 2, https://arxiv.org/abs/2408.00118, section 2); softmax in fp32.
 
-    `mask` is True where a query sees a key and broadcasts to (B, H, R, K). torch's fused attention knows no soft cap.
+    `mask` is True where a query sees a key and broadcasts to (B, H, R, K). torch's fused attention knows no soft cap: where the scores
+    would take much memory they are computed for some queries at a time, and again in the backward pass.
     """
     k, v = _repeated(k, v, q.shape[1], dim=1)
+    rows = max(1, SCORES_AT_A_TIME // (q.shape[0] * q.shape[1] * k.shape[2]))
+    if rows >= q.shape[2]:
+        return _capped(q, k, v, mask, scale, softcap)
+    assert mask is None or mask.shape[-2] == q.shape[2]
+    outputs = []
+    for start in range(0, q.shape[2], rows):
+        part = (q[:, :, start : start + rows], k, v, None if mask is None else mask[..., start : start + rows, :], scale, softcap)
+        outputs.append(checkpoint(_capped, *part, use_reentrant=False) if torch.is_grad_enabled() else _capped(*part))
+    return torch.cat(outputs, dim=2)
+
+
+def _capped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, softcap: float) -> torch.Tensor:
     scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megavlm.checkpoint.hf.reading import quiet_transformers
+from megavlm.models.layers import attention
 from megavlm.models.layers.attention import attend_packed
 from megavlm.models.layers.masks import Bidirectional, Groups, groups_of
 from megavlm.models.layers.packing import Packing, pack
@@ -100,6 +101,22 @@ def test_attention_is_the_masked_formula(kind: Bidirectional, window: int | None
     upstream = torch.randn(got.shape, generator=generator, dtype=torch.float64)
     for ours, theirs_ in zip(torch.autograd.grad(got, inputs, upstream), torch.autograd.grad(want, inputs, upstream), strict=True):
         assert torch.allclose(ours, theirs_, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["none", "prefix"])
+def test_capped_scores_some_at_a_time(kind: Bidirectional, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, found = torch.Generator().manual_seed(5), []
+    inputs = [torch.randn(sum(LENGTHS), heads, 8, generator=generator, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    upstream = torch.randn(sum(LENGTHS), 4, 8, generator=generator, dtype=torch.float64)
+    for limit in (attention.SCORES_AT_A_TIME, 150, 1):
+        monkeypatch.setattr(attention, "SCORES_AT_A_TIME", limit)
+        out = attend_packed(*inputs, packing(kind), causal=True, scale=0.7, window=5, softcap=2.0)
+        found.append((out.detach(), *torch.autograd.grad(out, inputs, upstream)))
+        with torch.no_grad():
+            assert torch.equal(attend_packed(*inputs, packing(kind), causal=True, scale=0.7, window=5, softcap=2.0), out)
+    for other in found[1:]:
+        for got, want in zip(other, found[0], strict=True):
+            assert torch.allclose(got, want, atol=1e-12)
 
 
 def test_nothing_special_needs_no_mask() -> None:
