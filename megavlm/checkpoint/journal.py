@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megavlm.checkpoint import folders
 from megavlm.checkpoint.errors import CheckpointError
-from megavlm.checkpoint.folders import sync_folder
 
 JOURNAL = "journal.jsonl"
 
@@ -27,12 +27,15 @@ class Journal:
         job: what is written, JSON: another value means that the folder's contents are of no use.
 
     Raises:
-        CheckpointError: another process is writing this folder.
+        CheckpointError: another process is writing this folder, or it holds something else.
     """
 
     def __init__(self, folder: Path, job: Any) -> None:
-        self.folder, self.entries = folder, []
+        self.folder = folder
+        self.entries: list[Any] = []
         folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / JOURNAL).is_file() and any(folder.iterdir()):
+            raise CheckpointError(f"{folder} is in the way, and no unfinished conversion: remove it, or write elsewhere")
         self._handle = os.open(folder / JOURNAL, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -44,7 +47,7 @@ class Journal:
         if lines and lines[0] == job:
             os.ftruncate(self._handle, size)  # the end of a line that was cut off
             os.lseek(self._handle, 0, os.SEEK_END)
-            self.entries: list[Any] = lines[1:]
+            self.entries = lines[1:]
         else:
             _empty(folder)
             os.ftruncate(self._handle, 0)
@@ -56,10 +59,8 @@ class Journal:
         self._append(entries)
         self.entries += entries
 
-    def close(self, *, finished: bool) -> None:
-        """Let go; a finished job's journal is deleted."""
-        if finished:
-            (self.folder / JOURNAL).unlink()
+    def close(self) -> None:
+        """Let go of the folder."""
         os.close(self._handle)
 
     def _append(self, entries: list[Any]) -> None:
@@ -67,7 +68,13 @@ class Journal:
         while text:
             text = text[os.write(self._handle, text) :]
         os.fsync(self._handle)
-        sync_folder(self.folder)
+        folders.sync_folder(self.folder)
+
+
+def publish(unfinished: Path, path: Path) -> None:
+    """Give a finished folder its name. Its journal goes last: killed before, the job finds all of it done."""
+    folders.publish(unfinished, path)
+    (path / JOURNAL).unlink(missing_ok=True)
 
 
 def _whole_lines(file: Path) -> tuple[list[Any], int]:

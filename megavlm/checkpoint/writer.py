@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 
 import megavlm
 from megavlm.checkpoint import folders
-from megavlm.checkpoint.journal import JOURNAL, Journal
+from megavlm.checkpoint.journal import JOURNAL, Journal, publish
 
 _FILE_BYTES = 2_000_000_000
 _SYNC_BYTES = 500_000_000
@@ -111,16 +111,16 @@ class CheckpointWriter:
             more(self.folder)
         folders.write_json(self.folder / folders.STATE, everything)
         folders.write_json(self.folder / folders.MANIFEST, {"files": files})
-        self._journal.close(finished=True)
         self._hashing.shutdown()
-        folders.publish(self.folder, self.path)
+        publish(self.folder, self.path)
+        self._journal.close()
 
     def leave(self) -> None:
         """Stop before the end; what is written stays for the next start."""
         if self._stream is not None:
             self._stream.close()
         self._hashing.shutdown(cancel_futures=True)
-        self._journal.close(finished=False)
+        self._journal.close()
 
     @property
     def _file(self) -> str:

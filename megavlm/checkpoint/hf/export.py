@@ -28,6 +28,7 @@ from megavlm.checkpoint.hf.tensor_files import Entry
 from megavlm.checkpoint.hf.tensors import to_theirs
 from megavlm.checkpoint.hf.texts import Texts
 from megavlm.checkpoint.hf.weight_files import Group, write_weights
+from megavlm.checkpoint.journal import publish
 from megavlm.config.schema import ImageConfig, ModelConfig
 from megavlm.data.chat import Chat
 from megavlm.models.weights import is_vocabulary
@@ -106,7 +107,7 @@ def export_hf(
     config = config_to_hf(model, texts.ids, dtype=written.dtype, base=texts.base_config) | texts.picture_config()
     (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     texts.write(unfinished)
-    folders.publish(unfinished, folder)
+    publish(unfinished, folder)
     return Exported(folder, written.num_tensors, written.num_parameters, written.dtype)
 
 

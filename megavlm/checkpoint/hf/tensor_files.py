@@ -112,7 +112,7 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """A contiguous tensor's memory, to read from or write to."""
     if not tensor.numel():
         return memoryview(b"")
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Weights:
 def write_weights(
     groups: Sequence[Group], folder: Path, max_shard_bytes: int, job: Any, *, sync_bytes: int = _SYNC_BYTES, label: str = "export"
 ) -> Weights:
-    """Write the files and the index into `folder`; a job that was killed is gone on with.
+    """Write the files and the index into `folder`; a job that was killed is gone on with until `journal.publish`.
 
     Args:
         groups: all tensors, in the order they are written.
@@ -62,7 +62,6 @@ def write_weights(
     total = sum(entry.nbytes for entry in entries)
     journal = Journal(folder, {"job": job, "files": names})
     done = int(journal.entries[-1]) if journal.entries else 0
-    finished = False
     try:
         files = _Files(folder, names, shards, done)
         with progress_bar(label, total, sum(entry.nbytes for entry in entries[:done])) as bar:
@@ -81,11 +80,11 @@ def write_weights(
                     journal.add([written])
                     unsynced = 0
         files.close()
+        journal.add([len(entries)])
         if len(shards) > 1:
             _write_index(folder, names, shards)
-        finished = True
     finally:
-        journal.close(finished=finished)
+        journal.close()
     widest = max({entry.dtype for entry in entries}, key=lambda d: d.itemsize)
     return Weights(len(entries), sum(prod(entry.shape) for entry in entries), str(widest).removeprefix("torch."))
 

@@ -211,17 +211,20 @@ def test_texts_and_unknown_fields_of_an_import_come_out_again(folder: Path, tmp_
 def test_journal_forgets_a_line_that_was_cut_off(tmp_path: Path) -> None:
     journal = Journal(tmp_path, {"a": 1})
     journal.add([1, 2])
-    journal.close(finished=False)
+    journal.close()
     with open(tmp_path / "journal.jsonl", "a") as stream:
         stream.write("3")
     again = Journal(tmp_path, {"a": 1})
     assert again.entries == [1, 2]
     again.add([4])
-    again.close(finished=False)
+    again.close()
     last = Journal(tmp_path, {"a": 1})
     assert last.entries == [1, 2, 4]
-    last.close(finished=True)
-    assert not (tmp_path / "journal.jsonl").exists()
+    last.close()
+    (tmp_path / "journal.jsonl").unlink()
+    (tmp_path / "mine").touch()
+    with pytest.raises(CheckpointError, match="is in the way"):
+        Journal(tmp_path, {"a": 1})
 
 
 def test_the_checkpoint_is_a_complete_one(checkpoint: Path) -> None:
