@@ -135,8 +135,10 @@ def _resampler_products(model: ModelConfig) -> Iterator[ProjectorProduct]:
         yield ProjectorProduct(2 * width * heads * latents, "tile", encoder_below=layer > 0)
         yield ProjectorProduct(4 * width * groups, "feature")
         yield ProjectorProduct(4 * width * groups * latents, "tile")
-        yield ProjectorProduct(4 * heads * latents, "feature", attention=True)
-        yield ProjectorProduct(4 * heads * latents * latents, "tile", attention=True)
+        # Scores, then the weighted sum. The first layer's queries need a gradient only where the latents train, as a weight does.
+        for unit, keys in (("feature", 1), ("tile", latents)):
+            yield ProjectorProduct(2 * heads * latents * keys, unit, attention=layer > 0)
+            yield ProjectorProduct(2 * heads * latents * keys, unit, attention=True)
         yield ProjectorProduct((2 * heads * width + 6 * width * inner) * latents, "tile")
 
 
