@@ -28,7 +28,7 @@ from megavlm.models.vision.encoder import VisionEncoder, vision_style
 from megavlm.models.vision.features import Features
 
 ROW_MULTIPLE = 8
-"""Rows of a tile are filled up to a multiple of this."""
+"""Rows of a tile are filled up to a multiple of this; a class token and n x n patches never are one."""
 
 
 @dataclass

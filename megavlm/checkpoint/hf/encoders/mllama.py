@@ -15,8 +15,6 @@ from megavlm.checkpoint.hf.reading import Problems
 from megavlm.config.schema import VisionConfig
 from megavlm.config.vision import CanvasConfig
 
-_ROW_MULTIPLE = 8
-
 
 class MllamaVision(EncoderKind):
     """https://arxiv.org/abs/2407.21783, section 7.1"""
@@ -33,9 +31,6 @@ class MllamaVision(EncoderKind):
         problems.only(config, "norm_eps", 1e-5, block="vision_config")
         width = config.hidden_size * (1 + len(config.intermediate_layers_indices))
         problems.only(config, "vision_output_dim", width, block="vision_config")
-        rows = (config.image_size // config.patch_size) ** 2 + 1
-        if rows % _ROW_MULTIPLE == 0:
-            problems.add(f"a tile has {rows} rows, supported: no multiple of {_ROW_MULTIPLE} (transformers then masks every row)")
         return {
             "image_size_px": config.image_size,
             "patch_size_px": config.patch_size,

@@ -24,6 +24,7 @@ from megavlm.data.prompt import Prompt
 from megavlm.data.tokenizer import Tokenizer
 
 VISION, PROJECTOR, LANGUAGE, HEAD = "vision_model.", "multi_modal_projector.", "language_model.model.", "language_model.lm_head.weight"
+IMAGE_TOKEN = "<|image|>"
 BILINEAR = 2
 
 
@@ -126,6 +127,11 @@ class Mllama(Family):
 
     def processor_files(self, model: ModelConfig, image: ImageConfig, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
         assert model.vision.canvas is not None
+        if tokenizer.image_token != IMAGE_TOKEN:
+            raise HuggingFaceError(
+                f"data.image_token={tokenizer.image_token!r}: the processor of {self.hf_class} looks for {IMAGE_TOKEN!r}; "
+                f"train with data.image_token={IMAGE_TOKEN}"
+            )
         processor = {
             "image_processor_type": "MllamaImageProcessor",
             "do_resize": True,
