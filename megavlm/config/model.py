@@ -97,6 +97,8 @@ class ModelConfig(Block):
                     raise ValueError(f"vision_beside[{i}].{name}={theirs}, but encoders side by side need that of model.vision: {first}")
         if self.vision_beside and any(encoder.class_token and encoder.keep_class_token for encoder in self.encoders):
             raise ValueError("vision_beside joins features patch by patch: set keep_class_token=false in every encoder")
+        if self.vision_beside and any(encoder.canvas is not None for encoder in self.encoders):
+            raise ValueError("vision_beside joins features of single tiles: it does not go with canvas")
         if any(encoder.deepstack_layers for encoder in self.vision_beside):
             raise ValueError("vision_beside: set deepstack_layers=[] there; only model.vision hands features to the LLM's layers")
 

@@ -15,9 +15,13 @@ import numpy as np
 import torch
 
 from megavlm.config.schema import ImageConfig, ModelConfig
+from megavlm.data.blends import shrunk, single
 from megavlm.data.pixels import as_CHW, pad_to_square, resize, split_tiles
 from megavlm.data.resizing_base import PictureGrid, ResizingError, SquareTiles, check_cap, check_size
 from megavlm.planner.flops import VisionWork
+
+SHRINK_FROM = 1.1
+"""LLaVA-OneVision shrinks what is longer by more than this on average (transformers 5.23, models/llava_onevision)."""
 
 
 class AnyRes(SquareTiles):
@@ -44,7 +48,6 @@ class AnyRes(SquareTiles):
         if not fitting:
             return PictureGrid(1, 1, False, self.tokens_per_tile + self.newline, VisionWork.uniform(1, self.patches))
         rows, cols = self._best(fitting, width, height)
-        self._check_not_shrunk((rows, cols), width, height)
         work = VisionWork.uniform(rows * cols + 1, self.patches)
         return PictureGrid(cols, rows, True, self._tokens((rows, cols), width, height), work)
 
@@ -58,18 +61,6 @@ class AnyRes(SquareTiles):
         without_grids = copy.copy(self)
         without_grids.grids = []
         return without_grids
-
-    def _check_not_shrunk(self, grid: tuple[int, int], width: int, height: int) -> None:
-        """LLaVA-OneVision's `pack_image_features` blends features where there are many (transformers 5.23, models/llava_onevision)."""
-        most = self.image.anyres_max_tiles
-        if most is None:
-            return
-        lines, columns, above, left = self._unpadded(grid, width, height)
-        if math.sqrt((lines - 2 * above) * (columns - 2 * left) / (most * self.features**2)) > 1.1:
-            raise ResizingError(
-                f"a picture of {width}x{height} pixels takes {grid[0]} x {grid[1]} tiles, whose features LLaVA-OneVision shrinks to about "
-                f"data.image.anyres_max_tiles={most}, which is not done here: leave such grids, or the picture, out of the data"
-            )
 
     def _best(self, grids: list[tuple[int, int]], width: int, height: int) -> tuple[int, int]:
         """The grid that keeps most of the picture's pixels, among equals the one with least left over, among equals the first."""
@@ -89,9 +80,16 @@ class AnyRes(SquareTiles):
             return lines, columns, (lines - int(round(height * (columns / width), 7))) // 2, 0
         return lines, columns, 0, (columns - int(round(width * (lines / height), 7))) // 2
 
-    def _tokens(self, grid: tuple[int, int], width: int, height: int) -> int:
+    def _shape(self, grid: tuple[int, int], width: int, height: int) -> tuple[int, int]:
+        """Lines and columns of visual tokens of a grid: what is no padding, shrunk where it is more than anyres_max_tiles allow."""
         lines, columns, above, left = self._unpadded(grid, width, height)
-        return self.tokens_per_tile + (lines - 2 * above) * (columns - 2 * left + self.newline)
+        lines, columns, most = lines - 2 * above, columns - 2 * left, self.image.anyres_max_tiles
+        ratio = 0.0 if most is None else math.sqrt(lines * columns / (most * self.features**2))
+        return (int(lines // ratio), int(columns // ratio)) if ratio > SHRINK_FROM else (lines, columns)
+
+    def _tokens(self, grid: tuple[int, int], width: int, height: int) -> int:
+        lines, columns = self._shape(grid, width, height)
+        return self.tokens_per_tile + lines * (columns + self.newline)
 
     def cut(self, picture_HWC: np.ndarray, grid: PictureGrid) -> torch.Tensor:
         picture = as_CHW(picture_HWC)
@@ -112,13 +110,18 @@ class AnyRes(SquareTiles):
         return torch.cat([whole, split_tiles(canvas, self.side)]).contiguous()
 
     def feature_rows(self, grid: PictureGrid, width: int, height: int) -> np.ndarray | None:
-        base = np.arange(self.tokens_per_tile, dtype=np.int64)
+        base, alike = np.arange(self.tokens_per_tile, dtype=np.int64), self.image.anyres_max_tiles is None
         if not grid.thumbnail:
-            return np.append(base, [-1] * self.newline).astype(np.int64)
+            rows = np.append(base, [-1] * self.newline).astype(np.int64)
+            return rows if alike else single(rows)
         n, per_tile = self.features, self.tokens_per_tile
         of_tiles = per_tile + np.arange(grid.rows * grid.cols * per_tile, dtype=np.int64).reshape(grid.rows, grid.cols, n, n)
         picture = of_tiles.transpose(0, 2, 1, 3).reshape(grid.rows * n, grid.cols * n)
         lines, columns, above, left = self._unpadded((grid.rows, grid.cols), width, height)
         picture = picture[above : lines - above, left : columns - left]
-        ends = np.full((len(picture), self.newline), -1, dtype=np.int64)
-        return np.concatenate([base, np.concatenate([picture, ends], axis=1).ravel()])
+        shape = self._shape((grid.rows, grid.cols), width, height)
+        ends = np.full((shape[0], self.newline), -1, dtype=np.int64)
+        if alike:
+            return np.concatenate([base, np.concatenate([picture, ends], axis=1).ravel()])
+        mixed = single(picture) if shape == picture.shape else shrunk(picture, *shape)
+        return np.concatenate([single(base), np.concatenate([mixed, single(ends)], axis=1).reshape(-1, 4)])

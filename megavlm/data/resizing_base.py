@@ -67,7 +67,8 @@ class Resizing(ABC):
         return grid.tokens
 
     def feature_rows(self, grid: PictureGrid, width: int, height: int) -> np.ndarray | None:
-        """int64 (tokens,): row of the picture's projected features that each visual token takes, -1 for the learned end of a row.
+        """int64 (tokens,): row of the picture's projected features that each visual token takes, -1 for the learned end of a row; or
+        (tokens, 4) as `blends` writes them.
 
         None: all rows in order.
         """

@@ -104,7 +104,12 @@ class PackedBatch:
     picture_tiles: list[PictureTiles] | None = None
     """Of each picture, in order; known to every rank. None: native resolution, or no picture."""
     feature_rows_N: torch.Tensor | None = None
-    """int64: which row of the projector's output each visual token takes; -1 is the learned end of a row. None: all rows in order."""
+    """int64: which row of the projector's output each visual token takes; -1 is the learned end of a row. None: all rows in order.
+    (N, 4) where tokens mix rows: see megavlm.data.blends."""
+    instruction_ids_W: torch.Tensor | None = None
+    """int64; tokens, in the projector's own vocabulary, of the text that goes with each picture, end to end (InstructBLIP)."""
+    instruction_lengths: list[int] | None = None
+    """How many of them each picture has."""
     num_bad_samples: int = 0
     metadata: dict[str, object] = field(default_factory=dict)
 

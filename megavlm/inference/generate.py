@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megavlm.config.schema import LanguageConfig, ModelConfig
+from megavlm.data.blends import rows_and_weights
 from megavlm.data.prompt import Prompt, prompt_batch, token_batch
 from megavlm.data.types import PackedBatch
 from megavlm.inference.cache import KVCache
@@ -189,7 +190,7 @@ def _check_pictures(model: ModelConfig, number: int, prompt: Prompt, image_token
             + (f", of which {len(rows)} places are filled" if rows is not None else "")
         )
     if rows is not None and len(rows):
-        lowest = -1 if model.projector.image_newline else 0
+        rows, lowest = rows_and_weights(rows)[0], -1 if model.projector.image_newline else 0
         if int(rows.min()) < lowest or int(rows.max()) >= made:
             raise PromptError(
                 f"prompt {number}: feature rows from {int(rows.min())} to {int(rows.max())}, but there are {made} rows"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megavlm.config.schema import Recipe, StageConfig
+from megavlm.data.blends import rows_and_weights
 from megavlm.data.tokenizer import Tokenizer
 from megavlm.data.types import PackedBatch, StepData
 from megavlm.models.vision.pictures import split_pictures
@@ -64,7 +65,9 @@ def _shown(batch: PackedBatch, recipe: Recipe) -> tuple[list[torch.Tensor], torc
         tiles = torch.tensor([picture.tiles for picture in batch.picture_tiles or ()])
         return list(batch.tiles_TCHW), tiles.cumsum(0) - tiles  # the first tile of each
     rows_N = torch.arange(len(batch.image_positions_N)) if batch.feature_rows_N is None else batch.feature_rows_N
-    return list(batch.tiles_TCHW), torch.where(rows_N < 0, -1, rows_N // model.visual_tokens_per_tile)
+    rows = rows_and_weights(rows_N)[0]
+    first_N = rows if rows.dim() == 1 else rows[:, 0]
+    return list(batch.tiles_TCHW), torch.where(first_N < 0, -1, first_N // model.visual_tokens_per_tile)
 
 
 def _figure(samples: list[tuple[list[torch.Tensor], str]]) -> Any:

@@ -20,14 +20,16 @@ from megavlm.checkpoint.hf.reading import quiet_transformers
 from megavlm.checkpoint.hf.registry import family
 from megavlm.checkpoint.hf.texts import Texts
 from megavlm.config.schema import ImageConfig, ModelConfig
+from megavlm.data.blends import shrunk, single
 from megavlm.data.chat import Chat
 from megavlm.data.picture_plans import plan_all
-from megavlm.data.resizing import ResizingError, make_resizing, plan_pictures
+from megavlm.data.resizing import make_resizing, plan_pictures
 from megavlm.data.tokenizer import load_tokenizer, train_sentencepiece
+from megavlm.models.projectors.arrange import arranged
 from megavlm.testing.families import CASES
 from megavlm.testing.families.case import make_hf
 
-NAMES = ["LLaVA-NeXT", "LLaVA-NeXT, SigLIP", "LLaVA-OneVision", "InternVL3"]
+NAMES = ["LLaVA-NeXT", "LLaVA-NeXT, SigLIP", "LLaVA-OneVision", "LLaVA-OneVision, shrunk features", "InternVL3"]
 SIZES = [(16, 16), (40, 30), (100, 20), (13, 47), (33, 35), (7, 90)]
 """(width, height)"""
 SPECIALS = ["<image>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"]
@@ -189,18 +191,23 @@ def test_settings_that_are_not_ours_are_refused(exported: Any, tmp_path: Path) -
             family(model.family).image_from_hf(tmp_path, model)
 
 
-def test_a_picture_whose_features_would_be_shrunk_is_refused(exported: Any) -> None:
+def test_shrunk_features_are_torchs_bilinear() -> None:
+    """As `pack_image_features` of LLaVA-OneVision interpolates them, to the rounding of the weights."""
+    x = torch.randn(7, 11, 5, generator=torch.Generator().manual_seed(1))
+    rows = torch.from_numpy(shrunk(np.arange(77).reshape(7, 11), 4, 9)).reshape(-1, 4)
+    newline = torch.zeros(5)
+    got = arranged(x.flatten(0, 1), rows, newline).view(4, 9, 5)
+    want = torch.nn.functional.interpolate(x.permute(2, 0, 1)[None], size=(4, 9), mode="bilinear")[0].permute(1, 2, 0)
+    assert float((got - want).abs().max()) <= 1e-5
+    whole = torch.from_numpy(single(np.array([3, -1, 0])))
+    assert torch.equal(arranged(x.flatten(0, 1), whole, newline + 7), torch.stack([x[0, 3], newline + 7, x[0, 0]]))
+
+
+def test_one_of_several_is_one_tile_whatever_its_size(exported: Any) -> None:
     _, model, image, _ = exported
-    if model.family != "llava_onevision":
-        assert image.anyres_max_tiles is None
-        return
-    large = ImageConfig.model_validate(image.model_dump() | {"anyres_grids": [(1, 2), (2, 2), (4, 4)], "anyres_max_tiles": 9})
-    resizing, side = make_resizing(large, model), model.vision.image_size_px
-    with pytest.raises(ResizingError, match="anyres_max_tiles=9"):
-        resizing.grid(4 * side, 4 * side)
-    assert resizing.grid(2 * side, 2 * side).tokens > 0
-    # Among several it is one tile, whatever its size.
-    assert [g.work.tiles for g in plan_pictures([(4 * side, 4 * side), (10, 10)], resizing, large)] == [1, 1]
+    side = model.vision.image_size_px
+    tiles = [g.work.tiles for g in plan_pictures([(2 * side, 2 * side), (side, side)], make_resizing(image, model), image)]
+    assert (tiles == [1, 1]) == (model.family == "llava_onevision")
 
 
 def test_plans_of_all_samples_at_once(exported: Any) -> None:
