@@ -29,6 +29,15 @@ fixed = st.fixed_dictionaries({"policy": st.just("fixed"), "fit": st.sampled_fro
 tiles = st.fixed_dictionaries({"policy": st.just("tiles"), "max_tiles": st.integers(1, 6), "thumbnail": st.booleans()})
 anyres = st.fixed_dictionaries({"policy": st.just("anyres")})
 native = st.fixed_dictionaries({"policy": st.just("native"), "max_tokens_per_image": st.sampled_from([None, 4, 30])})
+by_edges = st.fixed_dictionaries(
+    {
+        "policy": st.just("native"),
+        "whole_patches": st.sampled_from(["stretch", "cut"]),
+        "longest_edge_px": st.sampled_from([30, 40]),
+        "shortest_edge_px": st.sampled_from([None, 18]),
+    }
+)
+split = st.fixed_dictionaries({"policy": st.just("split"), "longest_edge_px": st.sampled_from([16, 40, 64])})
 caps = st.sampled_from([None, 260])
 sizes = st.tuples(st.integers(1, 70), st.integers(1, 70))
 conversation = st.lists(st.lists(sizes, max_size=2), min_size=1, max_size=3)
@@ -59,13 +68,16 @@ def write(folder, conversations):
             writer.write(f"s{i}", {"task": "t", "split": "train", "messages": messages}, pictures)
 
 
-def recipe_of(folder, tokenizer, image, shuffle, newline):
+def recipe_of(folder, tokenizer, image, shuffle, newline, latents=None):
     vision = {"image_size_px": SIDE, "patch_size_px": PATCH, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
     vision |= {"class_token": False}
+    projector = {"pixel_shuffle": shuffle, "image_newline": newline}
+    if latents is not None:
+        projector |= {"kind": "perceiver", "bias": False, "resampler": {"num_latents": latents}}
     return Recipe.model_validate(
         {
             "run": {"dir": str(folder / "run")},
-            "model": {"vision": vision, "projector": {"pixel_shuffle": shuffle, "image_newline": newline}},
+            "model": {"vision": vision, "projector": projector},
             "data": {
                 "sources": {"a": {"path": str(folder / "shards")}},
                 "tokenizer": str(tokenizer.path),
@@ -83,7 +95,7 @@ def features_of(batch, model):
     if batch.tile_grids is not None:
         areas = [3 * rows * columns * PATCH**2 for rows, columns in batch.tile_grids]
         pictures = batch.pixels_X.split(areas) if areas else []
-        rows = [r * c // model.projector.pixel_shuffle**2 for r, c in batch.tile_grids]
+        rows = [model.visual_tokens(r, c) for r, c in batch.tile_grids]
         return np.repeat([int(p.max()) for p in pictures], rows)
     if batch.tiles_TCHW is None:
         return np.zeros(0, dtype=int)
@@ -92,19 +104,21 @@ def features_of(batch, model):
 
 @settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    image=st.one_of(fixed, tiles, anyres, native),
+    image=st.one_of(fixed, tiles, anyres, native, by_edges, split),
     cap=caps,
+    latents=st.sampled_from([None, None, 3]),
     shuffle=st.sampled_from([1, 2]),
     newline=st.booleans(),
     conversations=st.lists(conversation, min_size=1, max_size=4),
 )
-def test_placeholders_are_features_of_their_own_pictures(tokenizer, image, cap, shuffle, newline, conversations):
+def test_placeholders_are_features_of_their_own_pictures(tokenizer, image, cap, latents, shuffle, newline, conversations):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write(folder / "shards", conversations)
         if image["policy"] != "fixed":
             image = image | {"max_tokens_per_sample": cap}
-        recipe = recipe_of(folder, tokenizer, image, shuffle, newline and image["policy"] == "anyres")
+        latents = None if image["policy"] == "anyres" else latents
+        recipe = recipe_of(folder, tokenizer, image, shuffle, newline and image["policy"] == "anyres", latents)
         indexes = {"a": build_index(recipe.data.sources["a"], recipe.data, recipe.model, "multimodal", tokenizer, progress=False)}
         planner = StepPlanner(indexes, recipe.stages[0], recipe.data, recipe.model, seed=1, dp_size=1, num_microbatches=1)
         ((packs,),) = planner.next().assignment
@@ -116,7 +130,7 @@ def test_placeholders_are_features_of_their_own_pictures(tokenizer, image, cap, 
     # What the plan says, the grids, the pixels and the rows that the model computes from them: one number each way.
     assert batch.num_tiles == work.tiles
     features = features_of(batch, model)
-    assert len(features) == work.patches // shuffle**2
+    assert len(features) == (work.patches // shuffle**2 if latents is None else work.tiles * latents)
     taken = np.arange(len(features)) if batch.feature_rows_N is None else batch.feature_rows_N.numpy()
     assert len(taken) == len(batch.image_positions_N)
     # Each placeholder takes a feature of the picture that stands there.
