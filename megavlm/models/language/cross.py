@@ -57,6 +57,14 @@ class Sight:
     """Of this context rank's rows, in order."""
     last: tuple[Look, ...]
     """Of each segment: what a token sees that would follow it."""
+    _after_L: torch.Tensor | None = None
+
+    def after_picture(self, device: torch.device) -> torch.Tensor:
+        """bool (L,): rows that a picture stands before; built once for all layers."""
+        if self._after_L is None:
+            lengths, after = torch.tensor([look.length for look in self.looks]), torch.tensor([look.after_picture for look in self.looks])
+            self._after_L = torch.repeat_interleave(after, lengths).to(device)
+        return self._after_L
 
 
 def picture_rows(model: ModelConfig, batch: PackedBatch) -> list[tuple[int, int]]:
@@ -225,10 +233,7 @@ class CrossAttentionLayer(TransformerLayer):  # type: ignore[misc]
 
     def _after_picture(self, sight: Sight, x_LBD: torch.Tensor) -> torch.Tensor:
         """bool (L,): this tensor rank's rows that a picture stands before."""
-        rows = torch.repeat_interleave(
-            torch.tensor([look.after_picture for look in sight.looks], device=x_LBD.device),
-            torch.tensor([look.length for look in sight.looks], device=x_LBD.device),
-        )
+        rows = sight.after_picture(x_LBD.device)
         if self.config.sequence_parallel:
             rows = rows.view(-1, x_LBD.shape[0])[self.self_attention.linear_q.tp_group.rank()]
         return rows
