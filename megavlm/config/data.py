@@ -159,6 +159,8 @@ class DataConfig(Block):
     image_token: str = "<image>"
     """The tokenizer's special token that visual features replace (Qwen: <|image_pad|>). In the data a picture's place is always written
     <image>."""
+    instruction_tokenizer: str | None = None
+    """A Hugging Face folder with the tokenizer.json of model.projector.qformer.instruction (InstructBLIP: its qformer_tokenizer)."""
     image: ImageConfig = Field(default_factory=ImageConfig)
     seq_len_tokens: PositiveInt = 4096
     """Length of a pack: a hard budget on LLM tokens, visual tokens included."""

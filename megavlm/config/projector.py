@@ -33,6 +33,14 @@ class ResamplerConfig(Block):
         return self
 
 
+class InstructionConfig(Block):
+    """The text that a Q-Former reads beside its queries, in a vocabulary of its own: data.instruction_tokenizer."""
+
+    vocab_size: PositiveInt = 30523
+    max_positions: PositiveInt = 512
+    """Longer instructions are cut."""
+
+
 class QFormerConfig(Block):
     """Learned queries that read a picture's features through BERT-like layers with norms after them (BLIP-2)."""
 
@@ -46,6 +54,8 @@ class QFormerConfig(Block):
     """The first of so many layers reads the picture's features; in the others queries see each other alone."""
     activation: Literal["gelu", "gelu_tanh", "relu"] = "gelu"
     norm_eps: PositiveFloat = 1e-12
+    instruction: InstructionConfig | None = None
+    """Queries also see the text of the message that the picture stands in (InstructBLIP); None: the picture alone (BLIP-2)."""
 
     @model_validator(mode="after")
     def _check(self) -> QFormerConfig:

@@ -199,7 +199,10 @@ class Recipe(Block):
                     f"evaluation.sources names {source!r}, which is not in data.sources ({', '.join(sorted(known)) or 'empty'})"
                 )
         for i, stage in enumerate(self.stages):
-            for module, total in (("vision", self.model.vision.num_used_layers), ("language", self.model.language.num_layers)):
+            for module, total in (
+                ("vision", min(e.num_used_layers for e in self.model.encoders)),
+                ("language", self.model.language.num_layers),
+            ):
                 wanted = getattr(stage, module).last_layers
                 if wanted is not None and wanted > total:
                     raise ValueError(f"stages[{i}].{module}.last_layers={wanted}, but {total} layers of model.{module} are used")
@@ -213,6 +216,7 @@ class Recipe(Block):
         self._check_pictures()
         self._check_tensor_split()
         self._check_experts()
+        self._check_instructions()
         return self
 
     def _check_text_only(self) -> None:
@@ -279,6 +283,11 @@ class Recipe(Block):
                 "vision.ffn_hidden_size": self.model.vision.ffn_hidden_size,
                 "projector.hidden_size": projector.hidden_size or self.model.language.hidden_size,
             }
+            for i, other in enumerate(self.model.vision_beside):
+                widths |= {
+                    f"vision_beside[{i}].num_attention_heads": other.num_attention_heads,
+                    f"vision_beside[{i}].ffn_hidden_size": other.ffn_hidden_size,
+                }
         if projector.resampler is not None:
             widths |= {
                 "projector.resampler.num_attention_heads": projector.resampler.num_attention_heads,
@@ -308,4 +317,17 @@ class Recipe(Block):
             raise ValueError(
                 "model.language.moe with parallel.tensor > 1 needs parallel.sequence=true: without it each tensor rank would send "
                 "the same tokens to the experts again"
+            )
+
+    def _check_instructions(self) -> None:
+        qformer, given = self.model.projector.qformer, self.data.instruction_tokenizer
+        reads = qformer is not None and qformer.instruction is not None
+        if reads != (given is not None):
+            raise ValueError(
+                "model.projector.qformer.instruction and data.instruction_tokenizer go together: the Q-Former reads the text of a picture's "
+                "message in a vocabulary of its own; give both or neither"
+            )
+        if reads and self.data.image.policy != "fixed":
+            raise ValueError(
+                f"data.image.policy={self.data.image.policy}: a Q-Former with an instruction reads one tile a picture; use fixed"
             )

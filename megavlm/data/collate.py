@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megavlm.data.prompt import instruction_fields
 from megavlm.data.resizing import PictureGrid
 from megavlm.data.types import PackedBatch, PictureTiles, SampleRef
 
@@ -35,6 +36,8 @@ class Piece:
     """Of each picture: see Resizing.feature_rows."""
     pixels: list[torch.Tensor]
     """Of each picture, as the policy cuts it; empty on a rank without an encoder."""
+    instructions: list[list[int]]
+    """Of each picture: see data/instructions.py; empty where the projector reads no text, or without an encoder."""
     problem: str | None
     """Why a picture of this sample could not be read."""
 
@@ -71,6 +74,7 @@ def collate(pieces: Sequence[Piece | int], pad_id: int, tokens_per_tile: int, na
         tile_grids=[(g.rows, g.cols) for p in samples for g in p.grids] if native else None,
         picture_tiles=None if native else [PictureTiles(g.work.tiles, g.rows, g.cols) for p in samples for g in p.grids],
         feature_rows_N=None if rows is None else _tensor(rows),
+        **instruction_fields([own for p in samples for own in p.instructions]),
         num_bad_samples=len(bad),
         metadata={"bad_samples": bad, "num_samples": len(samples), "keys": [p.key for p in samples]},
     )

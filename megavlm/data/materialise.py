@@ -20,6 +20,7 @@ from megavlm.data.collate import Piece, collate
 from megavlm.data.decode import ImageDecoder, make_decoder
 from megavlm.data.images import ImageError
 from megavlm.data.index import SampleIndex
+from megavlm.data.instructions import instruction_tokenizer
 from megavlm.data.loss_weights import target_weights
 from megavlm.data.resizing import PictureGrid, make_resizing
 from megavlm.data.sample import Sample
@@ -68,6 +69,7 @@ class Materialiser:
         self.chat = Chat(recipe.data.chat_template, tokenizer, recipe.data.image.marks)
         image = ImageConfig() if self.classifies else recipe.data.image
         self.resizing = make_resizing(image, recipe.model, tokenizer)
+        self.instructions = None if self.classifies or not needs_tiles else instruction_tokenizer(recipe.data, recipe.model)
         self.decoder: ImageDecoder = make_decoder(recipe.data.image.decoder, device)
         for name, index in indexes.items():
             if stage.num_classes is not None and index.max_label > stage.num_classes - 2:
@@ -152,6 +154,7 @@ class Materialiser:
             grids=grids,
             feature_rows=feature_rows,
             pixels=pixels,
+            instructions=self.instructions([m.model_dump() for m in sample.messages]) if self.instructions is not None else [],
             problem=problem,
         )
 

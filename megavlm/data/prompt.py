@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -33,6 +34,8 @@ class Prompt:
     """Tiles of each picture, in order; None: native resolution, or not known (each tile a picture)."""
     picture_tiles: list[PictureTiles] | None = None
     """How each picture was cut; None: native resolution, or each tile is a picture."""
+    instructions: list[list[int]] | None = None
+    """Of each picture, the text that goes with it in the projector's own vocabulary (InstructBLIP)."""
     sizes: list[tuple[int, int]] | None = None
     """(width, height) of each picture as it was decoded; some Hugging Face processors hand them on."""
 
@@ -75,7 +78,16 @@ def prompt_batch(prompts: Sequence[Prompt], image_token_id: int, model: ModelCon
         tile_grids=[grid for p in prompts for grid in p.tile_grids or ()] if any(p.tile_grids for p in prompts) else None,
         picture_tiles=None if any(p.tile_grids for p in prompts) else [cut for p in prompts for cut in p.cuts],
         feature_rows_N=_joined(_feature_rows(prompts, model)),
+        **instruction_fields([own for p in prompts for own in p.instructions or ()]),
     )
+
+
+def instruction_fields(instructions: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Fields of a PackedBatch from the instruction of each picture; {} where there are none."""
+    if not instructions:
+        return {}
+    ids = torch.tensor([token for own in instructions for token in own], dtype=torch.int64)
+    return {"instruction_ids_W": ids, "instruction_lengths": [len(own) for own in instructions]}
 
 
 def _joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

@@ -10,7 +10,7 @@ from megavlm.checkpoint import store
 from megavlm.checkpoint.folders import STATE
 from megavlm.checkpoint.hf import config_from_hf, image_config_from_hf, load_hf, start_from
 from megavlm.checkpoint.hf.starting import image_token_of
-from megavlm.checkpoint.hf.texts import KEPT, template_of
+from megavlm.checkpoint.hf.texts import KEPT, instructions_of, template_of
 from megavlm.config.data import CHAT_TEMPLATES
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import DataConfig, ParallelConfig, PrecisionConfig, Recipe, RunConfig
@@ -119,6 +119,7 @@ def _load_modules(model: VisionLanguageModel, checkpoint: Path, recipe: Recipe, 
 def _hf_recipe(folder: Path, chat_template: str | None) -> Recipe:
     """What a recipe says of a model, for a folder that has none. A recipe needs stages to train; this one has none to give."""
     values = {"tokenizer": str(folder), "chat_template": _template_name(folder, chat_template), "image": image_config_from_hf(folder)}
+    values["instruction_tokenizer"] = instructions_of(folder)
     token = image_token_of(folder)
     data = DataConfig.model_validate(values | ({"image_token": token} if token is not None else {}))
     return Recipe.model_construct(run=RunConfig(name=folder.name, dir=str(folder)), model=config_from_hf(folder), data=data, stages=[])

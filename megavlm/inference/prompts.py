@@ -16,6 +16,7 @@ from megavlm.config.schema import DataConfig, ModelConfig
 from megavlm.data.chat import Chat
 from megavlm.data.decode import make_decoder, to_rgb
 from megavlm.data.images import ImageError
+from megavlm.data.instructions import instruction_tokenizer
 from megavlm.data.prompt import Prompt
 from megavlm.data.resizing import make_resizing, plan_pictures
 from megavlm.data.resizing_rows import feature_rows
@@ -41,6 +42,7 @@ def make_prompt(
         ChatError: number of "<image>" and of pictures differ, or the template cannot render the messages.
         ImageError: a picture that cannot be read; names the file.
         ResizingError: pictures that no plan fits into data.image.max_tokens_per_sample.
+        TokenizerError: the projector reads text, and data.instruction_tokenizer does not fit it.
     """
     decoded = [_decode(picture, data) for picture in pictures]
     sizes = [(pixels_HWC.shape[1], pixels_HWC.shape[0]) for pixels_HWC in decoded]
@@ -54,7 +56,9 @@ def make_prompt(
         return Prompt(ids, pixels_X=cut, tile_grids=[(grid.rows, grid.cols) for grid in grids], sizes=sizes)
     rows = feature_rows(sizes, grids, resizing, model.visual_tokens_per_tile)
     cuts = [PictureTiles(grid.work.tiles, grid.rows, grid.cols) for grid in grids]
-    return Prompt(ids, cut, feature_rows_N=rows, tiles_per_picture=[picture.tiles for picture in cuts], picture_tiles=cuts, sizes=sizes)
+    tiles, reader = [picture.tiles for picture in cuts], instruction_tokenizer(data, model)
+    instructions = None if reader is None else reader(messages)
+    return Prompt(ids, cut, feature_rows_N=rows, tiles_per_picture=tiles, picture_tiles=cuts, instructions=instructions, sizes=sizes)
 
 
 def _decode(picture: Picture, data: DataConfig) -> np.ndarray:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from megavlm.config.schema import ModuleTraining, StageConfig
+from megavlm.models.projectors.qformer import QFormerProjector
 from megavlm.models.vision import VisionEncoder
 
 MODULES = ("vision", "projector", "language")
@@ -28,8 +29,8 @@ def apply_freezing(chunks: Sequence[torch.nn.Module], stage: StageConfig) -> Non
             part = getattr(chunk, module, None)
             if part is not None and getattr(stage, module).train == "last_layers":
                 _unfreeze_top(part, module, getattr(stage, module).last_layers)
-        for encoder in (m for m in chunk.modules() if isinstance(m, VisionEncoder)):
-            for parameter in encoder.untrained_parameters():
+        for owner in (m for m in chunk.modules() if isinstance(m, VisionEncoder | QFormerProjector)):
+            for parameter in owner.untrained_parameters():
                 parameter.requires_grad = False
 
 

@@ -153,6 +153,8 @@ class VisionLanguageModel(MegatronModule):
         pixels, grids = (batch.pixels_X, batch.tile_grids) if batch.tile_grids is not None else (batch.tiles_TCHW, None)
         assert pixels is not None, "the first pipeline stage needs the pixels of its batch"
         features = vision(pixels, batch.picture_tiles if isinstance(vision, CanvasEncoder) else grids)
+        if batch.instruction_ids_W is not None and batch.instruction_lengths is not None:
+            features.instructions = (batch.instruction_ids_W, batch.instruction_lengths)
         tokens_ND: torch.Tensor = projector(features, batch.feature_rows_N)
         deep = projector.deep(features, batch.feature_rows_N) if features.deep else []
         return tokens_ND, {deepstack_side(i): rows_ND.unsqueeze(1) for i, rows_ND in enumerate(deep)}
@@ -183,6 +185,8 @@ class VisionLanguageModel(MegatronModule):
         side = block_px if vision.positions in ROTARY_POSITIONS else vision.image_size_px
         tile = torch.full((1, vision.num_channels, side, side), 127, dtype=torch.uint8, device=self.ctx.device)
         features = self.vision(tile)
+        if self.model.projector.qformer is not None and self.model.projector.qformer.instruction is not None:
+            features.instructions = (torch.zeros(1, dtype=torch.int64, device=self.ctx.device), [1])
         deep = self.projector.deep(features) if features.deep else []
         return 0.0 * sum((rows.sum() for rows in deep), start=self.projector(features).sum())
 

@@ -70,10 +70,14 @@ def _resampler_parameters(model: ModelConfig) -> tuple[int, int]:
 def _qformer_parameters(qformer: QFormerConfig, inputs: int, out: int) -> tuple[int, int]:
     width, inner, readers = qformer.hidden_size, qformer.ffn_hidden_size, _readers(qformer)
     query_and_output, linear = (width + 1) * width + width * width, 2 * (width + 1) * width
+    words = qformer.instruction
     mlp = (width + 1) * inner + inner * width
     split = qformer.num_layers * (query_and_output + linear + mlp) + readers * (query_and_output + 2 * (inputs + 1) * width)
     # Biases of rows and a norm's two vectors: after each attention and each MLP.
     whole = 3 * width * (2 * qformer.num_layers + readers) + 2 * width + qformer.num_queries * width
+    if words is not None:
+        split += qformer.num_layers * mlp
+        whole += qformer.num_layers * 3 * width + (words.vocab_size + words.max_positions) * width
     return split + (width + 1) * out, whole
 
 
@@ -83,6 +87,7 @@ def _readers(qformer: QFormerConfig) -> int:
 
 
 def _qformer_products(qformer: QFormerConfig, inputs: int, out: int) -> Iterator[ProjectorProduct]:
+    """Without the words of an instruction, whose number no plan knows."""
     width, inner, queries = qformer.hidden_size, qformer.ffn_hidden_size, qformer.num_queries
     for layer in range(qformer.num_layers):
         # The queries themselves do not hang on the encoder; what the first layer made of them does.

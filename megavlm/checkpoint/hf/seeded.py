@@ -63,4 +63,14 @@ def picture_prompt(
         return Prompt(ids, pixels_X=cut, tile_grids=[(grid.rows, grid.cols) for grid in grids], sizes=sizes)
     rows = feature_rows(sizes, grids, resizing, model.visual_tokens_per_tile)
     cuts = [PictureTiles(grid.work.tiles, grid.rows, grid.cols) for grid in grids]
-    return Prompt(ids, cut, feature_rows_N=rows, tiles_per_picture=[picture.tiles for picture in cuts], picture_tiles=cuts, sizes=sizes)
+    tiles = [picture.tiles for picture in cuts]
+    instructions = _instructions(model, text, len(pictures))
+    return Prompt(ids, cut, feature_rows_N=rows, tiles_per_picture=tiles, picture_tiles=cuts, instructions=instructions, sizes=sizes)
+
+
+def _instructions(model: ModelConfig, text: Sequence[int], num_pictures: int) -> list[list[int]] | None:
+    """For projectors that read text: of another length for each picture."""
+    words = model.projector.qformer.instruction if model.projector.qformer is not None else None
+    if words is None:
+        return None
+    return [[1 + token % (words.vocab_size - 1) for token in text[: 4 - number % 3]] for number in range(num_pictures)]

@@ -14,9 +14,7 @@ from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.config import config_from_hf, image_config_from_hf, network
 from megavlm.checkpoint.hf.encoders.folder import encoder_folder
 from megavlm.checkpoint.hf.processors import image_fit, processor_block
-from megavlm.checkpoint.hf.reading import CONFIG, read_json
-from megavlm.checkpoint.hf.registry import family_of_folder
-from megavlm.checkpoint.hf.texts import template_of
+from megavlm.checkpoint.hf.texts import image_token_of, instructions_of, template_of
 from megavlm.config.schema import InitConfig, ModelConfig
 from megavlm.data.sample import IMAGE_TOKEN
 from megavlm.data.tokenizer import load_tokenizer
@@ -70,8 +68,12 @@ def _whole(folder: Path) -> dict[str, Any]:
 def _assembled(init: InitConfig, given: dict[str, Any]) -> dict[str, Any]:
     """Blocks of the two folders; the projector is the recipe's."""
     found: dict[str, Any] = {}
-    if init.vision_from_hf is not None:
-        found["vision"] = dict(encoder_folder(init.vision_from_hf).fields)
+    if init.encoders:
+        first, *others = [dict(encoder_folder(folder).fields) for folder in init.encoders]
+        found |= {"vision": first, "vision_beside": others}
+        wanted = 1 + len(given.get("vision_beside") or [])
+        if wanted not in (1, len(init.encoders)):
+            raise HuggingFaceError(f"init.vision_from_hf names {len(init.encoders)} folders, and model has {wanted} encoders")
         if given.get("text_only"):
             raise HuggingFaceError("init.vision_from_hf brings an encoder, and model.text_only=true wants none: leave one of them out")
     if init.language_from_hf is not None:
@@ -93,33 +95,27 @@ def _data_defaults(init: InitConfig) -> dict[str, Any]:
         found |= {"tokenizer": texts, "chat_template": template_of(Path(texts))}
     if init.from_hf is not None and not config_from_hf(init.from_hf).text_only:
         found |= {"image": image_config_from_hf(init.from_hf).model_dump(mode="json"), "image_token": image_token_of(Path(init.from_hf))}
+        found |= {"instruction_tokenizer": instructions_of(Path(init.from_hf))}
     if init.vision_from_hf is not None:
-        block, file = processor_block(Path(init.vision_from_hf))
+        block, file = processor_block(Path(init.encoders[0]))
         # A processor for another use of the encoder says nothing: how pictures become tiles is then data.image's default.
         with contextlib.suppress(HuggingFaceError):
             found |= {"image": {"fit": image_fit(block, file)}} if "size" in block else {}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def image_token_of(folder: Path) -> str | None:
-    """Text of the token that the folder's config names as the image's; None where its tokenizer has none of that id."""
-    number = read_json(folder / CONFIG).get(family_of_folder(folder).image_token_field)
-    if number is None or not (folder / "tokenizer.json").is_file():
-        return None
-    added = read_json(folder / "tokenizer.json").get("added_tokens", [])
-    return next((token["content"] for token in added if token["id"] == number), None)
-
-
 def _check_agreement(ours: ModelConfig, theirs: ModelConfig, init: InitConfig) -> None:
     """Every field of the recipe that a folder determines must be as the folder has it."""
-    here, there = network(ours), network(theirs)
-    wanted = {"vision.": init.vision_from_hf, "language.": init.language_from_hf}
+    here, there = _fields(ours), _fields(theirs)
+    wanted = {"vision": init.vision_from_hf, "language.": init.language_from_hf}
     blocks = ("",) if init.from_hf is not None else tuple(block for block, folder in wanted.items() if folder is not None)
-    choices = set() if init.from_hf is not None else _CHOICES
+    differing = [name for name in here | there if name.startswith(blocks) and here.get(name) != there.get(name)]
+    if init.from_hf is None:
+        differing = [name for name in differing if not name.startswith("vision") or name.partition(".")[2] not in _CHOICES]
     wrong = [
         f"model.{name}={here.get(name)!r} (the folder has {there.get(name)!r})"
-        for name in here | there
-        if name.startswith(blocks) and name not in choices and here.get(name) != there.get(name) and not _is_growth(name, here, there)
+        for name in differing
+        if name != _GROWS or here[name] < there[name]
     ]
     if init.from_hf is not None and ours.family != theirs.family:
         wrong.append(f"model.family={ours.family!r} (the folder has {theirs.family!r})")
@@ -127,16 +123,21 @@ def _check_agreement(ours: ModelConfig, theirs: ModelConfig, init: InitConfig) -
         raise HuggingFaceError(f"the recipe's model is not that of {' and '.join(init.folders)}: " + "; ".join(wrong))
 
 
-_CHOICES = {f"vision.{name}" for name in ("feature_layer", "final_norm", "keep_class_token", "pooled", "image_mean", "image_std")}
+def _fields(model: ModelConfig) -> dict[str, Any]:
+    found = network(model)
+    found.pop("vision_beside", None)
+    beside = enumerate(model.vision_beside)
+    return found | {f"vision_beside[{i}].{name}": value for i, encoder in beside for name, value in encoder.model_dump().items()}
+
+
+_CHOICES = {"feature_layer", "final_norm", "keep_class_token", "pooled", "image_mean", "image_std"}
 """What an encoder's folder leaves to whoever uses it."""
 
 
-def _is_growth(name: str, here: dict[str, Any], there: dict[str, Any]) -> bool:
-    return name == _GROWS and here[name] > there[name]
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for name, value in over.items():
-        merged[name] = _merged(merged[name], value) if isinstance(value, dict) and isinstance(merged.get(name), dict) else value
-    return merged
+def _merged(base: Any, over: Any) -> Any:
+    """`over` where it says something; lists of blocks element by element."""
+    if isinstance(base, dict) and isinstance(over, dict):
+        return base | {name: _merged(base[name], value) if name in base else value for name, value in over.items()}
+    if isinstance(base, list) and isinstance(over, list) and len(base) == len(over) and all(isinstance(b, dict) for b in base):
+        return [_merged(b, o) for b, o in zip(base, over, strict=True)]
+    return over

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from megavlm.checkpoint.hf.reading import CONFIG, hf_config, read_json
 from megavlm.checkpoint.hf.registry import family, family_of_folder
 from megavlm.config.schema import ImageConfig, ModelConfig, Recipe
 from megavlm.data.chat import TEMPLATES, Chat
+from megavlm.data.instructions import FOLDER as INSTRUCTIONS
+from megavlm.data.sample import IMAGE_TOKEN
 
 KEPT = "hf"
 """Subfolder of an imported checkpoint, or of a run that began with one, with the texts of the Hugging Face folder it came from."""
@@ -44,6 +47,8 @@ class Texts:
     keeps_tokenizer: bool = False
     keeps_template: bool = False
     keeps_processor: bool = False
+    instructions: Path | None = None
+    """Folder of the tokenizer of a projector that reads text."""
 
     @classmethod
     def given(cls, model: ModelConfig, chat: Chat | None, image: ImageConfig | None, kept: Path | None = None) -> Texts | None:
@@ -53,6 +58,15 @@ class Texts:
     @classmethod
     def of_checkpoint(cls, checkpoint: Path, model: ModelConfig, chat: Chat | None, image: ImageConfig | None) -> Texts | None:
         """What is given, else what the run's recipe says, else what an import kept; None when there is none of them."""
+        found, recipe = cls._of_checkpoint(checkpoint, model, chat, image), _recipe_of(checkpoint)
+        if found is None:
+            return None
+        kept = found.kept / INSTRUCTIONS if found.kept is not None and (found.kept / INSTRUCTIONS).is_dir() else None
+        given = recipe.data.instruction_tokenizer if recipe is not None else None
+        return replace(found, instructions=kept if given is None else Path(given))
+
+    @classmethod
+    def _of_checkpoint(cls, checkpoint: Path, model: ModelConfig, chat: Chat | None, image: ImageConfig | None) -> Texts | None:
         recipe = _recipe_of(checkpoint)
         places = [checkpoint / KEPT, checkpoint.parent.parent / KEPT if recipe is not None else checkpoint / KEPT]
         kept = next((place for place in places if (place / _TOKENS).is_file()), None)
@@ -83,6 +97,12 @@ class Texts:
 
     def check(self) -> None:
         """Raise HuggingFaceError when the family's processor cannot make of a picture what training made of it."""
+        qformer = self.model.projector.qformer
+        if qformer is not None and qformer.instruction is not None and self.instructions is None:
+            raise HuggingFaceError(
+                "the projector reads text, and its tokenizer is not known: give data.instruction_tokenizer in the recipe, or import a folder "
+                f"with {INSTRUCTIONS}/"
+            )
         if self.keeps_processor:
             return
         check_pictures(self.model, self.image)
@@ -103,6 +123,9 @@ class Texts:
                 self.chat.tokenizer.save_hf(folder, self.chat.jinja())
                 self._name_tokens(folder / "tokenizer_config.json")
             _write(folder / GENERATION, generation_config(self.chat))
+        if self.instructions is not None:
+            (folder / INSTRUCTIONS).mkdir(exist_ok=True)
+            _copy(_TOKENIZER, self.instructions, folder / INSTRUCTIONS)
         if not self.keeps_processor:
             for name, content in self._processor().items():
                 _write(folder / name, content)
@@ -180,11 +203,27 @@ def template_of(folder: Path) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         text = file.read_text(encoding="utf-8").strip()
-        return next((name for name, template in TEMPLATES.items() if text == template.jinja().strip()), "tokenizer")
+        tokens = {IMAGE_TOKEN, (image_token_of(folder) if (folder / CONFIG).is_file() else None) or IMAGE_TOKEN}
+        ours = ((name, template.jinja(token)) for name, template in TEMPLATES.items() for token in tokens)
+        return next((name for name, template in ours if text == template.strip()), "tokenizer")
     others = [folder / "chat_template.json", folder / "tokenizer_config.json"]
     if any(f.is_file() and read_json(f).get("chat_template") for f in others):
         return "tokenizer"
     return family_of_folder(folder).chat_template if (folder / CONFIG).is_file() else None
+
+
+def image_token_of(folder: Path) -> str | None:
+    """Text of the token that the folder's config names as the image's; None where its tokenizer has none of that id."""
+    number = read_json(folder / CONFIG).get(family_of_folder(folder).image_token_field)
+    if number is None or not (folder / "tokenizer.json").is_file():
+        return None
+    added = read_json(folder / "tokenizer.json").get("added_tokens", [])
+    return next((token["content"] for token in added if token["id"] == number), None)
+
+
+def instructions_of(folder: Path) -> str | None:
+    """The folder of a projector's own tokenizer inside a Hugging Face folder; None where there is none."""
+    return str(folder / INSTRUCTIONS) if (folder / INSTRUCTIONS / "tokenizer.json").is_file() else None
 
 
 def check_pictures(model: ModelConfig, image: ImageConfig) -> None:
@@ -218,7 +257,14 @@ def keep_texts(source: Path, kept: Path) -> None:
 
 def copy_texts(source: Path, folder: Path) -> None:
     """Copy the files that are there; a folder without tokenizer stays one."""
-    for name in _COPIED:
+    _copy(_COPIED, source, folder)
+    if (source / INSTRUCTIONS).is_dir():
+        (folder / INSTRUCTIONS).mkdir(exist_ok=True)
+        _copy(_TOKENIZER, source / INSTRUCTIONS, folder / INSTRUCTIONS)
+
+
+def _copy(names: Sequence[str], source: Path, folder: Path) -> None:
+    for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 

@@ -24,6 +24,9 @@ class Features:
     deep: list[torch.Tensor] = field(default_factory=list)
     """Features (N, D) from the middle of the encoder for the LLM's first layers (DeepStack)."""
 
+    instructions: tuple[torch.Tensor, list[int]] | None = None
+    """Token ids of the text that goes with each picture, end to end, and how many there are of each (InstructBLIP)."""
+
     @property
     def equal_grid(self) -> Grid | None:
         """The grid of every picture when all are equal and nothing but patches is there."""

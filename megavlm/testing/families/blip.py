@@ -20,6 +20,16 @@ def _blip_2(text: Any, **vision: Any) -> Any:
     return config
 
 
+def _instructblip(tf: Any) -> Any:
+    return tf.InstructBlipConfig(
+        vision_config=_VISION,
+        qformer_config=_QFORMER | {"vocab_size": 40, "max_position_embeddings": 16},
+        text_config=text_config(tf, "llama"),
+        num_query_tokens=5,
+        image_token_index=3,
+    )
+
+
 def _opt(tf: Any) -> Any:
     return tf.OPTConfig(
         hidden_size=48,
@@ -41,4 +51,5 @@ _FIXED = {"policy": "fixed", "fit": "stretch"}
 CASES = [
     Case("BLIP-2", "blip-2", _blip_2(_opt), image=_FIXED),
     Case("BLIP-2, Qwen2, encoder without biases of queries", "blip-2", _blip_2(_qwen2, qkv_bias=False), image=_FIXED, slow=True),
+    Case("InstructBLIP", "instructblip", _instructblip, image=_FIXED),
 ]

@@ -6,7 +6,7 @@ from typing import Any
 
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.encoders.base import EncoderKind
-from megavlm.checkpoint.hf.encoders.blip import Blip2Vision
+from megavlm.checkpoint.hf.encoders.blip import Blip2Vision, InstructBlipVision
 from megavlm.checkpoint.hf.encoders.clip import Clip, Siglip
 from megavlm.checkpoint.hf.encoders.dinov2 import Dinov2, Dinov2WithRegisters
 from megavlm.checkpoint.hf.encoders.idefics import Idefics2Vision, Idefics3Vision, SmolVLMVision
@@ -31,6 +31,7 @@ ENCODERS: dict[str, EncoderKind] = {
         SmolVLMVision(),
         Pixtral(),
         Blip2Vision(),
+        InstructBlipVision(),
     )
 }
 

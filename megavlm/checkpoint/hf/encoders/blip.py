@@ -43,6 +43,12 @@ class Blip2Vision(EncoderKind):
         ]
 
 
+class InstructBlipVision(Blip2Vision):
+    """The same by another name."""
+
+    model_type = "instructblip_vision_model"
+
+
 def _layer(vision: VisionConfig, layer: int) -> Iterator[Link]:
     width, inner, heads = vision.hidden_size, vision.ffn_hidden_size, vision.num_attention_heads
     ours, theirs = f"decoder.layers.{layer}.", f"encoder.layers.{layer}."

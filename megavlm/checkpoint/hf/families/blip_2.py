@@ -33,6 +33,8 @@ class Blip2(Family):
     chat_template = "blip-2"
     encoders: tuple[str, ...] = ("blip_2_vision_model",)
     qformer_type = "blip_2_qformer"
+    embeddings = "qformer."
+    """Where the Q-Former's first norm stands."""
 
     def encoder(self, config: Any) -> EncoderKind:
         return encoder(config.vision_config.model_type, self.encoders)
@@ -73,7 +75,7 @@ class Blip2(Family):
             "architectures": [self.hf_class],
             "model_type": self.name,
             "image_token_index": ids.image,
-            "num_query_tokens": _qformer(model).num_queries,
+            "num_query_tokens": qformer_of(model).num_queries,
             "qformer_config": self.qformer_to_hf(model),
             "text_config": language_of(model.language).to_hf(model.language) | ids.special(),
             "vision_config": encoder_of(model.vision, self.encoders).to_hf(model.vision),
@@ -81,7 +83,7 @@ class Blip2(Family):
 
     def qformer_to_hf(self, model: ModelConfig) -> dict[str, Any]:
         """The block of the Q-Former."""
-        qformer = _qformer(model)
+        qformer = qformer_of(model)
         return {
             "model_type": self.qformer_type,
             "hidden_size": qformer.hidden_size,
@@ -109,20 +111,27 @@ class Blip2(Family):
 
     def projector_links(self, model: ModelConfig) -> list[Link]:
         """Our keys relative to the projector, Hugging Face's names whole."""
-        qformer, inputs, out = _qformer(model), model.feature_size, model.language.hidden_size
+        qformer, inputs, out = qformer_of(model), model.feature_size, model.language.hidden_size
         width, inner = qformer.hidden_size, qformer.ffn_hidden_size
         links = [
             plain("query_tokens", "query_tokens", (qformer.num_queries, width), theirs=(1, qformer.num_queries, width)),
-            *_both("norm.", "qformer.layernorm.", width),
+            *_both("norm.", f"{self.embeddings}layernorm.", width),
         ]
+        if (words := qformer.instruction) is not None:
+            theirs = f"{self.embeddings}word_embeddings.weight"
+            links.append(plain("instruction_embedding.weight", theirs, (words.vocab_size, width)))
+            theirs = f"{self.embeddings}position_embeddings.weight"
+            links.append(plain("position_embedding", theirs, (words.max_positions, width)))
         for layer in range(qformer.num_layers):
             ours, theirs = f"layers.{layer}.", f"qformer.encoder.layer.{layer}."
             links += _attention(f"{ours}attention.", f"{theirs}attention.", width, width)
             if layer % qformer.cross_attention_frequency == 0:
                 links += _attention(f"{ours}reading.", f"{theirs}crossattention.", width, inputs)
-            links += _both(f"{ours}up.", f"{theirs}intermediate_query.dense.", inner, width)
-            links += _both(f"{ours}down.", f"{theirs}output_query.dense.", width, inner)
-            links += _both(f"{ours}norm.", f"{theirs}output_query.LayerNorm.", width)
+            for own, suffix in (("mlp", "_query"), ("words", "")):
+                if own == "mlp" or qformer.instruction is not None:
+                    links += _both(f"{ours}{own}.up.", f"{theirs}intermediate{suffix}.dense.", inner, width)
+                    links += _both(f"{ours}{own}.down.", f"{theirs}output{suffix}.dense.", width, inner)
+                    links += _both(f"{ours}{own}.norm.", f"{theirs}output{suffix}.LayerNorm.", width)
         return [*links, *_both("linear.", "language_projection.", out, width)]
 
     def hf_inputs(self, model: ModelConfig, prompt: Prompt) -> dict[str, torch.Tensor]:
@@ -153,13 +162,13 @@ class Blip2(Family):
         return {
             "processor_config.json": {
                 "processor_class": self.processor_class,
-                "num_query_tokens": _qformer(model).num_queries,
+                "num_query_tokens": qformer_of(model).num_queries,
                 "image_processor": stretching(model, image, "BlipImageProcessor"),
             }
         }
 
 
-def _qformer(model: ModelConfig) -> QFormerConfig:
+def qformer_of(model: ModelConfig) -> QFormerConfig:
     if model.projector.qformer is None:
         raise HuggingFaceError(f"the class has a Q-Former: model.projector.kind={model.projector.kind} does not fit")
     return model.projector.qformer
