@@ -324,8 +324,8 @@ class Recipe(Block):
         reads = qformer is not None and qformer.instruction is not None
         if reads != (given is not None):
             raise ValueError(
-                "model.projector.qformer.instruction and data.instruction_tokenizer go together: the Q-Former reads the text of a picture's "
-                "message in a vocabulary of its own; give both or neither"
+                "model.projector.qformer.instruction and data.instruction_tokenizer go together: the Q-Former reads the text of a "
+                "picture's message in a vocabulary of its own; give both or neither"
             )
         if reads and self.data.image.policy != "fixed":
             raise ValueError(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megavlm.config.schema import DataConfig, ModelConfig
 from megavlm.data.sample import IMAGE_TOKEN
-from megavlm.data.tokenizer import TokenizerError
+from megavlm.data.sentencepiece_export import TokenizerError
 
 FOLDER = "qformer_tokenizer"
 """Where a Hugging Face folder keeps that tokenizer."""

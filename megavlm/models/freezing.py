@@ -63,4 +63,6 @@ def _set(parameters: Iterator[torch.nn.Parameter], trains: bool) -> None:
 
 def decays(name: str, parameter: torch.nn.Parameter) -> bool:
     """Weight decay applies to matrices, not to biases, norms, position tables and learned tokens."""
-    return parameter.dim() > 1 and not any(part in name for part in ("position_embedding", "norm", "latents", "register_tokens", "query_tokens", "probe"))
+    return parameter.dim() > 1 and not any(
+        part in name for part in ("position_embedding", "norm", "latents", "register_tokens", "query_tokens", "probe")
+    )

@@ -11,8 +11,8 @@ from megavlm.checkpoint.hf.families.causal_lm import CausalLM
 from megavlm.checkpoint.hf.families.gemma3 import Gemma3
 from megavlm.checkpoint.hf.families.idefics2 import Idefics2
 from megavlm.checkpoint.hf.families.idefics3 import Idefics3
-from megavlm.checkpoint.hf.families.internlm2 import InternLM2
 from megavlm.checkpoint.hf.families.instructblip import InstructBlip
+from megavlm.checkpoint.hf.families.internlm2 import InternLM2
 from megavlm.checkpoint.hf.families.internvl import InternVL
 from megavlm.checkpoint.hf.families.llava import Llava
 from megavlm.checkpoint.hf.families.llava_next import LlavaNext

@@ -100,8 +100,8 @@ class Texts:
         qformer = self.model.projector.qformer
         if qformer is not None and qformer.instruction is not None and self.instructions is None:
             raise HuggingFaceError(
-                "the projector reads text, and its tokenizer is not known: give data.instruction_tokenizer in the recipe, or import a folder "
-                f"with {INSTRUCTIONS}/"
+                "the projector reads text, and its tokenizer is not known: give data.instruction_tokenizer in the recipe, or import a "
+                f"folder with {INSTRUCTIONS}/"
             )
         if self.keeps_processor:
             return

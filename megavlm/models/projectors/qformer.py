@@ -1,8 +1,9 @@
 """The Q-Former: learned queries read a picture's features through a BERT-like transformer (BLIP-2, https://arxiv.org/abs/2301.12597).
 
 Numbers of transformers 5.23, models/blip_2 (`Blip2QFormerModel`), without dropout: post-norm layers in which the queries of a picture
-attend to each other and, in every `cross_attention_frequency`-th layer, to the picture's features; then one linear map. With an instruction (InstructBLIP, https://arxiv.org/abs/2305.06500; models/instructblip)
-queries and the words of the picture's text attend to each other, and words have an MLP of their own.
+attend to each other and, in every `cross_attention_frequency`-th layer, to the picture's features; then one linear map. With an
+instruction (InstructBLIP, https://arxiv.org/abs/2305.06500; models/instructblip) queries and the words of the picture's text attend to
+each other, and words have an MLP of their own.
 
 Shape legend: T pictures, N features of all pictures, Q queries of a picture, M = T x Q queries of all pictures, W words of all pictures,
 R = M + W rows picture after picture (queries, then words), D width of the Q-Former, H LLM width, K head width.

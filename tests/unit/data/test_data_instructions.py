@@ -18,7 +18,7 @@ from megavlm.data.chat import Chat
 from megavlm.data.collate import Piece, collate
 from megavlm.data.instructions import FOLDER, InstructionTokenizer, instruction_tokenizer
 from megavlm.data.prompt import prompt_batch
-from megavlm.data.tokenizer import TokenizerError
+from megavlm.data.sentencepiece_export import TokenizerError
 from megavlm.data.types import SampleRef
 from megavlm.inference.prompts import make_prompt
 from megavlm.testing.families.blip import CASES
