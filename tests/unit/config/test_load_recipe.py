@@ -256,10 +256,13 @@ def test_wrong_overrides(recipe_file, override, problem):
 
 def test_every_field_can_be_reached_by_an_override(recipe_file):
     """A path that the schema has is never called unknown."""
-    paths = [p.replace("stages.<name>", "stages.0").replace("data.sources.<name>", "data.sources.pages") for p in leaf_paths(Recipe)]
+    names = {"stages.<name>": "stages.0", "data.sources.<name>": "data.sources.pages", "vision_beside.<name>": "vision_beside.0"}
+    paths = list(leaf_paths(Recipe))
+    for general, one in names.items():
+        paths = [path.replace(general, one) for path in paths]
     assert len(paths) > 100
     composition = read_composition(recipe_file)
-    apply_overrides(composition, [f"{p}=17" for p in paths], Recipe, "test")
+    apply_overrides(composition, ["model.vision_beside=[{}]", *(f"{p}=17" for p in paths)], Recipe, "test")
     assert composition.values["stages"][0]["optimizer"]["lr"] == composition.values["data"]["sources"]["pages"]["path"] == 17
 
 
