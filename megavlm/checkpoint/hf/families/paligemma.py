@@ -37,7 +37,7 @@ class SiglipGemma(Llava):
     def model_from_hf(self, config: Any, problems: Problems) -> ModelConfig:
         text_config = self.text_config(config)
         text = language(text_config.model_type, self.languages).from_hf(text_config, problems)
-        text |= {"bidirectional": self.bidirectional, "tie_embeddings": bool(config.tie_word_embeddings or text["tie_embeddings"])}
+        text |= {"bidirectional": self.bidirectional, "tie_embeddings": bool(config.tie_word_embeddings)}
         if config.image_token_index >= text["vocab_size"]:
             problems.add(
                 f"image_token_index is {config.image_token_index}, beyond text_config.vocab_size={text['vocab_size']}: "
