@@ -133,7 +133,7 @@ def test_a_model_trained_here_answers_alike_in_transformers(name: str, tokenizer
     named = {field: tokenizer.convert_ids_to_tokens(getattr(config, field)) for field in (*case.kind.token_fields, "image_token_id")}
     assert named == dict(case.kind.token_fields) | {"image_token_id": IMAGE_PAD}
     pictures = Qwen2VLImageProcessorPil.from_pretrained(str(tmp_path / "out"))(Image.fromarray(waves(64, 64)), return_tensors="pt")
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "<image>\nwhat?"}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "<image>what?"}], tokenize=False, add_generation_prompt=True)
     text = text.replace("<image>", IMAGE_PAD * int(pictures["image_grid_thw"].prod() // 4))
     ids = tokenizer(text, return_tensors="pt").input_ids
     assert ids[0].tolist() == prompt
@@ -150,6 +150,6 @@ def answered_here(folder: Path) -> tuple[list[int], list[int]]:
     from megavlm.inference.load import load_for_inference
 
     loaded = load_for_inference(folder, device="cpu", dtype="fp32")
-    prompt = loaded.prompt("<image>\nwhat?", [Image.fromarray(waves(64, 64))])
+    prompt = loaded.prompt("<image>what?", [Image.fromarray(waves(64, 64))])
     token = loaded.tokenizer.image_token_id
     return generate(loaded.model, [prompt], max_new_tokens=8, stop_ids=[], image_token_id=token)[0], list(prompt.ids)
