@@ -16,21 +16,28 @@ class InitConfig(Block):
 
     from_hf: str | None = None
     """A folder of a whole model: a vision-language model, or a language model alone."""
-    vision_from_hf: str | None = None
-    """A folder with an encoder (alone, or in a CLIP or SigLIP): model.vision is its, and the projector is drawn from run.seed."""
+    vision_from_hf: str | list[str] | None = None
+    """A folder with an encoder (alone, or in a CLIP or SigLIP): model.vision is its, and the projector is drawn from run.seed. A list: that
+    of model.vision, then those of model.vision_beside."""
     language_from_hf: str | None = None
     """A folder of a language model: model.language is its."""
 
     @property
     def folders(self) -> list[str]:
         """Those that are given."""
-        return [folder for folder in (self.from_hf, self.vision_from_hf, self.language_from_hf) if folder is not None]
+        return [folder for folder in (self.from_hf, *self.encoders, self.language_from_hf) if folder is not None]
+
+    @property
+    def encoders(self) -> list[str]:
+        """Folders of encoders."""
+        found = self.vision_from_hf if self.vision_from_hf is not None else []
+        return [found] if isinstance(found, str) else found
 
     @model_validator(mode="after")
     def _check(self) -> InitConfig:
         if self.from_hf is not None and len(self.folders) > 1:
             raise ValueError("from_hf is a whole model: give it alone, or vision_from_hf and language_from_hf without it")
         for name in ("from_hf", "vision_from_hf", "language_from_hf"):
-            if getattr(self, name) == "":
+            if getattr(self, name) in ("", []):
                 raise ValueError(f"{name} is empty: give a folder, or null")
         return self

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from megavlm.checkpoint.hf import config_from_hf, export_hf, start_from
 from megavlm.checkpoint.hf.config import quiet_transformers
+from megavlm.checkpoint.reader import CheckpointReader
 from megavlm.config import load_recipe
 from megavlm.config.schema import InitConfig, ModelConfig, ParallelConfig
 from megavlm.data.chat import Chat
@@ -171,6 +172,21 @@ def test_an_encoder_and_a_language_model_become_a_llava(pool: RankPool, folders:
     # Two tensor ranks start from the same numbers.
     train(pool, recipe, language, f"run.dir={tmp_path / 'two'}", "parallel.tensor=2", world_size=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "run"), rel=1e-5)
+
+
+def test_two_encoders_side_by_side_start_from_two_folders(pool: RankPool, folders: Path, data_dir: Path, tmp_path: Path) -> None:
+    both = [str(folders / "clip"), str(folders / "clip")]
+    recipe = write_recipe(tmp_path / "run", data_dir, {"language_from_hf": str(folders / "llama")}, model={"vision_beside": [{}, {}]})
+    ((code, message),) = pool.run(command, ["train", str(recipe), f"init.vision_from_hf=[{','.join(both)}]"])
+    assert code == 2 and "names 2 folders, and model has 3 encoders" in message
+    recipe = write_recipe(tmp_path / "run", data_dir, {"language_from_hf": str(folders / "llama"), "vision_from_hf": both})
+    train(pool, recipe, "run.max_steps=1")
+    saved = load_recipe(tmp_path / "run" / "recipe.yaml")
+    assert [encoder.hidden_size for encoder in saved.model.vision_beside] == [32]
+    clip = tensors(folders / "clip")
+    reader = CheckpointReader(next((tmp_path / "run" / "checkpoints").glob("0*")))
+    for key in ("vision.final_norm.weight", "vision.beside_0.final_norm.weight"):
+        assert torch.equal(reader.tensor(key), clip["vision_model.post_layernorm.weight"]), key
 
 
 def started(folder: Path, layout: dict[str, Any], rows: int) -> torch.Tensor:

@@ -67,10 +67,12 @@ def _providers(init: InitConfig) -> Iterator[dict[str, Provider]]:
     opened: list[WeightFolder] = []
     found: dict[str, Provider] = {}
     try:
-        if init.vision_from_hf is not None:
-            encoder = encoder_folder(init.vision_from_hf)
-            opened.append(WeightFolder(init.vision_from_hf, encoder.disk_name))
-            found["vision."] = hf_provider(opened[-1], prefixed(encoder.links, "vision.", ""))
+        # Those beside the first come first: their keys begin as its keys do.
+        for number, folder in reversed(list(enumerate(init.encoders))):
+            prefix = f"vision.beside_{number - 1}." if number else "vision."
+            encoder = encoder_folder(folder)
+            opened.append(WeightFolder(folder, encoder.disk_name))
+            found[prefix] = hf_provider(opened[-1], prefixed(encoder.links, prefix, ""))
         whole = init.from_hf or init.language_from_hf
         if whole is not None:
             theirs = config_from_hf(whole)
