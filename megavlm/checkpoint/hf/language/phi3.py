@@ -26,7 +26,8 @@ class Phi3(LanguageKind):
         # The class reads this field, and not the one among rope_parameters.
         parameters = language.rope_scaling.parameters if language.rope_scaling is not None else {}
         block["original_max_position_embeddings"] = parameters.get("original_max_position_embeddings", language.max_positions)
-        return block | {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
+        # The class's own ids may lie outside this vocabulary; whoever writes a folder knows the right ones.
+        return block | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
     def links(self, language: LanguageConfig) -> list[Link]:
         width = language.hidden_size
