@@ -299,7 +299,9 @@ def assert_same(records: list[dict[str, Any]], reference: list[dict[str, Any]]) 
         assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), f"step {expected['step']}"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[pytest.mark.slow] if size > 2 else []) for name, (size, _) in LAYOUTS.items()]
+)
 def test_layouts(pool: RankPool, data_dir: Path, tmp_path: Path, one_rank: dict[str, list[dict[str, Any]]], layout: str) -> None:
     """The same losses and gradient norms however the model is spread; some microbatches have no picture."""
     size, parallel = LAYOUTS[layout]
@@ -307,8 +309,17 @@ def test_layouts(pool: RankPool, data_dir: Path, tmp_path: Path, one_rank: dict[
     assert_same(run(pool, tmp_path, data_dir, size, parallel, style), one_rank[style])
 
 
-@pytest.mark.parametrize("kind", ["canvas", "native"])
-@pytest.mark.parametrize("layout", ["TP2", "PP2", "DP2+overlap", "CP2", "recompute"])
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [
+        ("TP2", "canvas"),
+        ("PP2", "canvas"),
+        ("DP2+overlap", "canvas"),
+        ("PP2", "native"),
+        *(pytest.param(layout, "canvas", marks=pytest.mark.slow) for layout in ("CP2", "recompute")),
+        *(pytest.param(layout, "native", marks=pytest.mark.slow) for layout in ("TP2", "DP2+overlap", "CP2", "recompute")),
+    ],
+)
 def test_other_pictures(
     pool: RankPool, data_dir: Path, tmp_path: Path, one_rank: dict[str, list[dict[str, Any]]], layout: str, kind: str
 ) -> None:
