@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ DEFAULT_MAX_TOKENS = 16384
 """Qwen2-VL's cap on the visual tokens of one picture."""
 MAX_ASPECT_RATIO = 200
 """Qwen2-VL's smart_resize refuses longer pictures."""
+
+_WHOLE: dict[str, Callable[[float], int]] = {"nearest": round, "stretch": math.ceil, "cut": lambda patches: max(1, math.floor(patches))}
+"""data.image.whole_patches -> a side's number of patches."""
 
 
 class Native(Resizing):
@@ -71,8 +75,7 @@ class Native(Resizing):
     def _lines(self, width: int, height: int, cap: int) -> tuple[int, int]:
         """Rows and columns of visual tokens (before a resampler), at least one each, at most `cap` together."""
         factor = self.patch * self.shuffle
-        whole = {"nearest": round, "stretch": math.ceil, "cut": lambda n: max(1, math.floor(n))}[self.image.whole_patches]
-        rows, cols = whole(height / factor), whole(width / factor)
+        rows, cols = (_WHOLE[self.image.whole_patches](side / factor) for side in (height, width))
         if rows * cols < self.min_tokens:
             beta = math.sqrt(self.min_tokens * factor**2 / (height * width))
             rows, cols = math.ceil(height * beta / factor), math.ceil(width * beta / factor)

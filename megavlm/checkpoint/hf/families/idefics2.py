@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 
 from megavlm.checkpoint.errors import HuggingFaceError
-from megavlm.checkpoint.hf.encoders import EncoderKind, encoder, encoder_of
+from megavlm.checkpoint.hf.encoders import encoder, encoder_of
+from megavlm.checkpoint.hf.encoders.base import EncoderKind
 from megavlm.checkpoint.hf.families.base import Family, TokenIds, input_ids
 from megavlm.checkpoint.hf.families.native import check_native, edges_of, padded_pictures
 from megavlm.checkpoint.hf.language import language, language_of
