@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.parallel_state import get_tensor_model_parallel_group
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -50,7 +49,7 @@ class WideNormAttention(EncoderAttention):
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         # Not q_layernorm and k_layernorm: megatron-core sums gradients of these names over tensor ranks.
-        self.query_norm, self.key_norm = (WideRMSNorm(config) for _ in range(2))
+        self.query_norm, self.key_norm = (WideRMSNorm(config, self.pg_collection.tp) for _ in range(2))
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         # split_qkv=False would hand out the three in one, before the norms.
@@ -61,8 +60,9 @@ class WideNormAttention(EncoderAttention):
 class WideRMSNorm(torch.nn.Module):
     """RMSNorm over the heads of all tensor ranks; each rank holds its own heads' part of the weight."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, group: torch.distributed.ProcessGroup) -> None:
         super().__init__()
+        self.group = group
         self.width, self.ranks = config.hidden_size, config.tensor_model_parallel_size
         self.weight = torch.nn.Parameter(torch.ones(self.width // self.ranks, dtype=config.params_dtype))
         # As megatron-core marks what is cut, so that the gradient norm counts every rank's part.
@@ -73,13 +73,13 @@ class WideRMSNorm(torch.nn.Module):
         total = x.square().sum(-1, keepdim=True)
         if self.ranks > 1:
             # Summed over ranks forward, and backward too: every rank's heads depend on the one sum.
-            total = reduce_from_tensor_model_parallel_region(copy_to_tensor_model_parallel_region(total))
+            total = reduce_from_tensor_model_parallel_region(copy_to_tensor_model_parallel_region(total, self.group), self.group)
         normed = (x * torch.rsqrt(total / self.width + QK_NORM_EPS)).to(x_LBHK.dtype)
         return (self.weight * normed).view_as(x_LBHK)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> ShardedStateDict:
         """One tensor of the encoder's width, cut by heads."""
-        groups = {"tp_group": get_tensor_model_parallel_group(), "dp_cp_group": ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]}
+        groups = {"tp_group": self.group, "dp_cp_group": ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]}
         state: ShardedStateDict = make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 0}, sharded_offsets, **groups
         )

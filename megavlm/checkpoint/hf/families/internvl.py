@@ -125,5 +125,7 @@ class InternVL(Llava):
             "resample": BICUBIC,
             **normalising(model.vision),
         }
-        own = {"processor_class": self.processor_class, "image_seq_length": model.visual_tokens_per_tile, "image_processor": processor}
-        return {"processor_config.json": own}
+        # The class asks for one; pictures alone are learned here.
+        video = {"video_processor_type": "InternVLVideoProcessor", "size": processor["size"], **normalising(model.vision)}
+        own = {"processor_class": self.processor_class, "image_seq_length": model.visual_tokens_per_tile}
+        return {"processor_config.json": own | {"image_processor": processor, "video_processor": video}}

@@ -14,6 +14,7 @@ import torch
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.families.base import TokenIds
 from megavlm.checkpoint.hf.families.llava_next import LlavaNext
+from megavlm.checkpoint.hf.processors import normalising
 from megavlm.checkpoint.hf.reading import CONFIG, hf_config, read_json
 from megavlm.config.schema import ImageConfig, ModelConfig
 from megavlm.data.prompt import Prompt
@@ -66,4 +67,7 @@ class LlavaOnevision(LlavaNext):
         ratio = config["image_processor"].pop("vision_aspect_ratio")
         # The processor takes one off for "default".
         own = {"num_image_tokens": model.vision.num_patches + int(strategy == "default"), "vision_aspect_ratio": ratio}
-        return {"processor_config.json": config | own}
+        # The class asks for one; pictures alone are learned here.
+        size = config["image_processor"]["size"]
+        video = {"video_processor_type": "LlavaOnevisionVideoProcessor", "size": size, **normalising(model.vision)}
+        return {"processor_config.json": config | own | {"video_processor": video}}
