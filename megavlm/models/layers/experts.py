@@ -68,6 +68,11 @@ class Router(TopKRouter):
 
     balance: Balance | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not self.config.use_cpu_initialization:  # megatron-core makes it on the CPU and moves it in the first pass
+            self.weight.data = self.weight.data.to(torch.cuda.current_device())
+
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         return F.linear(input, self.weight)
 
@@ -75,6 +80,8 @@ class Router(TopKRouter):
         self, probs: torch.Tensor, scores_for_aux_loss: torch.Tensor, routing_map: torch.Tensor, with_padding_mask: bool = False
     ) -> torch.Tensor:
         """Switch Transformer's equations 4 to 6 over the whole microbatch, divided by top_k as megatron-core does."""
+        if not self.weight.requires_grad:
+            return probs  # a frozen router is not to be balanced by what lies below it
         assert self.balance is not None, "experts are balanced in a pass without its Balance"
         tokens_E = routing_map.sum(0).to(scores_for_aux_loss.dtype)
         dist.all_reduce(tokens_E, group=self.tp_cp_group)
