@@ -97,14 +97,14 @@ class Texts:
 
     def check(self) -> None:
         """Raise HuggingFaceError when the family's processor cannot make of a picture what training made of it."""
+        if self.keeps_processor:
+            return
         qformer = self.model.projector.qformer
         if qformer is not None and qformer.instruction is not None and self.instructions is None:
             raise HuggingFaceError(
                 "the projector reads text, and its tokenizer is not known: give data.instruction_tokenizer in the recipe, or import a "
                 f"folder with {INSTRUCTIONS}/"
             )
-        if self.keeps_processor:
-            return
         check_pictures(self.model, self.image)
         self._processor()
 

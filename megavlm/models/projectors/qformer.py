@@ -91,6 +91,8 @@ class _Rows:
         if features.instructions is None:
             return cls(None, None, None, pack([num_queries] * pictures, device, causal=False), reading)
         lengths = features.instructions[1]
+        if len(lengths) != pictures:
+            raise ValueError(f"{pictures} tiles come with {len(lengths)} instructions: a Q-Former that reads text takes one tile a picture")
         is_query = torch.tensor([own for n in lengths for own in [True] * num_queries + [False] * n], device=device)
         queries_M, words_W = is_query.nonzero().squeeze(1), (~is_query).nonzero().squeeze(1)
         order_R = torch.argsort(torch.cat([queries_M, words_W]))
