@@ -208,16 +208,9 @@ class VisionConfig(Block):
         """The one shape of encoder that has a canvas."""
         if self.canvas is None:
             return
-        wanted = {
-            "class_token": True,
-            "keep_class_token": True,
-            "pre_norm": True,
-            "has_final_norm": True,
-            "final_norm": False,
-            "qk_norm": False,
-        }
-        wanted |= {"qk_norm": False, "positions": "learned", "pooling_head": False}
-        wanted |= {"layer_scale": False, "num_register_tokens": 0, "deepstack_layers": []}
+        wanted: dict[str, object] = dict.fromkeys(("class_token", "keep_class_token", "pre_norm", "has_final_norm"), True)
+        wanted |= dict.fromkeys(("final_norm", "qk_norm", "pooling_head", "layer_scale"), False)
+        wanted |= {"positions": "learned", "num_register_tokens": 0, "deepstack_layers": []}
         wrong = [f"{name}={value}" for name, value in wanted.items() if getattr(self, name) != value]
         if wrong:
             raise ValueError(f"canvas needs {', '.join(wrong)}")

@@ -73,7 +73,8 @@ def load_for_inference(
     if dtype is not None:
         recipe = recipe.model_copy(update={"precision": PrecisionConfig(dtype=dtype)})
     tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.data.image_token)
-    chat = Chat(recipe.data.chat_template, tokenizer, recipe.data.image.marks)  # before the weights: what it refuses should not take minutes to be told
+    # Before the weights: what it refuses should not take minutes to be told.
+    chat = Chat(recipe.data.chat_template, tokenizer, recipe.data.image.marks)
     model = VisionLanguageModel(recipe.model, recipe.precision, layout, ctx)
     if checkpoint is None:
         load_hf([model], folder, recipe.model, ctx)
