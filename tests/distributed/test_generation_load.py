@@ -9,35 +9,20 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from megavlm.checkpoint import store
-from megavlm.config.load import dump_recipe
-from megavlm.config.schema import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, Recipe, RunConfig, SourceConfig, StageConfig
-from megavlm.data.chat import TEMPLATES
-from megavlm.data.tokenizer import train_sentencepiece
+from megavlm.config.schema import ParallelConfig
 from megavlm.inference.load import LoadError, load_for_inference
 from megavlm.inference.stream import TextStream
 from megavlm.models.init import initialise
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.context import enter_grid, leave_grid
 from megavlm.testing.in_rank import in_rank
+from megavlm.testing.runs import write_tiny_run
 
 
 def make_run(folder: Path) -> None:
     ctx = enter_grid(ParallelConfig(), torch.device("cpu"), 1)
-    tokenizer = train_sentencepiece(["What is this? A digit. " * 3], folder / "tokenizer.model", 300, TEMPLATES["megavlm"].special_tokens)
-    small = {"num_layers": 2, "num_attention_heads": 2, "ffn_hidden_size": 64}
-    model = ModelConfig(
-        init_std=0.25,
-        vision={**small, "image_size_px": 16, "patch_size_px": 8, "hidden_size": 16},
-        language={**small, "vocab_size": tokenizer.vocab_size, "hidden_size": 32, "max_positions": 128},
-    )
-    recipe = Recipe(
-        run=RunConfig(dir=str(folder), device="cpu", seed=3),
-        model=model,
-        precision=PrecisionConfig(dtype="fp32"),
-        data=DataConfig(tokenizer=str(folder / "tokenizer.model"), sources={"a": SourceConfig(path="a")}),
-        stages=[StageConfig(name="only", steps=1, mixture={"a": 1})],
-    )
-    dump_recipe(recipe, folder / "recipe.yaml")
+    recipe = write_tiny_run(folder)
+    model = recipe.model
     text = VisionLanguageModel(model, recipe.precision, ParallelConfig(), ctx, text_only=True)
     initialise([text], model, 1, ctx)
     state = {"modules": {"language": "00000001-text", "latest": "00000001-text"}}

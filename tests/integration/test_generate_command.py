@@ -11,16 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from megavlm.config.load import dump_recipe
-from megavlm.config.schema import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, Recipe, RunConfig, SourceConfig, StageConfig
-from megavlm.data.chat import TEMPLATES
-from megavlm.data.tokenizer import train_sentencepiece
+from megavlm.config.schema import ParallelConfig
 from megavlm.inference.conversation import Conversation
 from megavlm.inference.load import load_for_inference
 from megavlm.models.init import initialise
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.context import enter_grid, leave_grid
 from megavlm.testing.pool import RankPool
+from megavlm.testing.runs import write_tiny_run
 
 QUESTIONS = [("What is this?", ["a.png"]), ("A digit.", []), ("What <image> is <image>?", ["b.png", "a.png"])]
 TURNS = ["What is this?", "A digit. What?"]
@@ -31,21 +29,8 @@ def make_run(folder: Path) -> tuple[list[str], list[str]]:
     from megavlm.checkpoint import store
 
     ctx = enter_grid(ParallelConfig(), torch.device("cpu"), 1)
-    tokenizer = train_sentencepiece(["What is this? A digit. " * 3], folder / "tokenizer.model", 300, TEMPLATES["megavlm"].special_tokens)
-    small = {"num_layers": 2, "num_attention_heads": 2, "ffn_hidden_size": 64}
-    model = ModelConfig(
-        init_std=0.25,
-        vision={**small, "image_size_px": 16, "patch_size_px": 8, "hidden_size": 16},
-        language={**small, "vocab_size": tokenizer.vocab_size, "hidden_size": 32, "max_positions": 256},
-    )
-    recipe = Recipe(
-        run=RunConfig(dir=str(folder), device="cpu", seed=3),
-        model=model,
-        precision=PrecisionConfig(dtype="fp32"),
-        data=DataConfig(tokenizer=str(folder / "tokenizer.model"), sources={"a": SourceConfig(path="a")}),
-        stages=[StageConfig(name="only", steps=1, mixture={"a": 1})],
-    )
-    dump_recipe(recipe, folder / "recipe.yaml")
+    recipe = write_tiny_run(folder)
+    model = recipe.model
     chunk = VisionLanguageModel(model, recipe.precision, ParallelConfig(), ctx)
     initialise([chunk], model, 1, ctx)
     name = "00000001-only"

@@ -1,4 +1,4 @@
-"""The table of docs/families.md, out of what the proofs measured: `python -m megavlm.testing.families.table RESULTS.json docs/families.md`."""
+"""The table of docs/families.md from what was measured: `python -m megavlm.testing.families.table RESULTS.json docs/families.md`."""
 
 from __future__ import annotations
 

@@ -43,3 +43,40 @@ def square(config: Any, field: str, problems: Problems) -> int:
     if len(set(sides)) != 1:
         problems.add(f"vision_config.{field} is {list(sides)}, supported: a square")
     return int(sides[0])
+
+
+def vit_sizes(config: Any, problems: Problems) -> dict[str, Any]:
+    """Fields of VisionConfig by the names that most encoders use for their sizes."""
+    return {
+        "image_size_px": square(config, "image_size", problems),
+        "patch_size_px": square(config, "patch_size", problems),
+        "num_channels": config.num_channels,
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+    }
+
+
+def vit_sizes_block(vision: VisionConfig, model_type: str) -> dict[str, Any]:
+    """The way back of `vit_sizes`, with the model's type."""
+    return {
+        "model_type": model_type,
+        "image_size": vision.image_size_px,
+        "patch_size": vision.patch_size_px,
+        "num_channels": vision.num_channels,
+        "num_hidden_layers": vision.num_layers,
+        "hidden_size": vision.hidden_size,
+        "num_attention_heads": vision.num_attention_heads,
+    }
+
+
+def hf_activation(vision: VisionConfig) -> str:
+    """The activation by transformers' name.
+
+    Raises:
+        ValueError: transformers' encoders have none such.
+    """
+    for theirs, ours in HF_ACTIVATIONS.items():
+        if ours == vision.activation:
+            return theirs
+    raise ValueError(f"vision.activation={vision.activation} has no name among hidden_act's {', '.join(HF_ACTIVATIONS)}")

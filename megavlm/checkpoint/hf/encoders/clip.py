@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megavlm.checkpoint.hf.encoders.base import HF_ACTIVATIONS, EncoderKind
+from megavlm.checkpoint.hf.encoders.base import HF_ACTIVATIONS, EncoderKind, hf_activation, vit_sizes, vit_sizes_block
 from megavlm.checkpoint.hf.links import Link, plain, qkv
 from megavlm.checkpoint.hf.reading import Problems
 from megavlm.config.schema import VisionConfig
@@ -58,13 +58,7 @@ class Siglip(EncoderKind):
 
 def vit_fields(config: Any, problems: Problems) -> dict[str, Any]:
     """Sizes, by the names that CLIP and its descendants use."""
-    return {
-        "image_size_px": config.image_size,
-        "patch_size_px": config.patch_size,
-        "num_channels": config.num_channels,
-        "num_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "num_attention_heads": config.num_attention_heads,
+    return vit_sizes(config, problems) | {
         "ffn_hidden_size": config.intermediate_size,
         "activation": problems.choice(config, "hidden_act", HF_ACTIVATIONS, block="vision_config"),
         "norm_eps": config.layer_norm_eps,
@@ -73,17 +67,9 @@ def vit_fields(config: Any, problems: Problems) -> dict[str, Any]:
 
 def vit_block(vision: VisionConfig, model_type: str) -> dict[str, Any]:
     """The way back of `vit_fields`."""
-    activations = {ours: theirs for theirs, ours in HF_ACTIVATIONS.items()}
-    return {
-        "model_type": model_type,
-        "image_size": vision.image_size_px,
-        "patch_size": vision.patch_size_px,
-        "num_channels": vision.num_channels,
-        "num_hidden_layers": vision.num_layers,
-        "hidden_size": vision.hidden_size,
-        "num_attention_heads": vision.num_attention_heads,
+    return vit_sizes_block(vision, model_type) | {
         "intermediate_size": vision.ffn_hidden_size,
-        "hidden_act": activations[vision.activation],
+        "hidden_act": hf_activation(vision),
         "layer_norm_eps": vision.norm_eps,
         "attention_dropout": 0.0,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megavlm.checkpoint.hf.encoders.base import HF_ACTIVATIONS, EncoderKind, square
+from megavlm.checkpoint.hf.encoders.base import HF_ACTIVATIONS, EncoderKind, hf_activation, vit_sizes, vit_sizes_block
 from megavlm.checkpoint.hf.encoders.clip import norm_links, patch_links
 from megavlm.checkpoint.hf.links import Link, plain, qkv
 from megavlm.checkpoint.hf.reading import Problems
@@ -31,13 +31,7 @@ class Dinov2(EncoderKind):
         swiglu, width = bool(config.use_swiglu_ffn), config.hidden_size
         problems.only(config, "drop_path_rate", 0, 0.0, default=0.0, block="vision_config")
         act = "silu" if swiglu else problems.choice(config, "hidden_act", HF_ACTIVATIONS, block="vision_config")
-        return {
-            "image_size_px": square(config, "image_size", problems),
-            "patch_size_px": square(config, "patch_size", problems),
-            "num_channels": config.num_channels,
-            "num_layers": config.num_hidden_layers,
-            "hidden_size": width,
-            "num_attention_heads": config.num_attention_heads,
+        return vit_sizes(config, problems) | {
             "ffn_hidden_size": inner_width(width, config.mlp_ratio, swiglu),
             "gated_mlp": swiglu,
             "activation": act,
@@ -51,18 +45,10 @@ class Dinov2(EncoderKind):
         }
 
     def to_hf(self, vision: VisionConfig) -> dict[str, Any]:
-        activations = {ours: theirs for theirs, ours in HF_ACTIVATIONS.items()}
-        return {
-            "model_type": self.model_type,
-            "image_size": vision.image_size_px,
-            "patch_size": vision.patch_size_px,
-            "num_channels": vision.num_channels,
-            "num_hidden_layers": vision.num_layers,
-            "hidden_size": vision.hidden_size,
-            "num_attention_heads": vision.num_attention_heads,
+        return vit_sizes_block(vision, self.model_type) | {
             "mlp_ratio": mlp_ratio(vision),
             "use_swiglu_ffn": vision.gated_mlp,
-            "hidden_act": "gelu" if vision.gated_mlp else activations[vision.activation],
+            "hidden_act": "gelu" if vision.gated_mlp else hf_activation(vision),
             "layer_norm_eps": vision.norm_eps,
             "qkv_bias": vision.qkv_bias,
             "use_mask_token": vision.mask_token,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megavlm.checkpoint.hf.encoders.base import HF_ACTIVATIONS, EncoderKind, square
+from megavlm.checkpoint.hf.encoders.base import HF_ACTIVATIONS, EncoderKind, hf_activation, vit_sizes, vit_sizes_block
 from megavlm.checkpoint.hf.encoders.clip import norm_links, patch_links
 from megavlm.checkpoint.hf.encoders.dinov2 import IMAGENET
 from megavlm.checkpoint.hf.links import Link, plain, qkv
@@ -24,13 +24,7 @@ class InternViT(EncoderKind):
         norm = problems.only(config, "norm_type", "layer_norm", "rms_norm", block="vision_config")
         if norm == "rms_norm" and not config.use_mean_pooling:
             problems.add("vision_config.use_mean_pooling is False, whose final norm is no RMSNorm as the others; supported: True")
-        return {
-            "image_size_px": square(config, "image_size", problems),
-            "patch_size_px": square(config, "patch_size", problems),
-            "num_channels": config.num_channels,
-            "num_layers": config.num_hidden_layers,
-            "hidden_size": config.hidden_size,
-            "num_attention_heads": config.num_attention_heads,
+        return vit_sizes(config, problems) | {
             "ffn_hidden_size": config.intermediate_size,
             "activation": problems.choice(config, "hidden_act", HF_ACTIVATIONS, block="vision_config"),
             "norm": norm,
@@ -46,17 +40,11 @@ class InternViT(EncoderKind):
         }
 
     def to_hf(self, vision: VisionConfig) -> dict[str, Any]:
-        activations = {ours: theirs for theirs, ours in HF_ACTIVATIONS.items()}
-        return {
-            "model_type": self.model_type,
+        return vit_sizes_block(vision, self.model_type) | {
             "image_size": [vision.image_size_px] * 2,
             "patch_size": [vision.patch_size_px] * 2,
-            "num_channels": vision.num_channels,
-            "num_hidden_layers": vision.num_layers,
-            "hidden_size": vision.hidden_size,
-            "num_attention_heads": vision.num_attention_heads,
             "intermediate_size": vision.ffn_hidden_size,
-            "hidden_act": activations[vision.activation],
+            "hidden_act": hf_activation(vision),
             "norm_type": vision.norm,
             "layer_norm_eps": vision.norm_eps,
             "attention_bias": vision.qkv_bias,

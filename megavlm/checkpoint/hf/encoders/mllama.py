@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megavlm.checkpoint.hf.encoders.base import HF_ACTIVATIONS, EncoderKind
+from megavlm.checkpoint.hf.encoders.base import HF_ACTIVATIONS, EncoderKind, hf_activation
 from megavlm.checkpoint.hf.encoders.clip import norm_links, patch_links
 from megavlm.checkpoint.hf.links import Link, plain, qkv
 from megavlm.checkpoint.hf.reading import Problems
@@ -52,7 +52,7 @@ class MllamaVision(EncoderKind):
         }
 
     def to_hf(self, vision: VisionConfig) -> dict[str, Any]:
-        canvas, activations = vision.canvas or CanvasConfig(), {ours: theirs for theirs, ours in HF_ACTIVATIONS.items()}
+        canvas = vision.canvas or CanvasConfig()
         return {
             "model_type": self.model_type,
             "image_size": vision.image_size_px,
@@ -67,7 +67,7 @@ class MllamaVision(EncoderKind):
             "hidden_size": vision.hidden_size,
             "attention_heads": vision.num_attention_heads,
             "intermediate_size": vision.ffn_hidden_size,
-            "hidden_act": activations[vision.activation],
+            "hidden_act": hf_activation(vision),
             "norm_eps": vision.norm_eps,
         }
 

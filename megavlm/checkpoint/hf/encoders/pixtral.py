@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megavlm.checkpoint.hf.encoders.base import HF_ACTIVATIONS, EncoderKind, square
+from megavlm.checkpoint.hf.encoders.base import HF_ACTIVATIONS, EncoderKind, hf_activation, vit_sizes, vit_sizes_block
 from megavlm.checkpoint.hf.encoders.clip import patch_links
 from megavlm.checkpoint.hf.links import Link, plain, qkv, stacked
 from megavlm.checkpoint.hf.reading import Problems
@@ -29,13 +29,7 @@ class Pixtral(EncoderKind):
         rope = config.rope_parameters or {}
         if rope.get("rope_type", "axial") != "axial":
             problems.add(f"vision_config.rope_parameters.rope_type is {rope['rope_type']!r}, supported: axial")
-        return {
-            "image_size_px": square(config, "image_size", problems),
-            "patch_size_px": square(config, "patch_size", problems),
-            "num_channels": config.num_channels,
-            "num_layers": config.num_hidden_layers,
-            "hidden_size": config.hidden_size,
-            "num_attention_heads": config.num_attention_heads,
+        return vit_sizes(config, problems) | {
             "ffn_hidden_size": config.intermediate_size,
             "activation": problems.choice(config, "hidden_act", HF_ACTIVATIONS, block="vision_config"),
             "gated_mlp": True,
@@ -53,17 +47,9 @@ class Pixtral(EncoderKind):
         }
 
     def to_hf(self, vision: VisionConfig) -> dict[str, Any]:
-        activations = {ours: theirs for theirs, ours in HF_ACTIVATIONS.items()}
-        return {
-            "model_type": self.model_type,
-            "image_size": vision.image_size_px,
-            "patch_size": vision.patch_size_px,
-            "num_channels": vision.num_channels,
-            "num_hidden_layers": vision.num_layers,
-            "hidden_size": vision.hidden_size,
-            "num_attention_heads": vision.num_attention_heads,
+        return vit_sizes_block(vision, self.model_type) | {
             "intermediate_size": vision.ffn_hidden_size,
-            "hidden_act": activations[vision.activation],
+            "hidden_act": hf_activation(vision),
             "attention_dropout": 0.0,
             "rope_parameters": {"rope_type": "axial", "rope_theta": vision.rope_theta},
         }

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from math import isqrt
 from typing import Any
 
-from megavlm.checkpoint.hf.encoders.base import HF_ACTIVATIONS, EncoderKind
+from megavlm.checkpoint.hf.encoders.base import HF_ACTIVATIONS, EncoderKind, hf_activation
 from megavlm.checkpoint.hf.links import Link, plain, qkv, stacked
 from megavlm.checkpoint.hf.reading import Problems
 from megavlm.config.schema import VisionConfig
@@ -120,7 +120,6 @@ def qwen_fields(config: Any, problems: Problems) -> dict[str, Any]:
 
 def qwen_block(vision: VisionConfig, model_type: str) -> dict[str, Any]:
     """The way back of `qwen_fields`."""
-    activations = {ours: theirs for theirs, ours in HF_ACTIVATIONS.items()}
     return {
         "model_type": model_type,
         "patch_size": vision.patch_size_px,
@@ -128,7 +127,7 @@ def qwen_block(vision: VisionConfig, model_type: str) -> dict[str, Any]:
         "in_channels": vision.num_channels,
         "depth": vision.num_layers,
         "num_heads": vision.num_attention_heads,
-        "hidden_act": activations[vision.activation],
+        "hidden_act": hf_activation(vision),
         "rope_parameters": {"rope_type": "axial", "rope_theta": vision.rope_theta},
     }
 
