@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,7 @@ from zlib import crc32
 import torch
 
 import megavlm
+from megavlm.checkpoint.ahead import made_ahead
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.config import config_from_hf
 from megavlm.checkpoint.hf.export import DTYPES, check_room
@@ -37,7 +39,7 @@ class Imported:
 def import_hf(folder: str | Path, checkpoint: str | Path, *, dtype: Literal["fp32", "bf16"] | None = None) -> Imported:
     """Write the model of `folder` as a checkpoint, with its config, tokenizer and processor beside it.
 
-    One process, and about two of the largest tensor in memory. A start that was killed, or found the disk full, is gone on with by the
+    One process, and at most three of the largest tensor in memory. A start that was killed, or found the disk full, is gone on with by the
     next of the same folder and `dtype`.
 
     Raises:
@@ -69,8 +71,10 @@ def import_hf(folder: str | Path, checkpoint: str | Path, *, dtype: Literal["fp3
             resumed = sum(sizes[key] for key in done)
             check_room(checkpoint.parent, total - resumed, checkpoint)
             with progress_bar("import", total, resumed) as bar:
-                for link in _in_reading_order([link for link in links if link.key not in done], weights):
-                    writer.add(link.key, to_ours(link, weights.rows).to(DTYPES[number]))
+                left = _in_reading_order([link for link in links if link.key not in done], weights)
+                read = made_ahead(partial(_made, link, weights, DTYPES[number]) for link in left)
+                for link in left:
+                    writer.add(link.key, next(read))
                     bar.update(sizes[link.key])
             state = {"model": model.model_dump(mode="json"), "step": 0}
             writer.finish(state, more=lambda unfinished: keep_texts(folder, unfinished / KEPT))
@@ -78,6 +82,10 @@ def import_hf(folder: str | Path, checkpoint: str | Path, *, dtype: Literal["fp3
             writer.leave()
             raise
     return Imported(len(links), number, len(done))
+
+
+def _made(link: Link, weights: WeightFolder, dtype: torch.dtype) -> torch.Tensor:
+    return to_ours(link, weights.rows).to(dtype)
 
 
 def _in_reading_order(links: Sequence[Link], weights: WeightFolder) -> list[Link]:

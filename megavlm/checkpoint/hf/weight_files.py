@@ -9,12 +9,14 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from megavlm.checkpoint.ahead import made_ahead
 from megavlm.checkpoint.hf.folder import INDEX, SINGLE
 from megavlm.checkpoint.hf.tensor_files import Entry, header_bytes, raw_bytes, shards_of
 from megavlm.checkpoint.journal import Journal
@@ -65,16 +67,18 @@ def write_weights(
     try:
         files = _Files(folder, names, shards, done)
         with progress_bar(label, total, sum(entry.nbytes for entry in entries[:done])) as bar:
-            written = unsynced = 0
-            for group in groups:
-                written += len(group.entries)
-                if written <= done:
-                    continue
-                for entry, tensor in zip(group.entries, group.make(), strict=True):
+            unsynced = 0
+            ends = accumulate(len(group.entries) for group in groups)
+            left = [(group, end) for group, end in zip(groups, ends, strict=True) if end > done]
+            made = made_ahead(group.make for group, _ in left)
+            for group, written in left:
+                tensors = next(made)
+                for entry, tensor in zip(group.entries, tensors, strict=True):
                     assert tuple(tensor.shape) == entry.shape and tensor.dtype == entry.dtype, entry
                     files.write(tensor.contiguous().cpu())
                     bar.update(entry.nbytes)
                     unsynced += entry.nbytes
+                del tensors, tensor  # before the next are asked for
                 if unsynced >= sync_bytes:
                     files.sync()
                     journal.add([written])

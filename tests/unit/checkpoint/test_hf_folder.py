@@ -153,6 +153,7 @@ def test_incomplete_and_damaged_folders(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(HuggingFaceError, match="pickles, which can run code"):
         plain_folder(tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
     write({f"t{i}": torch.randn(10, 10) for i in range(4)}, tmp_path, max_shard_bytes=1000)
     second = tmp_path / "model-00002-of-00002.safetensors"
     whole = second.read_bytes()
