@@ -31,9 +31,7 @@ class VisionClassifier(MegatronModule):
         self.share_embeddings_and_output_weights = False
         self.model_type = ModelType.encoder_or_decoder
         self.vision = vision
-        self.vision_head = torch.nn.Linear(
-            model.feature_size, num_classes, bias=False, dtype=DTYPES[precision.dtype], device=ctx.device
-        )
+        self.vision_head = torch.nn.Linear(model.feature_size, num_classes, bias=False, dtype=DTYPES[precision.dtype], device=ctx.device)
 
     def set_input_tensor(self, tensor: torch.Tensor | list[torch.Tensor]) -> None:
         """The encoder has no earlier pipeline stage."""

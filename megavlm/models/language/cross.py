@@ -30,7 +30,7 @@ from megavlm.config.schema import CrossAttentionConfig, LanguageConfig, ModelCon
 from megavlm.data.types import PackedBatch
 from megavlm.models.layers.gates import TanhGate
 from megavlm.models.layers.linear import PostRowParallelLinear
-from megavlm.models.layers.norms import NORMS
+from megavlm.models.layers.norms import NORMS, new
 from megavlm.models.layers.packing import Packing, owned_chunks
 from megavlm.models.layers.specs import LayerStyle, layer_spec
 
@@ -140,7 +140,7 @@ class HeadNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.eps = config.layernorm_epsilon
-        self.weight = torch.nn.Parameter(torch.ones(config.kv_channels, dtype=config.params_dtype))
+        self.weight = torch.nn.Parameter(torch.ones(config.kv_channels, **new(config)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = copy_to_tensor_model_parallel_region(self.weight)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megavlm.models.layers.norms import replicated
+from megavlm.models.layers.norms import new, replicated
 
 
 class TanhGate(torch.nn.Module):
@@ -15,7 +15,7 @@ class TanhGate(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, **_: Any) -> None:
         super().__init__()
-        self.gate = replicated(torch.nn.Parameter(torch.zeros(1, dtype=config.params_dtype)), config)
+        self.gate = replicated(torch.nn.Parameter(torch.zeros(1, **new(config))), config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.gate.tanh()

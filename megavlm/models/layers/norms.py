@@ -18,6 +18,11 @@ def replicated(parameter: torch.nn.Parameter, config: TransformerConfig) -> torc
     return parameter
 
 
+def new(config: TransformerConfig) -> dict[str, Any]:
+    """Number format and device of new parameters: where megatron-core puts those of its own layers."""
+    return {"dtype": config.params_dtype, "device": "cpu" if config.use_cpu_initialization else "cuda"}
+
+
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm (https://arxiv.org/abs/1910.07467); with `config.layernorm_zero_centered_gamma` times 1 + weight."""
 
@@ -25,7 +30,7 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps, self.zero_centered = eps, config.layernorm_zero_centered_gamma
         start = torch.zeros if self.zero_centered else torch.ones
-        self.weight = replicated(torch.nn.Parameter(start(hidden_size, dtype=config.params_dtype)), config)
+        self.weight = replicated(torch.nn.Parameter(start(hidden_size, **new(config))), config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.zero_centered:
@@ -40,8 +45,8 @@ class LayerNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = replicated(torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype)), config)
-        self.bias = replicated(torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype)), config)
+        self.weight = replicated(torch.nn.Parameter(torch.ones(hidden_size, **new(config))), config)
+        self.bias = replicated(torch.nn.Parameter(torch.zeros(hidden_size, **new(config))), config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
@@ -52,7 +57,7 @@ class LayerScale(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, **_: Any) -> None:
         super().__init__()
-        self.weight = replicated(torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype)), config)
+        self.weight = replicated(torch.nn.Parameter(torch.ones(hidden_size, **new(config))), config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.weight

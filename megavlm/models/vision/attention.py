@@ -16,6 +16,8 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
+from megavlm.models.layers.norms import new
+
 QK_NORM_EPS = 1e-6
 """Of InternViT's norms of query and key, whatever its other norms have (transformers 5.23, models/internvl)."""
 
@@ -64,7 +66,7 @@ class WideRMSNorm(torch.nn.Module):
         super().__init__()
         self.group = group
         self.width, self.ranks = config.hidden_size, config.tensor_model_parallel_size
-        self.weight = torch.nn.Parameter(torch.ones(self.width // self.ranks, dtype=config.params_dtype))
+        self.weight = torch.nn.Parameter(torch.ones(self.width // self.ranks, **new(config)))
         # As megatron-core marks what is cut, so that the gradient norm counts every rank's part.
         self.weight.tensor_model_parallel, self.weight.partition_dim, self.weight.partition_stride = True, 0, 1  # type: ignore[attr-defined]
 
