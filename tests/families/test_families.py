@@ -79,10 +79,7 @@ def import_and_export(folder: Path, root: Path) -> None:
 def test_round_trip(pool: RankPool, oracle: Oracle, record: Record, tmp_path: Path) -> None:
     """Imported and exported again: the same tensors bit for bit, the same config, and transformers misses nothing."""
     pool.run(import_and_export, oracle.folder, tmp_path)
-    before, after = (
-        {name: t for file in sorted(f.glob("*.safetensors")) for name, t in load_file(file).items()}
-        for f in (oracle.folder, tmp_path / "out")
-    )
+    before, after = tensors_of(oracle.folder), tensors_of(tmp_path / "out")
     assert set(before) == set(after)
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]), name

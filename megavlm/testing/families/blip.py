@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megavlm.testing.families.case import Case
-from megavlm.testing.families.parts import VOCABULARY, text_config
+from megavlm.testing.families.parts import opt_config, text_config
 
 _VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 16, "patch_size": 4}
 _QFORMER = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 40, "cross_attention_frequency": 2}
@@ -30,18 +30,6 @@ def _instructblip(tf: Any) -> Any:
     )
 
 
-def _opt(tf: Any) -> Any:
-    return tf.OPTConfig(
-        hidden_size=48,
-        word_embed_proj_dim=48,
-        ffn_dim=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=512,
-    )
-
-
 def _qwen2(tf: Any) -> Any:
     return text_config(tf, "qwen2")
 
@@ -49,7 +37,7 @@ def _qwen2(tf: Any) -> Any:
 _FIXED = {"policy": "fixed", "fit": "stretch"}
 
 CASES = [
-    Case("BLIP-2", "blip-2", _blip_2(_opt), image=_FIXED),
+    Case("BLIP-2", "blip-2", _blip_2(opt_config), image=_FIXED),
     Case("BLIP-2, Qwen2, encoder without biases of queries", "blip-2", _blip_2(_qwen2, qkv_bias=False), image=_FIXED, slow=True),
     Case("InstructBLIP", "instructblip", _instructblip, image=_FIXED),
 ]

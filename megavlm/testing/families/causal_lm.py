@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megavlm.testing.families.case import Case
-from megavlm.testing.families.parts import VOCABULARY, text_config
+from megavlm.testing.families.parts import opt_config, text_config
 
 
 def _text(kind: str, **changes: Any) -> Any:
@@ -28,22 +28,6 @@ LONGROPE = _rope(
 )
 
 
-def _opt(tf: Any) -> Any:
-    return tf.OPTConfig(
-        hidden_size=48,
-        word_embed_proj_dim=48,
-        ffn_dim=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=128,
-        dropout=0.0,
-        bos_token_id=2,
-        eos_token_id=2,
-        pad_token_id=1,
-    )
-
-
 CASES = [
     Case("Llama 2, Vicuna", "causal_lm", _text("llama")),
     Case("Llama 3.1 (scaled rotary positions)", "causal_lm", _text("llama", rope_parameters=LLAMA3)),
@@ -60,5 +44,5 @@ CASES = [
     Case("Phi-3", "causal_lm", _text("phi3"), slow=True),
     Case("Phi-3 long, Phi-4-mini (LongRoPE, part of each head)", "causal_lm",
          _text("phi3", hidden_size=64, rope_parameters=LONGROPE, original_max_position_embeddings=10)),
-    Case("OPT", "causal_lm", _opt),
+    Case("OPT", "causal_lm", opt_config),
 ]  # fmt: skip

@@ -47,3 +47,20 @@ def text_config(tf: Any, kind: str, *, tie: bool = False, **changes: Any) -> Any
         "qwen3": tf.Qwen3Config,
     }[kind]
     return cls(**(small | changes))
+
+
+def opt_config(tf: Any) -> Any:
+    """An OPT: 4 layers, 4 heads, 48 wide."""
+    return tf.OPTConfig(
+        hidden_size=48,
+        word_embed_proj_dim=48,
+        ffn_dim=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=512,
+        dropout=0.0,
+        bos_token_id=2,
+        eos_token_id=2,
+        pad_token_id=1,
+    )
