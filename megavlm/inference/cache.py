@@ -37,9 +37,11 @@ class KVCache:
         """Of each sequence: what its next token sees of them (models/language/cross.py)."""
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
-        self._sequence_S = self._position_S = torch.empty(0, dtype=torch.int64)
-        self._visible_BW: torch.Tensor | None = None
-        self._age_BW = torch.empty(0, 0, dtype=torch.int64)
+        self._decodes = False
+        self._common: int | None = None
+        self._rows_S: torch.Tensor | None = None
+        self._age_BW: torch.Tensor | None = None
+        self._masks: dict[int | None, torch.Tensor] = {}
 
     @property
     def width(self) -> int:
@@ -53,16 +55,19 @@ class KVCache:
         if is_prefill:
             self.lengths = [0] * len(new_lengths)
         assert is_prefill or list(new_lengths) == [1] * len(self.lengths), "after the prompts, each sequence adds one token a pass"
-        start = torch.tensor(self.lengths, device=device)
-        count = torch.tensor(list(new_lengths), device=device)
-        self.lengths = [a + b for a, b in zip(self.lengths, new_lengths, strict=True)]
-        self._sequence_S = torch.repeat_interleave(torch.arange(len(count), device=device), count)
-        first_row = torch.cumsum(count, 0) - count
-        self._position_S = torch.arange(int(count.sum()), device=device) - (first_row - start)[self._sequence_S]
-        self._visible_BW = None
-        if not is_prefill:
-            self._age_BW = start[:, None] - torch.arange(self.width, device=device)[None, :]
-            self._visible_BW = self._age_BW >= 0
+        before, self.lengths = self.lengths, [a + b for a, b in zip(self.lengths, new_lengths, strict=True)]
+        self._decodes, self._masks, self._age_BW = not is_prefill, {}, None
+        # Sequences of one length need neither masks nor scattered writes.
+        self._common = self.lengths[0] if min(self.lengths) == max(self.lengths) else None
+        self._rows_S = None
+        if self._common is not None:
+            return
+        width = self.width
+        new = enumerate(zip(before, new_lengths, strict=True))
+        rows = [b * width + p for b, (first, count) in new for p in range(first, first + count)]
+        self._rows_S = torch.tensor(rows, device=device)
+        if self._decodes:
+            self._age_BW = torch.tensor(before, device=device)[:, None] - torch.arange(width, device=device)[None, :]
 
     def attend(
         self,
@@ -81,14 +86,32 @@ class KVCache:
         Rows that see each other both ways are those of the prompts (`packing.masks`): every later token sees what came before it.
         """
         keys, values = self._store(self._keys, layer_number, key), self._store(self._values, layer_number, value)
-        if self._visible_BW is None:
+        if not self._decodes:
             return attend_packed(query, key, value, packing, causal=True, scale=scale, window=window, softcap=softcap)
-        visible_BW = self._visible_BW if window is None else self._visible_BW & (self._age_BW < window)
-        grouped, mask = query.shape[1] != key.shape[1], visible_BW[:, None, None, :]
+        mask = None
+        if self._common is not None:
+            seen = slice(0 if window is None else max(self._common - window, 0), self._common)
+            keys, values = keys[:, :, seen], values[:, :, seen]
+        else:
+            mask = self._mask(window, query.dtype) if softcap is None else self._visible(window)
         q = query.unsqueeze(2)
         if softcap is not None:
             return capped_attention(q, keys, values, mask, scale, softcap).squeeze(2)
+        grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped).squeeze(2)
+
+    def _visible(self, window: int | None) -> torch.Tensor:
+        """(B, 1, 1, W): which of a sequence's places its new token sees."""
+        assert self._age_BW is not None
+        seen_BW = self._age_BW >= 0 if window is None else (self._age_BW >= 0) & (self._age_BW < window)
+        return seen_BW[:, None, None, :]
+
+    def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """The same to be added to scores, made once a pass: each layer would turn a boolean one into this."""
+        if window not in self._masks:
+            visible = self._visible(window)
+            self._masks[window] = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+        return self._masks[window]
 
     def drop(self, keep: Sequence[int]) -> None:
         """Keep only the sequences numbered `keep`, in that order; they are renumbered from 0."""
@@ -99,15 +122,20 @@ class KVCache:
                 store[layer] = cached[torch.tensor(list(keep), dtype=torch.int64, device=cached.device)]
 
     def _store(self, store: dict[int, torch.Tensor], layer: int, new_SGK: torch.Tensor) -> torch.Tensor:
-        """Write new rows into the layer's padded tensor (B, G, W, K) and return it."""
-        cached = store.get(layer)
-        room = 0 if cached is None else cached.shape[2]
-        if cached is None or room < self.width:
+        """Write new rows into the layer's padded tensor and return it as (B, G, W, K)."""
+        held, width = store.get(layer), self.width
+        if held is None or held.shape[1] != width:
             # Zeros, not uninitialised memory: a masked NaN is still a NaN after the softmax's product.
-            grown = new_SGK.new_zeros(len(self.lengths), new_SGK.shape[1], self.width, new_SGK.shape[2])
-            if cached is not None:
-                grown[:, :, :room] = cached
-            cached = store[layer] = grown
-        cached[self._sequence_S, :, self._position_S] = new_SGK
-        # Dropping the longest sequence may leave more room than the others need.
-        return cached[:, :, : self.width]
+            fitting = new_SGK.new_zeros(len(self.lengths), width, *new_SGK.shape[1:])
+            if held is not None:
+                # Dropping the longest sequence may leave more room than the others need.
+                both = min(width, held.shape[1])
+                fitting[:, :both] = held[:, :both]
+            held = store[layer] = fitting
+        if self._common is None:
+            assert self._rows_S is not None
+            held.view(-1, *new_SGK.shape[1:]).index_copy_(0, self._rows_S, new_SGK)
+        else:
+            count = new_SGK.shape[0] // len(self.lengths)
+            held[:, self._common - count : self._common] = new_SGK.view(len(self.lengths), count, *new_SGK.shape[1:])
+        return held.transpose(1, 2)

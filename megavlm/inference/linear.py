@@ -1,7 +1,8 @@
-"""Linear layers without what only training needs, while a model generates.
+"""Layers without what only training needs, while a model generates.
 
 megatron-core's layers pass every product through autograd functions that overlap the gradients' communication. For one token a step that
 costs as much as the product of a small model. Here the same weights go through torch's `linear`, and tensor ranks through one all-reduce.
+Dropout, which does nothing outside training, is left out of the residual sums.
 """
 
 from __future__ import annotations
@@ -13,25 +14,38 @@ from functools import partial
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 Output = tuple[torch.Tensor, torch.Tensor | None]
 
 
 @contextmanager
 def light_linears(model: torch.nn.Module) -> Iterator[None]:
-    """Swap the forward of megatron-core's own linear layers (not Transformer Engine's, not subclasses that change it) and put it back."""
-    swapped = []
+    """Swap the forward of megatron-core's own linear layers (not Transformer Engine's, not subclasses that change it) and put it back.
+
+    So are the sums behind a layer's attention and MLP.
+    """
+    swapped: list[torch.nn.Module] = []
+    sums: list[tuple[torch.nn.Module, str]] = []
     try:
         for module in model.modules():
             light = _light(module)
             if light is not None:
                 module.forward = light  # type: ignore[method-assign,assignment]
                 swapped.append(module)
+            if isinstance(module, TransformerLayer):
+                for name in ("self_attn_bda", "mlp_bda"):
+                    if getattr(module, name) is get_bias_dropout_add:
+                        setattr(module, name, _light_sum)
+                        sums.append((module, name))
         yield
     finally:
         for module in swapped:
             del module.forward
+        for module, name in sums:
+            setattr(module, name, get_bias_dropout_add)
 
 
 def _light(module: torch.nn.Module) -> Callable[..., Output] | None:
@@ -57,3 +71,14 @@ def _row(module: torch.nn.Module, x: torch.Tensor) -> Output:
     if module.skip_bias_add or module.bias is None:
         return out, module.bias  # type: ignore[return-value]
     return out + module.bias, None  # type: ignore[operator]
+
+
+def _light_sum(training: bool, fused: bool) -> Callable[[Output, torch.Tensor, float], torch.Tensor]:
+    assert not training, "for evaluation"
+    return _sum
+
+
+def _sum(x_with_bias: Output, residual: torch.Tensor, dropout: float) -> torch.Tensor:
+    x, bias = x_with_bias
+    x = x if bias is None else x + bias
+    return x + residual.to(x.dtype)

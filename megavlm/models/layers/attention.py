@@ -93,7 +93,12 @@ class PackedAttention(MegatronModule):
         assert isinstance(packing, Packing), "every forward pass here is packed: build a Packing with megavlm.models.layers.packing.pack"
         if self.rotary in packing.rotary:
             cos_LK, sin_LK = packing.rotary[self.rotary]
-            query, key = (apply_rotary(x, cos_LK, sin_LK) for x in (query, key))
+            if packing.cache is not None and query.dtype == key.dtype:
+                # One turn for both: with a row a sequence the number of operations is what costs.
+                turned = apply_rotary(torch.cat([query, key], dim=1), cos_LK, sin_LK)
+                query, key = turned.split([query.shape[1], key.shape[1]], dim=1)
+            else:
+                query, key = (apply_rotary(x, cos_LK, sin_LK) for x in (query, key))
         if packing.cache is not None:
             out = packing.cache.attend(self.layer_number, query, key, value, packing, self.scale, window=self.window, softcap=self.softcap)
             return out.reshape(query.shape[0], -1)
