@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from megavlm.checkpoint import store
 from megavlm.config.schema import ParallelConfig
 from megavlm.models.init import initialise
+from megavlm.models.vlm import VisionLanguageModel
 from megavlm.models.weights import sharded_tensors
 from megavlm.parallel.context import enter_grid
 from megavlm.testing.pool import RankPool
@@ -55,6 +57,19 @@ def test_layouts(
     for record, expected in zip(records, one_rank[aux_loss], strict=True):
         assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+def models_alive() -> int:
+    gc.collect()
+    return sum(type(thing) is VisionLanguageModel for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_trained_model_can_be_collected(pool: RankPool, data_dir: Path, tmp_path: Path, recompute: str) -> None:
+    """A tensor kept with its graph would hold the model's hooks, the model and its process groups for good."""
+    before = pool.run(models_alive)[0]
+    train(pool, tmp_path, data_dir, 1, EXPERTS | {"aux_loss": 0.1}, parallel={"recompute": recompute})
+    assert pool.run(models_alive)[0] == before
 
 
 def test_balancing_changes_gradients(one_rank: dict[float, list[dict[str, Any]]]) -> None:

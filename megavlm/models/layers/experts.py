@@ -110,7 +110,12 @@ class MixtureOfExperts(MoELayer):
             if self.config.sequence_parallel:
                 mask = mask.chunk(self.attn_tp_group.size())[self.attn_tp_group.rank()]
             mask = mask[None]
-        return super().forward(hidden_states, None, mask)
+        try:
+            return super().forward(hidden_states, None, mask)
+        finally:  # recomputation ends a pass early, by an exception
+            # Their graph ends in the weights, whose hooks hold the model: kept here it would be a circle that nothing collects, with
+            # all the model's process groups and, on gloo, their threads.
+            self.token_dispatcher.probs = None
 
 
 class _HostDispatcher(MoEAlltoAllTokenDispatcher):
