@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ STATE, MANIFEST, LATEST, CHECKPOINTS, UNFINISHED, REPLACED = "state.json", "mani
 FORMAT = 1
 """Of what `store.save` and `writer` write."""
 _NAME = re.compile(r"^(\d{8,})-(.+)$")
+_ASIDE = re.compile(r"\.[0-9a-f]{8}\.old$")
 
 
 def newest(run_dir: str | Path) -> Path | None:
@@ -55,14 +57,12 @@ def prune(run_dir: str | Path, keep_last: int, keep: Iterable[str] = ()) -> list
     last_of_stage = {_NAME.match(name).group(2): name for name in names}  # type: ignore[union-attr]
     kept = {*keep, *last_of_stage.values(), *names[len(names) - keep_last :]}
     root = Path(run_dir) / CHECKPOINTS
-    leftovers = [p.name for p in root.glob("*") if p.name.endswith((UNFINISHED, REPLACED)) and p.is_dir()] if root.is_dir() else []
+    leftovers = [p.name for p in root.glob("*") if _is_leftover(p)] if root.is_dir() else []
     gone = [name for name in names if name not in kept] + leftovers
     for name in gone:
         # Renamed first: a deletion that is cut off must not leave a folder that looks like a checkpoint.
         doomed = root / name
-        if not name.endswith((UNFINISHED, REPLACED)):
-            doomed = doomed.rename(root / (name + REPLACED))
-        shutil.rmtree(doomed)
+        shutil.rmtree(doomed if name in leftovers else doomed.rename(aside(doomed)))
     return gone
 
 
@@ -121,16 +121,30 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def publish(unfinished: Path, path: Path) -> None:
-    """Give a finished folder its name, in the place of an older one of that name, then point `latest` to it."""
-    sync_folder(unfinished)
-    replaced = path.with_name(path.name + REPLACED)
-    if path.exists():
-        path.rename(replaced)
-    unfinished.rename(path)
-    sync_folder(path.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    """Give a run's finished checkpoint its name, in the place of an older one of that name, then point `latest` to it."""
+    put_in_place(unfinished, path)
     if path.parent.name == CHECKPOINTS:
         write_json(path.parent / LATEST, path.name)
+
+
+def put_in_place(unfinished: Path, path: Path) -> None:
+    """Give a finished folder its name; what had that name is moved aside, and deleted once the new one is there."""
+    sync_folder(unfinished)
+    replaced = path.rename(aside(path)) if path.exists() else None
+    try:
+        unfinished.rename(path)
+    except OSError:
+        if replaced is not None:
+            replaced.rename(path)
+        raise
+    sync_folder(path.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def aside(path: Path) -> Path:
+    """A name that nobody else has, for a folder that is about to be deleted."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{REPLACED}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -153,6 +167,12 @@ def _named(run_dir: str | Path) -> list[Path]:
         latest = str(_read_json(root / LATEST)) if (root / LATEST).is_file() else ""
     paths = [p for p in root.iterdir() if p.is_dir() and _NAME.match(p.name) and not p.name.endswith((UNFINISHED, REPLACED))]
     return sorted(paths, key=lambda p: (int(_NAME.match(p.name).group(1)), p.name == latest, p.name))  # type: ignore[union-attr]
+
+
+def _is_leftover(path: Path) -> bool:
+    """What an interrupted save or deletion of a checkpoint left; whatever else people put there is theirs."""
+    mine = path.name.endswith(UNFINISHED) or _ASIDE.search(path.name) is not None
+    return mine and _NAME.match(path.name) is not None and path.is_dir()
 
 
 def _read_json(file: Path) -> Any:

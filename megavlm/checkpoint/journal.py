@@ -71,9 +71,15 @@ class Journal:
         folders.sync_folder(self.folder)
 
 
-def publish(unfinished: Path, path: Path) -> None:
-    """Give a finished folder its name. Its journal goes last: killed before, the job finds all of it done."""
-    folders.publish(unfinished, path)
+def publish(unfinished: Path, path: Path, *, replace: bool = False) -> None:
+    """Give a finished folder its name. Its journal goes last: killed before, the job finds all of it done.
+
+    Raises:
+        CheckpointError: something has that name by now, and `replace` does not allow to delete it. What was written stays.
+    """
+    if not replace and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise CheckpointError(f"{path} came to be while {unfinished} was written: move one of them, and repeat the command")
+    folders.put_in_place(unfinished, path)
     (path / JOURNAL).unlink(missing_ok=True)
 
 

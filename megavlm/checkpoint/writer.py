@@ -1,7 +1,7 @@
 """Write a checkpoint tensor by tensor in one process, without a model: what `store.load` reads into any layout.
 
-The files are those of torch.distributed.checkpoint as megatron-core writes them. One tensor is in memory at a time, and a job that
-was killed goes on where it was (`journal`).
+The files are those of torch.distributed.checkpoint as megatron-core writes them. No more than the tensor that is being
+written is held in memory here, and a job that was killed goes on where it was (`journal`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From a run, a checkpoint or a live model to a Hugging Face folder that transformers loads without custom code.
 
-The folder is written beside its place and renamed when it is whole. Weights are streamed: one tensor at a time is read, split
-into Hugging Face's tensors and written. An export that was killed goes on where it was.
+The folder is written beside its place and renamed when it is whole. Weights are streamed: a tensor is read and split into
+Hugging Face's tensors while the one before it is written. An export that was killed goes on where it was.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from megavlm.checkpoint.hf.config import config_to_hf
 from megavlm.checkpoint.hf.links import Link
 from megavlm.checkpoint.hf.registry import family
 from megavlm.checkpoint.hf.sources import CheckpointSource, LiveSource, TensorSource, find_checkpoint
+from megavlm.checkpoint.hf.targets import check_apart, check_free
 from megavlm.checkpoint.hf.tensor_files import Entry
 from megavlm.checkpoint.hf.tensors import to_theirs
 from megavlm.checkpoint.hf.texts import Texts
@@ -68,22 +69,24 @@ def export_hf(
         image: how pictures become tiles; None: as the run's recipe says, outside a run one stretched tile.
         dtype: format of the weights; None: as they are.
         max_shard_bytes: a file that would grow beyond this is followed by another, with an index.
-        overwrite: replace a folder that is already there.
+        overwrite: replace a Hugging Face folder that is already there.
 
     Raises:
         HuggingFaceError: the model has a part that Hugging Face's class lacks, its processor cannot cut pictures as training did,
-            the checkpoint lacks a module, no tokenizer is known, there is too little room on the disk, or the folder is there already.
+            the checkpoint lacks a module, no tokenizer is known, there is too little room on the disk, the folder is there already (with `overwrite`: and is
+            no Hugging Face folder), or it is, holds or lies in what is exported.
         CheckpointError: the checkpoint is incomplete or damaged, or another process is writing the folder.
         OSError: the disk is full or broken; what was written stays.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise HuggingFaceError(f"{folder} is not empty: give another folder, or allow overwriting it")
+    given, folder = Path(folder), Path(folder).resolve()
+    check_free(folder, overwrite)
     if isinstance(source, str | Path):
         checkpoint = find_checkpoint(source)
         model = model or ModelConfig.model_validate(folders.read_state(checkpoint).get("model") or _no_model(checkpoint))
         read: CheckpointSource | LiveSource = CheckpointSource(checkpoint)
         texts = Texts.of_checkpoint(checkpoint, model, chat, image)
+        kept = [texts.kept] if texts is not None and texts.kept is not None else []
+        check_apart(folder, [*read.homes.values(), *kept], around=[source])
     else:
         assert model is not None, "a live model comes with its ModelConfig"
         read = LiveSource(source)
@@ -107,8 +110,9 @@ def export_hf(
     config = config_to_hf(model, texts.ids, dtype=written.dtype, base=texts.base_config) | texts.picture_config()
     (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     texts.write(unfinished)
-    publish(unfinished, folder)
-    return Exported(folder, written.num_tensors, written.num_parameters, written.dtype)
+    check_free(folder, overwrite)  # hours may have passed
+    publish(unfinished, folder, replace=overwrite)
+    return Exported(given, written.num_tensors, written.num_parameters, written.dtype)
 
 
 def groups_of(model: ModelConfig, read: TensorSource, dtype: str | None = None) -> list[Group]:

@@ -1,4 +1,4 @@
-"""From a Hugging Face folder to a checkpoint on the disk: one tensor after the other, without building a model."""
+"""From a Hugging Face folder to a checkpoint on the disk: one tensor after the other, no model is built."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from megavlm.checkpoint.hf.export import DTYPES, check_room
 from megavlm.checkpoint.hf.folder import WeightFolder
 from megavlm.checkpoint.hf.links import Link
 from megavlm.checkpoint.hf.load import check_weights, links_of, open_weights
+from megavlm.checkpoint.hf.targets import check_apart
 from megavlm.checkpoint.hf.tensors import to_ours
 from megavlm.checkpoint.hf.texts import KEPT, keep_texts
 from megavlm.checkpoint.progress import progress_bar
@@ -39,16 +40,17 @@ class Imported:
 def import_hf(folder: str | Path, checkpoint: str | Path, *, dtype: Literal["fp32", "bf16"] | None = None) -> Imported:
     """Write the model of `folder` as a checkpoint, with its config, tokenizer and processor beside it.
 
-    One process, and at most three of the largest tensor in memory. A start that was killed, or found the disk full, is gone on with by the
+    One process, and a few tensors in memory: one is written while the next is read, sliced and cast. A start that was killed, or found the disk full, is gone on with by the
     next of the same folder and `dtype`.
 
     Raises:
-        HuggingFaceError: the checkpoint is there already, the folder cannot be read, there is too little room on the disk, or the
-            weights have another format than fp32 or bf16 (or several) and `dtype` does not say which to take.
+        HuggingFaceError: the checkpoint is there already or would lie in the folder, the folder cannot be read, there is too little room
+            on the disk, or the weights have another format than fp32 or bf16 (or several) and `dtype` does not say which to take.
         CheckpointError: another process is writing this checkpoint.
         OSError: the disk is full or broken; what was written stays.
     """
-    folder, checkpoint = Path(folder), Path(checkpoint)
+    folder, checkpoint = Path(folder), Path(checkpoint).resolve()
+    check_apart(checkpoint, [folder])
     if checkpoint.exists():
         raise HuggingFaceError(f"{checkpoint} is there already: give another folder")
     model = config_from_hf(folder)
@@ -98,5 +100,8 @@ def _dtype(weights: WeightFolder) -> Literal["fp32", "bf16"]:
     found = {weights.dtype(name) for name in weights.names}
     if len(found) > 1 or not found <= set(names):
         listed = ", ".join(sorted(str(d).removeprefix("torch.") for d in found))
-        raise HuggingFaceError(f"{weights.folder} holds {listed} weights; models here are fp32 or bf16: choose one (--dtype)")
+        raise HuggingFaceError(
+            f"{weights.folder} holds {listed} weights, and checkpoints here are bf16 or fp32: add --dtype bf16 (rounded to what training "
+            "computes in), or --dtype fp32 (every number as it is, twice the size)"
+        )
     return names[found.pop()]
