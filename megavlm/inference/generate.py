@@ -77,7 +77,9 @@ def generate(
     with _evaluating(model), light_linears(model):
         batch = prompt_batch(prompts, image_token_id, model.model).to(model.ctx.device)
         while True:
-            logits_BV = _last_logits(model, batch, cache)
+            # Not for the prompts: what is computed for pictures may be kept, and training could not use it then.
+            with torch.inference_mode(bool(cache.lengths)):
+                logits_BV = _last_logits(model, batch, cache)
             tokens = _agree(model, sampler.next_tokens(logits_BV, running)).tolist()
             for sequence, token in zip(running, tokens, strict=True):
                 answers[sequence].append(token)
