@@ -19,7 +19,7 @@ from megavlm.data.chat import TEMPLATES, Chat
 from megavlm.data.instructions import FOLDER as INSTRUCTIONS
 from megavlm.data.sample import IMAGE_TOKEN
 
-KEPT = "hf"
+KEPT = "from_hf"
 """Subfolder of an imported checkpoint, or of a run that began with one, with the texts of the Hugging Face folder it came from."""
 GENERATION = "generation_config.json"
 _TOKENIZER = (

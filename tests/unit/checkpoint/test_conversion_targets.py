@@ -62,7 +62,7 @@ def test_an_export_never_replaces_what_it_reads(root: Path, source: str, target:
 
 
 def test_a_run_that_began_with_a_folder_keeps_its_texts(root: Path) -> None:
-    """<run>/hf looks like a Hugging Face folder, and holds what the export is made of."""
+    """<run>/from_hf looks like a Hugging Face folder, and holds what the export is made of."""
     (root / CHECKPOINT / KEPT).rename(root / "run" / KEPT)
     (root / "run" / "recipe.yaml").write_text("")
     with pytest.raises(HuggingFaceError, match="is what is converted"):
