@@ -6,18 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.checkpoint.errors import HuggingFaceError
-from megavlm.checkpoint.hf.families.base import TokenIds
+from megavlm.checkpoint.hf.families.base import Family, TokenIds
 from megavlm.checkpoint.hf.holding import which_holds
 from megavlm.checkpoint.hf.language import canonical
 from megavlm.checkpoint.hf.processors import pixel_statistics
 from megavlm.checkpoint.hf.reading import CONFIG, Problems, hf_config, quiet_transformers, read_json
 from megavlm.checkpoint.hf.registry import family, family_of_folder
+from megavlm.checkpoint.hf.tied import as_stored
 from megavlm.config.schema import ImageConfig, ModelConfig
 
 __all__ = ["config_from_hf", "config_to_hf", "image_config_from_hf", "network", "quiet_transformers"]
 
 _NOT_THE_NETWORK = {"family", "init_std"}
-_NOT_KEPT = {"transformers_version", "dtype", "torch_dtype", "auto_map", "_name_or_path", "_attn_implementation"}
+_QUANTISED = "quantization_config"
+_NOT_KEPT = {_QUANTISED, "transformers_version", "dtype", "torch_dtype", "auto_map", "_name_or_path", "_attn_implementation"}
+
+_NAMES_CLASS = {"architectures", "model_type"}
 
 
 def config_from_hf(folder: str | Path) -> ModelConfig:
@@ -27,7 +31,9 @@ def config_from_hf(folder: str | Path) -> ModelConfig:
         HuggingFaceError: a folder of no known family, or a setting that the model here does not have, named with its value.
     """
     folder = Path(folder)
-    kind, config = family_of_folder(folder), hf_config(read_json(folder / CONFIG))
+    values = read_json(folder / CONFIG)
+    _check_number_format(folder / CONFIG, values)
+    kind, config = family_of_folder(folder), hf_config(values)
     problems = Problems()
     try:
         model = kind.model_from_hf(config, problems)
@@ -35,16 +41,30 @@ def config_from_hf(folder: str | Path) -> ModelConfig:
         problems.check(folder / CONFIG)
         raise HuggingFaceError(f"{folder / CONFIG}: {error}") from error
     problems.check(folder / CONFIG)
+    model = as_stored(folder, kind, model)
     if not model.text_only:
         mean, std = pixel_statistics(folder) or kind.statistics(config)
         model.vision = model.vision.model_copy(update={"image_mean": mean, "image_std": std})
     return model
 
 
+def _check_number_format(file: Path, values: dict[str, Any]) -> None:
+    """Raise HuggingFaceError for a folder of quantised weights, whatever library made them."""
+    for block in ("", *(name for name, value in values.items() if isinstance(value, dict))):
+        found = (values[block] if block else values).get(_QUANTISED)
+        if found:
+            method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
+            where = f"{block}.{_QUANTISED}" if block else _QUANTISED
+            raise HuggingFaceError(
+                f"{file} has {where} with quant_method={method!r}: quantised weights (bitsandbytes, GPTQ, AWQ, FP8) are not read here; "
+                "dequantise them first (transformers' `dequantize` and `save_pretrained`), or take the folder that they were made from"
+            )
+
+
 def config_to_hf(model: ModelConfig, ids: TokenIds, *, dtype: str = "float32", base: dict[str, Any] | None = None) -> dict[str, Any]:
     """`config.json` of the family's class. `dtype` is torch's name of the weights' format.
 
-    `base` is the config.json that an imported model came with: what we do not know of it, and need not, is kept.
+    `base` is the config.json that an imported model came with: a field is written anew only where the model or its tokens were changed.
 
     Raises:
         HuggingFaceError: the model has a part that the class lacks, or the image token lies outside the vocabulary.
@@ -54,30 +74,51 @@ def config_to_hf(model: ModelConfig, ids: TokenIds, *, dtype: str = "float32", b
     kind = family(model.family)
     values = kind.config_to_hf(model, ids)
     if base is not None and kind.handles(base):
-        values = _overlaid(hf_config(base).to_dict(), values)
+        came = hf_config(base)
+        unchanged = kind.config_to_hf(_read_again(kind, base, model), ids_of(came, kind))
+        values = _changed(came.to_dict(), unchanged, values)
     values["dtype"] = dtype
-
-    def back(_: str) -> dict[str, Any]:
-        problems = Problems()
-        read = kind.model_from_hf(hf_config(values), problems)
-        problems.check("the model block")
-        if not read.text_only:
-            read.vision = read.vision.model_copy(update={"image_mean": model.vision.image_mean, "image_std": model.vision.image_std})
-        return network(read)
-
-    which_holds("model", network(model), {kind.hf_class: kind.hf_class}, back)
+    which_holds("model", network(model), {kind.hf_class: kind.hf_class}, lambda _: network(_read_again(kind, values, model)))
     return values
 
 
-def _overlaid(base: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """Ours wherever we have a value; the blocks of encoder and language model one by one."""
+def _read_again(kind: Family, values: dict[str, Any], model: ModelConfig) -> ModelConfig:
+    """A config's block, with what only the processor's file says as `model` has it."""
+    problems = Problems()
+    read = kind.model_from_hf(hf_config(values), problems)
+    problems.check("the model block")
+    if not read.text_only:
+        read.vision = read.vision.model_copy(update={"image_mean": model.vision.image_mean, "image_std": model.vision.image_std})
+    return read
+
+
+def _changed(base: dict[str, Any], unchanged: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """`base`, and ours where it is not what we would write for `base` itself; the blocks of encoder and language model one by one."""
     kept = {name: value for name, value in base.items() if name not in _NOT_KEPT}
-    nested = {
-        name: _overlaid(kept[name], value)
-        for name, value in ours.items()
-        if name.endswith("_config") and isinstance(value, dict) and isinstance(kept.get(name), dict)
-    }
-    return kept | ours | nested
+    for name, value in ours.items():
+        before = unchanged.get(name)
+        if isinstance(value, dict) and isinstance(before, dict) and isinstance(kept.get(name), dict) and name.endswith("_config"):
+            kept[name] = _changed(kept[name], before, value)
+        elif name in _NAMES_CLASS or name not in unchanged or before != value:
+            kept[name] = value
+    return kept
+
+
+def ids_of(config: Any, kind: Family) -> TokenIds:
+    """Token ids that transformers' config object names, in itself or in its language model's block."""
+    text = getattr(config, "text_config", config)
+
+    def named(field: str) -> Any:
+        value = getattr(config, field, None)
+        return value if value is not None else getattr(text, field, None)
+
+    return TokenIds(
+        image=getattr(config, kind.image_token_field, None),
+        bos=named("bos_token_id"),
+        eos=named("eos_token_id"),
+        pad=named("pad_token_id"),
+        more={field: named(field) for field in kind.token_fields},
+    )
 
 
 def image_config_from_hf(folder: str | Path) -> ImageConfig:

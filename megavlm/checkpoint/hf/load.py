@@ -18,12 +18,12 @@ from megavlm.checkpoint.hf.links import Link, prefixed
 from megavlm.checkpoint.hf.reading import CONFIG
 from megavlm.checkpoint.hf.registry import family, family_of_folder
 from megavlm.checkpoint.hf.tensors import to_ours
+from megavlm.checkpoint.hf.tied import EMBEDDING, head_names
 from megavlm.config.schema import InitConfig, ModelConfig
 from megavlm.models.init import random_provider
 from megavlm.models.weights import Provider, Where, assign, is_vocabulary
 from megavlm.parallel.context import ParallelContext
 
-_EMBEDDING, _HEAD = "language.embedding.word_embeddings.weight", "language.output_layer.weight"
 _MODULES = ("vision.", "projector.", "language.")
 
 
@@ -92,12 +92,8 @@ def links_of(model: ModelConfig, folder: str | Path | None = None) -> list[Link]
     links = kind.links(model)
     if not model.language.tie_embeddings:
         return links
-    untied = model.model_copy(update={"language": model.language.model_copy(update={"tie_embeddings": False})})
-    try:
-        heads = [name for link in kind.links(untied) if link.key == _HEAD for name in link.names]
-    except HuggingFaceError:  # a class whose head is always tied has no name for it
-        return links
-    return [replace(link, aliases=(*link.aliases, *heads)) if link.key == _EMBEDDING else link for link in links]
+    heads = head_names(kind, model)
+    return [replace(link, aliases=(*link.aliases, *heads)) if link.key == EMBEDDING else link for link in links]
 
 
 def open_weights(folder: str | Path, model: ModelConfig) -> WeightFolder:

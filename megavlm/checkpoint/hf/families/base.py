@@ -96,6 +96,10 @@ class Family(ABC):
         del folder, model
         return ImageConfig()
 
+    def image_of_proofs(self, folder: Path, model: ModelConfig) -> ImageConfig:
+        """The data.image block of pictures that both classes are compared on."""
+        return self.image_from_hf(folder, model)
+
     def marks(self, image: ImageConfig) -> PictureMarks:
         """What the family's processor writes round and between the visual tokens of a picture that is cut as `image` says."""
         del image
@@ -136,6 +140,12 @@ class Family(ABC):
         """The Hugging Face model of a folder, for evaluation."""
         cls = getattr(quiet_transformers(), self.hf_class)
         return cls.from_pretrained(str(folder), dtype=dtype, **options).eval()
+
+
+def ties(config: Any) -> bool:
+    """Is a vision-language class's head its embedding? The whole config says so, the class's defaults filled in; not the LLM's block, but
+    for the classes whose configs look there themselves (transformers 5.23, modeling_utils.get_expanded_tied_weights_keys)."""
+    return bool(config.tie_word_embeddings)
 
 
 def normalised(vision: VisionConfig, pixels: torch.Tensor) -> torch.Tensor:

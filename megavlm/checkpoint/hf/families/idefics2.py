@@ -5,6 +5,7 @@ Source: transformers 5.23, models/idefics2.
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,11 +15,11 @@ import torch
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.encoders import encoder, encoder_of
 from megavlm.checkpoint.hf.encoders.base import EncoderKind
-from megavlm.checkpoint.hf.families.base import Family, TokenIds, input_ids
+from megavlm.checkpoint.hf.families.base import Family, TokenIds, input_ids, ties
 from megavlm.checkpoint.hf.families.native import check_native, edges_of, padded_pictures
 from megavlm.checkpoint.hf.language import language, language_of
 from megavlm.checkpoint.hf.links import Link, plain, prefixed
-from megavlm.checkpoint.hf.processors import BICUBIC, normalising, processor_block
+from megavlm.checkpoint.hf.processors import interpolation_of, normalising, processor_block, resample_of
 from megavlm.checkpoint.hf.reading import Problems
 from megavlm.config.schema import ImageConfig, LanguageConfig, ModelConfig, PictureMarks, ProjectorConfig, VisionConfig
 from megavlm.data.prompt import Prompt
@@ -41,7 +42,7 @@ class Idefics(Family):
     def model_from_hf(self, config: Any, problems: Problems) -> ModelConfig:
         vision = self.encoder(config).from_hf(config.vision_config, problems)
         text = language(config.text_config.model_type).from_hf(config.text_config, problems)
-        text["tie_embeddings"] = bool(config.tie_word_embeddings or config.text_config.tie_word_embeddings)
+        text["tie_embeddings"] = ties(config)
         return ModelConfig(
             family=self.name,
             vision=VisionConfig(**(vision | {"feature_layer": -1, "final_norm": True})),
@@ -177,10 +178,17 @@ class Idefics2(Idefics):
     def image_from_hf(self, folder: Path, model: ModelConfig) -> ImageConfig:
         block, file = processor_block(folder)
         if block.get("do_image_splitting", False):
+            whole = self.image_of_proofs(folder, model)
+            given = whole.model_copy(update={"marks": self.marks(whole)}).model_dump(mode="json", exclude_defaults=True)
             raise HuggingFaceError(
                 f"{file}: do_image_splitting=true (each picture and its four quarters) is no policy of data.image; supported: false, "
-                "which the same weights take"
+                f"which the same weights take. Write do_image_splitting=false into that file, or train with data.image={json.dumps(given)}"
             )
+        return self.image_of_proofs(folder, model)
+
+    def image_of_proofs(self, folder: Path, model: ModelConfig) -> ImageConfig:
+        """Whole pictures, where the processor would cut them too."""
+        block, file = processor_block(folder)
         edges = edges_of(folder) or {"longest_edge": 980, "shortest_edge": 378}
         return ImageConfig(
             policy="native",
@@ -188,6 +196,7 @@ class Idefics2(Idefics):
             min_tokens_per_image=1,
             longest_edge_px=edges["longest_edge"],
             shortest_edge_px=edges["shortest_edge"],
+            interpolation=interpolation_of(block, file, "Idefics2ImageProcessor"),
         )
 
     def check_pictures(self, model: ModelConfig, image: ImageConfig) -> None:
@@ -202,7 +211,7 @@ class Idefics2(Idefics):
             "do_pad": True,
             "do_resize": True,
             "size": {"longest_edge": image.longest_edge_px, "shortest_edge": image.shortest_edge_px or 1},
-            "resample": BICUBIC,
+            "resample": resample_of(image),
             **normalising(model.vision),
         }
         own = {"processor_class": self.processor_class, "image_seq_len": model.visual_tokens_per_tile, "image_processor": processor}

@@ -9,10 +9,10 @@ import torch
 
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.encoders import EncoderKind, encoder, encoder_of
-from megavlm.checkpoint.hf.families.base import Family, TokenIds, input_ids, normalised
+from megavlm.checkpoint.hf.families.base import Family, TokenIds, input_ids, normalised, ties
 from megavlm.checkpoint.hf.language import language, language_of
 from megavlm.checkpoint.hf.links import Link, plain, prefixed
-from megavlm.checkpoint.hf.processors import crop_or_stretch_processor, image_fit, processor_block
+from megavlm.checkpoint.hf.processors import crop_or_stretch_processor, image_fit, interpolation_of, processor_block
 from megavlm.checkpoint.hf.reading import Problems
 from megavlm.config.schema import ImageConfig, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megavlm.data.prompt import Prompt
@@ -36,6 +36,7 @@ class Llava(Family):
     )
     encoders: tuple[str, ...] = ("clip_vision_model", "siglip_vision_model")
     """Those that the class's forward treats as we do."""
+    image_processor = "CLIPImageProcessor"
 
     def encoder(self, config: Any) -> EncoderKind:
         return encoder(config.vision_config.model_type, self.encoders)
@@ -43,7 +44,7 @@ class Llava(Family):
     def model_from_hf(self, config: Any, problems: Problems) -> ModelConfig:
         vision = self.encoder(config).from_hf(config.vision_config, problems)
         text = language(config.text_config.model_type).from_hf(config.text_config, problems)
-        text["tie_embeddings"] = bool(config.tie_word_embeddings or config.text_config.tie_word_embeddings)
+        text["tie_embeddings"] = ties(config)
         return ModelConfig(
             family=self.name,
             vision=VisionConfig(**(vision | self.features(config, vision, problems))),
@@ -117,7 +118,8 @@ class Llava(Family):
 
     def image_from_hf(self, folder: Path, model: ModelConfig) -> ImageConfig:
         block, file = processor_block(folder)
-        return ImageConfig(fit=image_fit(block, file)) if "size" in block else ImageConfig()
+        interpolation = interpolation_of(block, file, self.image_processor)
+        return ImageConfig(fit=image_fit(block, file) if "size" in block else "stretch", interpolation=interpolation)
 
     def check_pictures(self, model: ModelConfig, image: ImageConfig) -> None:
         if image.policy == "fixed" or (image.policy == "tiles" and image.max_tiles == 1):

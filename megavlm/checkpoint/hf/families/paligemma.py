@@ -6,38 +6,36 @@ Image and question see each other both ways; the answer is written in order. Sou
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.encoders import encoder_of
-from megavlm.checkpoint.hf.families.base import TokenIds
+from megavlm.checkpoint.hf.families.base import TokenIds, ties
 from megavlm.checkpoint.hf.families.llava import HEAD, LANGUAGE, PROJECTOR, VISION, Llava
 from megavlm.checkpoint.hf.language import LanguageKind, language, language_of
 from megavlm.checkpoint.hf.links import Link, plain, prefixed
-from megavlm.checkpoint.hf.processors import BICUBIC, BILINEAR, normalising, processor_block
+from megavlm.checkpoint.hf.processors import normalising, resample_of
 from megavlm.checkpoint.hf.reading import Problems
 from megavlm.config.schema import ImageConfig, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megavlm.data.prompt import Prompt
 from megavlm.data.sample import IMAGE_TOKEN
 from megavlm.data.tokenizer import Tokenizer
 
-INTERPOLATIONS: dict[int, Literal["bicubic", "bilinear"]] = {BICUBIC: "bicubic", BILINEAR: "bilinear"}
-
 
 class SiglipGemma(Llava):
     """What PaliGemma and Gemma 3 have in common: SigLIP's last hidden state after its final norm, one stretched square a picture."""
 
     encoders = ("siglip_vision_model",)
+    image_processor = "SiglipImageProcessor"
     languages: ClassVar[tuple[str, ...]]
     bidirectional: ClassVar[Literal["prefix", "pictures"]]
 
     def model_from_hf(self, config: Any, problems: Problems) -> ModelConfig:
         text_config = self.text_config(config)
         text = language(text_config.model_type, self.languages).from_hf(text_config, problems)
-        text |= {"bidirectional": self.bidirectional, "tie_embeddings": bool(config.tie_word_embeddings)}
+        text |= {"bidirectional": self.bidirectional, "tie_embeddings": ties(config)}
         if config.image_token_index >= text["vocab_size"]:
             problems.add(
                 f"image_token_index is {config.image_token_index}, beyond text_config.vocab_size={text['vocab_size']}: "
@@ -80,14 +78,6 @@ class SiglipGemma(Llava):
             *prefixed(kind.links(alone), "language.", LANGUAGE),
             *prefixed(kind.head(alone, HEAD, f"{LANGUAGE}embed_tokens.weight"), "language.", ""),
         ]
-
-    def image_from_hf(self, folder: Path, model: ModelConfig) -> ImageConfig:
-        image, (block, file) = super().image_from_hf(folder, model), processor_block(folder)
-        if image.policy == "fixed" and image.fit == "stretch" and "resample" in block:
-            if block["resample"] not in INTERPOLATIONS:
-                raise HuggingFaceError(f"{file}: resample is {block['resample']}, supported: {', '.join(map(str, INTERPOLATIONS))}")
-            image.interpolation = INTERPOLATIONS[block["resample"]]
-        return image
 
     def check_pictures(self, model: ModelConfig, image: ImageConfig) -> None:
         super().check_pictures(model, image)
@@ -144,11 +134,10 @@ class PaliGemma(SiglipGemma):
 def stretching(model: ModelConfig, image: ImageConfig, processor: str) -> dict[str, Any]:
     """Settings of an image processor that stretches every picture to the encoder's square."""
     side = model.vision.image_size_px
-    resample = {ours: theirs for theirs, ours in INTERPOLATIONS.items()}[image.interpolation]
     return {
         "image_processor_type": processor,
         "do_resize": True,
         "size": {"height": side, "width": side},
-        "resample": resample,
+        "resample": resample_of(image),
         **normalising(model.vision),
     }

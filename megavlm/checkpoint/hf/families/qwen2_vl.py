@@ -15,11 +15,11 @@ import torch
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.encoders.base import EncoderKind
 from megavlm.checkpoint.hf.encoders.qwen import Qwen2VLVision
-from megavlm.checkpoint.hf.families.base import Family, TokenIds, input_ids, normalised
+from megavlm.checkpoint.hf.families.base import Family, TokenIds, input_ids, normalised, ties
 from megavlm.checkpoint.hf.language.base import LanguageKind
 from megavlm.checkpoint.hf.language.qwen_vl import Qwen2VLText
 from megavlm.checkpoint.hf.links import Link, plain, prefixed
-from megavlm.checkpoint.hf.processors import BICUBIC, normalising, processor_block
+from megavlm.checkpoint.hf.processors import interpolation_of, normalising, processor_block, resample_of
 from megavlm.checkpoint.hf.reading import Problems
 from megavlm.config.schema import ImageConfig, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megavlm.data.prompt import Prompt
@@ -58,7 +58,7 @@ class Qwen2VL(Family):
     def model_from_hf(self, config: Any, problems: Problems) -> ModelConfig:
         block = config.vision_config
         vision, merge = self.vision_kind.from_hf(block, problems), block.spatial_merge_size
-        text = self.text_kind.from_hf(config.text_config, problems) | {"tie_embeddings": bool(config.tie_word_embeddings)}
+        text = self.text_kind.from_hf(config.text_config, problems) | {"tie_embeddings": ties(config)}
         projected = self.projected_size(block)
         if projected != text["hidden_size"]:
             problems.add(f"the encoder's features are {projected} wide, the LLM {text['hidden_size']}: supported: the same")
@@ -87,7 +87,6 @@ class Qwen2VL(Family):
     def config_to_hf(self, model: ModelConfig, ids: TokenIds) -> dict[str, Any]:
         merging = {"spatial_merge_size": model.projector.pixel_shuffle, **self.projected(model)}
         text = self.text_kind.to_hf(model.language)
-        text.pop("tie_word_embeddings")  # the class reads it beside the block
         return {
             "architectures": [self.hf_class],
             "model_type": self.name,
@@ -135,6 +134,7 @@ class Qwen2VL(Family):
                 raise HuggingFaceError(f"{file}: {ours} is {block[ours]}, the model's own is {own}")
         if not block:
             return ImageConfig(policy="native")
+        interpolation = interpolation_of(block, file, "Qwen2VLImageProcessor")
         limits: dict[str, int] = {}
         for edge, (field, name, up) in _PIXEL_LIMITS.items():
             pixels = block.get(name) or size.get(edge) or size.get(name) or _DEFAULT_PIXELS[edge]
@@ -144,7 +144,7 @@ class Qwen2VL(Family):
                     f"write {pixels // factor**2 * factor**2 + up * factor**2}, which differs by less than one token"
                 )
             limits[field] = pixels // factor**2
-        return ImageConfig(policy="native", **limits)  # type: ignore[arg-type]
+        return ImageConfig(policy="native", interpolation=interpolation, **limits)  # type: ignore[arg-type]
 
     def check_pictures(self, model: ModelConfig, image: ImageConfig) -> None:
         if image.policy != "native":
@@ -162,7 +162,7 @@ class Qwen2VL(Family):
         vision, factor = model.vision, model.vision.patch_size_px * model.projector.pixel_shuffle
         shared = {
             "do_resize": True,
-            "resample": BICUBIC,
+            "resample": resample_of(image),
             "patch_size": vision.patch_size_px,
             "temporal_patch_size": vision.temporal_patch_size,
             "merge_size": model.projector.pixel_shuffle,
