@@ -73,8 +73,8 @@ def export_hf(
 
     Raises:
         HuggingFaceError: the model has a part that Hugging Face's class lacks, its processor cannot cut pictures as training did,
-            the checkpoint lacks a module, no tokenizer is known, there is too little room on the disk, the folder is there already (with `overwrite`: and is
-            no Hugging Face folder), or it is, holds or lies in what is exported.
+            the checkpoint lacks a module, no tokenizer is known, there is too little room on the disk, the folder is, holds or lies
+            in what is exported, or is there already (with `overwrite`: and is no Hugging Face folder).
         CheckpointError: the checkpoint is incomplete or damaged, or another process is writing the folder.
         OSError: the disk is full or broken; what was written stays.
     """

@@ -40,8 +40,8 @@ class Imported:
 def import_hf(folder: str | Path, checkpoint: str | Path, *, dtype: Literal["fp32", "bf16"] | None = None) -> Imported:
     """Write the model of `folder` as a checkpoint, with its config, tokenizer and processor beside it.
 
-    One process, and a few tensors in memory: one is written while the next is read, sliced and cast. A start that was killed, or found the disk full, is gone on with by the
-    next of the same folder and `dtype`.
+    One process, and a few tensors in memory: one is written while the next is read, put together and cast. A start that was killed, or
+    found the disk full, is gone on with by the next of the same folder and `dtype`.
 
     Raises:
         HuggingFaceError: the checkpoint is there already or would lie in the folder, the folder cannot be read, there is too little room
