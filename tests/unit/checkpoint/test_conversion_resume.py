@@ -136,6 +136,7 @@ def test_kill_9_in_the_middle(kind: str, folder: Path, checkpoint: Path, tmp_pat
         assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)  # on a busy machine it would be through before the other one asks
     with pytest.raises(CheckpointError, match="another process is writing"):
         run(kind, folder, checkpoint, target)
     process.send_signal(signal.SIGKILL)
