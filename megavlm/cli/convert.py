@@ -17,7 +17,9 @@ HfFolder = Annotated[
     typer.Argument(help="Folder of a class in `megavlm convert families`, as save_pretrained writes it.", metavar="HF_FOLDER"),
 ]
 Source = Annotated[Path, typer.Argument(help="A run's folder (its newest checkpoint) or a checkpoint.", metavar="RUN|CHECKPOINT")]
-Dtype = Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="Number format of the weights; not given: as they are.")]
+Dtype = Annotated[
+    Literal["fp32", "bf16"] | None, typer.Option(help="Number format of the weights; not given: as they are. fp16 folders need it.")
+]
 
 
 @app.command("import")
@@ -28,7 +30,7 @@ def import_(
 ) -> None:
     """Make a checkpoint of a Hugging Face model. (Training reads such a folder itself: init.from_hf.)
 
-    One tensor is in memory at a time. An import that was killed goes on where it was when the command is repeated.
+    A few tensors are in memory at a time. An import that was killed goes on where it was when the command is repeated.
     """
     from megavlm.checkpoint.hf.importing import import_hf
 
@@ -45,11 +47,11 @@ def export(
     chat_template: Annotated[str, typer.Option(help="Conversation format that goes with --tokenizer.")] = "megavlm",
     dtype: Dtype = None,
     max_shard_gb: Annotated[float, typer.Option(min=0.001, help="A weight file that would grow beyond this is followed by another.")] = 5.0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder when it is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a Hugging Face folder that is there.")] = False,
 ) -> None:
     """Write a folder that transformers' class of the model's family, and AutoProcessor, load without custom code.
 
-    One tensor is in memory at a time. An export that was killed goes on where it was when the command is repeated.
+    A few tensors are in memory at a time. An export that was killed goes on where it was when the command is repeated.
     """
     from megavlm.checkpoint.hf import export_hf
 

@@ -83,10 +83,11 @@ def export_hf(
     if isinstance(source, str | Path):
         checkpoint = find_checkpoint(source)
         model = model or ModelConfig.model_validate(folders.read_state(checkpoint).get("model") or _no_model(checkpoint))
-        read: CheckpointSource | LiveSource = CheckpointSource(checkpoint)
+        stored = CheckpointSource(checkpoint)
+        read: CheckpointSource | LiveSource = stored
         texts = Texts.of_checkpoint(checkpoint, model, chat, image)
         kept = [texts.kept] if texts is not None and texts.kept is not None else []
-        check_apart(folder, [*read.homes.values(), *kept], around=[source])
+        check_apart(folder, [*stored.homes.values(), *kept], around=[source])
     else:
         assert model is not None, "a live model comes with its ModelConfig"
         read = LiveSource(source)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from megavlm.checkpoint.hf.registry import FAMILIES
 from megavlm.testing.families import CASES
 from megavlm.testing.families.case import make_hf
 
@@ -41,6 +42,23 @@ def test_there_and_back(tmp_path: Path) -> None:
     assert "megavlm: error: " in said and "is there already" in said and "Traceback" not in said
 
 
+def test_an_fp16_folder_asks_for_a_format(tmp_path: Path) -> None:
+    """As LLaVA is published. The message says what to type; fp32 holds every number, bf16 is rounded once."""
+    case = next(case for case in CASES if case.name == "Llama 2, Vicuna")
+    make_hf(case, tmp_path / "hf", dtype=torch.float16)
+    said = megavlm("import", tmp_path / "hf", tmp_path / "c", code=2)
+    assert "holds float16 weights" in said and "--dtype bf16" in said and "--dtype fp32" in said and "Traceback" not in said
+    assert not (tmp_path / "c.tmp").exists()
+    before = load_file(tmp_path / "hf" / "model.safetensors")
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        assert f"({name})" in megavlm("import", tmp_path / "hf", tmp_path / name, "--dtype", name)
+        megavlm("export", tmp_path / name, tmp_path / f"out-{name}")
+        after = load_file(tmp_path / f"out-{name}" / "model.safetensors")
+        assert before.keys() == after.keys()
+        assert all(torch.equal(tensor.to(dtype), after[key]) and after[key].dtype == dtype for key, tensor in before.items())
+        assert json.loads((tmp_path / f"out-{name}" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
 def test_one_changed_number_is_exit_code_1(tmp_path: Path) -> None:
     make_hf(CASES[0], tmp_path / "hf")
     megavlm("import", tmp_path / "hf", tmp_path / "checkpoint")
@@ -64,4 +82,4 @@ def test_families_are_listed_and_others_named(tmp_path: Path) -> None:
     assert "LlavaForConditionalGeneration" in said and "siglip_vision_model" in said and "qwen2" in said
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     said = megavlm("import", tmp_path, tmp_path / "c", code=2)
-    assert "model_type='bert' is none of the families here: llava" in said
+    assert f"model_type='bert' is none of the families here: {', '.join(FAMILIES)}" in said
