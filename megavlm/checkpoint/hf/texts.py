@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megavlm.checkpoint import folders
 from megavlm.checkpoint.errors import HuggingFaceError
+from megavlm.checkpoint.hf.config import ids_of
 from megavlm.checkpoint.hf.families.base import TokenIds
 from megavlm.checkpoint.hf.reading import CONFIG, hf_config, read_json
 from megavlm.checkpoint.hf.registry import family, family_of_folder
@@ -242,16 +243,9 @@ def check_pictures(model: ModelConfig, image: ImageConfig) -> None:
 def keep_texts(source: Path, kept: Path) -> None:
     """Keep an imported folder's config, tokenizer, processor and token ids beside its checkpoint, for a lossless export."""
     config, kind = hf_config(read_json(source / CONFIG)), family_of_folder(source)
-    text = getattr(config, "text_config", config)
-
-    def named(field: str) -> Any:
-        value = getattr(config, field, None)
-        return value if value is not None else getattr(text, field, None)
-
     kept.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / CONFIG, kept / CONFIG)
-    ids = {"image": getattr(config, kind.image_token_field, None), "bos": named("bos_token_id"), "eos": named("eos_token_id")}
-    _write(kept / _TOKENS, ids | {"pad": named("pad_token_id"), "more": {field: named(field) for field in kind.token_fields}})
+    _write(kept / _TOKENS, asdict(ids_of(config, kind)))
     copy_texts(source, kept)
 
 
