@@ -30,7 +30,10 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0: always the most probable token.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw from the k most probable tokens only; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw from the tokens that reach this probability only; 1: all.")] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens that were there already become less probable.")] = 1.0,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(help="Above 1: tokens that were there already become less probable. Not given: a Hugging Face folder's own, else 1."),
+    ] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="A text that ends the answer, and is not shown; may be given several times.")
     ] = None,
@@ -93,7 +96,7 @@ def _run(
     from megavlm.parallel.context import stop_process_group
 
     # What is refused should be refused before the weights are read.
-    Sampling(**{name: value for name, value in sampling.items() if name != "max_new_tokens"})
+    Sampling(**{name: value for name, value in sampling.items() if name != "max_new_tokens" and value is not None})
     StopStrings(stop, lambda _: "")
     requests = read_requests(file) if file is not None else []
     device, dtype, tensor, chat_template = where

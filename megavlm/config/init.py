@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import model_validator
+from pathlib import Path
+
+from pydantic import field_validator, model_validator
 
 from megavlm.config.blocks import Block
 
@@ -38,6 +40,19 @@ class InitConfig(Block):
         if self.from_hf is not None and len(self.folders) > 1:
             raise ValueError("from_hf is a whole model: give it alone, or vision_from_hf and language_from_hf without it")
         for name in ("from_hf", "vision_from_hf", "language_from_hf"):
-            if getattr(self, name) in ("", []):
-                raise ValueError(f"{name} is empty: give a folder, or null")
+            value = getattr(self, name)
+            if value == [] or any(not folder.strip() for folder in ([value] if isinstance(value, str) else value or [])):
+                raise ValueError(f"{name}={value!r} is empty, or holds an empty entry: give a folder, or null")
         return self
+
+    @field_validator("from_hf", "vision_from_hf", "language_from_hf")
+    @classmethod
+    def _home(cls, value: str | list[str] | None) -> str | list[str] | None:
+        """`~` is the home folder, as in a shell."""
+        if isinstance(value, list):
+            return [_expanded(folder) for folder in value]
+        return value if value is None else _expanded(value)
+
+
+def _expanded(folder: str) -> str:
+    return str(Path(folder).expanduser()) if folder.startswith("~") else folder

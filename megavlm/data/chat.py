@@ -57,8 +57,8 @@ class Chat:
         TokenizerError: the tokenizer lacks a special token that the template needs.
     """
 
-    def __init__(self, template: str, tokenizer: Tokenizer, marks: PictureMarks | None = None) -> None:
-        self.tokenizer, self.marks = tokenizer, marks or PictureMarks()
+    def __init__(self, template: str, tokenizer: Tokenizer, marks: PictureMarks | None = None, stop_ids: Sequence[int] = ()) -> None:
+        self.tokenizer, self.marks, self._more_stop_ids = tokenizer, marks or PictureMarks(), frozenset(stop_ids)
         for text in (self.marks.written, self.marks.before, self.marks.after):
             if tokenizer.image_token in text:
                 raise ChatError(f"data.image.marks holds data.image_token={tokenizer.image_token!r} itself, in {text!r}: it is put there")
@@ -85,7 +85,7 @@ class Chat:
     def stop_ids(self) -> list[int]:
         """Ids that end an answer during generation."""
         ids = {self.tokenizer.token_id(text) for text in self._stop_texts}
-        return sorted(ids | ({self.tokenizer.eos_id} if self.tokenizer.eos_id is not None else set()))
+        return sorted(ids | self._more_stop_ids | ({self.tokenizer.eos_id} if self.tokenizer.eos_id is not None else set()))
 
     @property
     def fingerprint(self) -> str:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 from megavlm.checkpoint import store
-from megavlm.checkpoint.folders import STATE
+from megavlm.checkpoint.folders import STATE, read_state
 from megavlm.checkpoint.hf import config_from_hf, image_config_from_hf, load_hf, start_from
+from megavlm.checkpoint.hf.generation import GENERATION, GenerationDefaults, generation_defaults
 from megavlm.checkpoint.hf.starting import image_token_of
 from megavlm.checkpoint.hf.texts import KEPT, instructions_of, template_of
 from megavlm.config.data import CHAT_TEMPLATES
 from megavlm.config.load import load_recipe
-from megavlm.config.schema import DataConfig, ParallelConfig, PrecisionConfig, Recipe, RunConfig
+from megavlm.config.schema import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, Recipe, RunConfig
 from megavlm.data.chat import Chat
 from megavlm.data.tokenizer import load_tokenizer
 from megavlm.inference.loaded import LoadedModel
@@ -62,7 +63,7 @@ def load_for_inference(
     is_hf = (folder / "config.json").is_file() or imported is not None
     checkpoint = imported if is_hf else find_checkpoint(folder)
     texts = folder / KEPT if imported is not None else folder
-    recipe = _hf_recipe(texts, chat_template) if is_hf else _run_recipe(folder)
+    recipe = _hf_recipe(texts, chat_template, imported) if is_hf else _run_recipe(folder)
     run = recipe.run.model_copy(update={"device": device if device != "auto" or is_hf else recipe.run.device})
     if ctx is None:
         where = choose_device(run)
@@ -74,14 +75,22 @@ def load_for_inference(
         recipe = recipe.model_copy(update={"precision": PrecisionConfig(dtype=dtype)})
     tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.data.image_token)
     # Before the weights: what it refuses should not take minutes to be told.
-    chat = Chat(recipe.data.chat_template, tokenizer, recipe.data.image.marks)
+    # A run says all there is to say of its answers; a folder brings its own end tokens and penalty.
+    defaults = generation_defaults(texts) if is_hf else GenerationDefaults()
+    chat = Chat(recipe.data.chat_template, tokenizer, recipe.data.image.marks, defaults.stop_ids)
+    if defaults.not_taken and ctx.rank == 0:
+        log.warning(
+            "%s asks for %s, which is not taken: answers are greedy unless you say otherwise",
+            texts / GENERATION,
+            ", ".join(defaults.not_taken),
+        )
     model = VisionLanguageModel(recipe.model, recipe.precision, layout, ctx)
     if checkpoint is None:
         load_hf([model], folder, recipe.model, ctx)
     else:
         _load_modules(model, checkpoint, recipe, ctx)
     model.eval()
-    return LoadedModel(model, tokenizer, chat, recipe)
+    return LoadedModel(model, tokenizer, chat, recipe, defaults.repetition_penalty)
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -117,13 +126,15 @@ def _load_modules(model: VisionLanguageModel, checkpoint: Path, recipe: Recipe, 
         store.load(folder, [model], None, ctx, modules={name for name, held_by in folders.items() if held_by == folder})
 
 
-def _hf_recipe(folder: Path, chat_template: str | None) -> Recipe:
+def _hf_recipe(folder: Path, chat_template: str | None, imported: Path | None) -> Recipe:
     """What a recipe says of a model, for a folder that has none. A recipe needs stages to train; this one has none to give."""
+    # Of an import only the checkpoint knows whether the weights themselves were tied.
+    model = config_from_hf(folder) if imported is None else ModelConfig.model_validate(read_state(imported)["model"])
     values = {"tokenizer": str(folder), "chat_template": _template_name(folder, chat_template), "image": image_config_from_hf(folder)}
     values["instruction_tokenizer"] = instructions_of(folder)
     token = image_token_of(folder)
     data = DataConfig.model_validate(values | ({"image_token": token} if token is not None else {}))
-    return Recipe.model_construct(run=RunConfig(name=folder.name, dir=str(folder)), model=config_from_hf(folder), data=data, stages=[])
+    return Recipe.model_construct(run=RunConfig(name=folder.name, dir=str(folder)), model=model, data=data, stages=[])
 
 
 def _template_name(folder: Path, wanted: str | None) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from megavlm.config.schema import Recipe
 from megavlm.data.chat import Chat
@@ -18,7 +19,8 @@ Message = Mapping[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}; "<image>" in a user's text places a picture."""
 
 
-class LoadedModel(NamedTuple):
+@dataclass(frozen=True)
+class LoadedModel:
     """What `load_for_inference` returns. `ask` answers one question; the other methods are its steps."""
 
     model: VisionLanguageModel
@@ -26,8 +28,14 @@ class LoadedModel(NamedTuple):
     chat: Chat
     recipe: Recipe
     """Of the run; for a Hugging Face folder it says how the model and its data are read, and has no stages."""
+    repetition_penalty: float = 1.0
+    """Of `generate` when none is asked for: a Hugging Face folder's own."""
 
-    def ask(self, text: str, pictures: Sequence[Picture] = (), *, stop_strings: Sequence[str] = (), **options: int | float) -> str:
+    def __iter__(self) -> Iterator[Any]:
+        """(model, tokenizer, chat, recipe)."""
+        return iter((self.model, self.tokenizer, self.chat, self.recipe))
+
+    def ask(self, text: str, pictures: Sequence[Picture] = (), *, stop_strings: Sequence[str] = (), **options: int | float | None) -> str:
         """The answer to one question about pictures. `options` are those of `generate`."""
         stop = StopStrings(stop_strings, self.text)
         answers = self.generate([self.prompt(text, pictures)], stop=stop, **options)  # type: ignore[arg-type]
@@ -50,11 +58,11 @@ class LoadedModel(NamedTuple):
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
-        repetition_penalty: float = 1.0,
+        repetition_penalty: float | None = None,
         stop: StopStrings | None = None,
         on_token: OnToken | None = None,
     ) -> list[list[int]]:
-        """`megavlm.inference.generate` with this model's stop tokens, all prompts in one batch."""
+        """`megavlm.inference.generate` with this model's stop tokens and, where none is given, penalty; all prompts in one batch."""
         return generate(
             self.model,
             prompts,
@@ -65,7 +73,7 @@ class LoadedModel(NamedTuple):
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            repetition_penalty=repetition_penalty,
+            repetition_penalty=self.repetition_penalty if repetition_penalty is None else repetition_penalty,
             is_over=stop.is_over if stop is not None else None,
             on_token=on_token,
         )

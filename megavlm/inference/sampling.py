@@ -89,7 +89,9 @@ class Sampler:
             return self._chosen(logits_BV, sequences)
         seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
         for row, sequence in enumerate(sequences):
-            seen_BV[row, self._seen.get(sequence, torch.empty(0, dtype=torch.int64)).to(logits_BV.device)] = True
+            seen = self._seen.get(sequence, torch.empty(0, dtype=torch.int64))
+            # What lies beyond the head (Mllama's image token) can never come next.
+            seen_BV[row, seen[seen < logits_BV.shape[-1]].to(logits_BV.device)] = True
         tokens = self._chosen(penalised(logits_BV, seen_BV, self.sampling.repetition_penalty), sequences)
         for sequence, token in zip(sequences, tokens.tolist(), strict=True):
             self._seen[sequence] = torch.cat([self._seen.get(sequence, torch.empty(0, dtype=torch.int64)), torch.tensor([token])])

@@ -20,7 +20,8 @@ __all__ = ["config_from_hf", "config_to_hf", "image_config_from_hf", "network", 
 _NOT_THE_NETWORK = {"family", "init_std"}
 _QUANTISED = "quantization_config"
 _NOT_KEPT = {_QUANTISED, "transformers_version", "dtype", "torch_dtype", "auto_map", "_name_or_path", "_attn_implementation"}
-
+_TRAINING = {"router_aux_loss_coef", "output_router_logits"}
+"""Say nothing of the network: what a recipe chose to train with leaves an imported model's alone."""
 _NAMES_CLASS = {"architectures", "model_type"}
 
 
@@ -96,6 +97,8 @@ def _changed(base: dict[str, Any], unchanged: dict[str, Any], ours: dict[str, An
     """`base`, and ours where it is not what we would write for `base` itself; the blocks of encoder and language model one by one."""
     kept = {name: value for name, value in base.items() if name not in _NOT_KEPT}
     for name, value in ours.items():
+        if name in _TRAINING and name in kept:
+            continue
         before = unchanged.get(name)
         if isinstance(value, dict) and isinstance(before, dict) and isinstance(kept.get(name), dict) and name.endswith("_config"):
             kept[name] = _changed(kept[name], before, value)

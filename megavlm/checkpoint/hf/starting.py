@@ -126,8 +126,19 @@ def _check_agreement(ours: ModelConfig, theirs: ModelConfig, init: InitConfig) -
 def _fields(model: ModelConfig) -> dict[str, Any]:
     found = network(model)
     found.pop("vision_beside", None)
+    if _reach_is_free(model):
+        found.pop("language.max_positions")
     beside = enumerate(model.vision_beside)
     return found | {f"vision_beside[{i}].{name}": value for i, encoder in beside for name, value in encoder.model_dump().items()}
+
+
+def _reach_is_free(model: ModelConfig) -> bool:
+    """Is max_positions but a limit on prompts? Not where it is the size of a table, or rotary frequencies follow from it."""
+    scaling = model.language.rope_scaling
+    follows = scaling is not None and (
+        scaling.kind == "dynamic" or (scaling.kind in ("yarn", "longrope") and not scaling.parameters.get("factor"))
+    )
+    return model.language.positions != "learned" and not follows
 
 
 _CHOICES = {"feature_layer", "final_norm", "keep_class_token", "pooled", "image_mean", "image_std"}

@@ -61,6 +61,26 @@ def test_unsupported_settings_are_named(tmp_path: Path, changes: dict[str, Any],
         config_from_hf(write(tmp_path, **changes))
 
 
+@pytest.mark.parametrize("block", ["", "text_config"])
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "fp8"])
+def test_quantised_weights_are_refused_by_name(tmp_path: Path, block: str, method: str) -> None:
+    write(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (values[block] if block else values)["quantization_config"] = {"quant_method": method}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(HuggingFaceError, match=f"quantization_config with quant_method='{method}'.*dequantise"):
+        config_from_hf(tmp_path)
+
+
+def test_quantisation_is_never_exported(tmp_path: Path) -> None:
+    """An import of an older release may have kept such a block; the weights beside it are plain numbers."""
+    write(tmp_path)
+    base = json.loads((tmp_path / "config.json").read_text())
+    base["quantization_config"] = base["text_config"]["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    out = config_to_hf(config_from_hf(tmp_path), TokenIds(image=3), base=base)
+    assert "quantization_config" not in out and "quantization_config" not in out["text_config"]
+
+
 def test_siglip_with_default_selection_would_drop_a_patch(tmp_path: Path) -> None:
     config = config_to_hf(tiny_model_config(siglip=True), TokenIds(image=3))
     assert config["vision_feature_select_strategy"] == "full"

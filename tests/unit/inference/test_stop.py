@@ -63,3 +63,13 @@ def test_a_penalty_that_is_no_number_is_refused():
     for value in (0.0, -1.0, float("inf")):
         with pytest.raises(GenerationError, match="repetition_penalty"):
             Sampling(repetition_penalty=value)
+
+
+def test_a_token_beyond_the_head_is_no_candidate():
+    """Mllama's image token has an embedding and no logit: a prompt with a picture holds it."""
+    sampler, without = Sampler(Sampling(repetition_penalty=1.3)), Sampler(Sampling(repetition_penalty=1.3))
+    sampler.start(0, [3, 60, 5])
+    without.start(0, [3, 5])
+    for seed in range(5):
+        logits = torch.randn(1, 60, generator=torch.Generator().manual_seed(seed))
+        assert sampler.next_tokens(logits, [0]).tolist() == without.next_tokens(logits, [0]).tolist()

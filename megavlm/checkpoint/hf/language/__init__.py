@@ -50,6 +50,9 @@ def language_of(config: LanguageConfig, allowed: tuple[str, ...] | None = None) 
 def canonical(config: LanguageConfig) -> dict[str, Any]:
     """The block with every value that follows from others written out, so that equal models have equal blocks."""
     values = config.model_dump(exclude={"family"}) | {"num_query_groups": config.kv_heads, "head_dim": config.head_width}
+    if config.moe is not None:
+        # How experts are balanced in training is no property of the network.
+        values["moe"] = {name: value for name, value in values["moe"].items() if name != "aux_loss"}
     if not config.sliding_layers:
         values["sliding_window_tokens"] = None
     if not config.sliding_layers or (config.rope_scaling is None and config.rope_local_theta == config.rope_theta):
