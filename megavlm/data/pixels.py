@@ -13,10 +13,16 @@ import torch
 import torch.nn.functional as functional
 from PIL import Image
 
+from megavlm.config.data import Interpolation
 from megavlm.config.schema import ImageConfig
 
 GREY = 127
 _LINES_AT_A_TIME_PX = 2**22
+_PILLOW: dict[Interpolation, Image.Resampling] = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 
 
 @dataclass(frozen=True)
@@ -73,15 +79,18 @@ def as_CHW(picture_HWC: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(picture_HWC).permute(2, 0, 1)
 
 
-def resize(picture_CHW: torch.Tensor, height: int, width: int, mode: str = "bicubic") -> torch.Tensor:
-    """Antialiased resize of a uint8 picture, bicubic or "bilinear"; untouched, bit for bit, when the size is right already.
+def resize(picture_CHW: torch.Tensor, height: int, width: int, interpolation: Interpolation = "bicubic") -> torch.Tensor:
+    """Antialiased resize of a uint8 picture; untouched, bit for bit, when the size is right already.
 
-    torch's uint8 kernel on channels-last memory: what torchvision (and so Hugging Face's image processors) runs, 4 to 9
-    times as fast as Pillow's and within 2 of its 256 levels. Lines first, then columns, as Pillow did up to version 12 and as
-    published models were trained; Pillow 13 takes columns first where that is less work.
+    Bicubic and bilinear: torch's uint8 kernel on channels-last memory, what torchvision (and so Hugging Face's image processors)
+    runs, 4 to 9 times as fast as Pillow's and within 2 of its 256 levels. Lines first, then columns, as Pillow did up to version 12
+    and as published models were trained; Pillow 13 takes columns first where that is less work. Lanczos, which torch has not: Pillow's,
+    in the same order.
     """
     if tuple(picture_CHW.shape[-2:]) == (height, width):
         return picture_CHW
+    if interpolation == "lanczos":
+        return _by_pillow(picture_CHW, height, width, interpolation)
     channels, rows, columns = picture_CHW.shape
     if picture_CHW.stride() == (1, 4 * columns, 4) and picture_CHW.untyped_storage().nbytes() == 4 * rows * columns:
         # Three of the four bytes that Pillow keeps for each pixel: resizing all four is cheaper than packing three first.
@@ -91,7 +100,14 @@ def resize(picture_CHW: torch.Tensor, height: int, width: int, mode: str = "bicu
     # A batch of one with its full stride: by any other torch does not see channels-last memory, and converts the result.
     depth = pixels_HWC.shape[2]
     batch = pixels_HWC.as_strided((1, depth, rows, columns), (depth * rows * columns, 1, depth * columns, depth))
-    return functional.interpolate(batch, size=(height, width), mode=mode, antialias=True)[0, :channels]
+    return functional.interpolate(batch, size=(height, width), mode=interpolation, antialias=True)[0, :channels]
+
+
+def _by_pillow(picture_CHW: torch.Tensor, height: int, width: int, interpolation: Interpolation) -> torch.Tensor:
+    picture, kernel = Image.fromarray(picture_CHW.permute(1, 2, 0).contiguous().numpy()), _PILLOW[interpolation]
+    # Two passes by hand: as one, Pillow 13 may take the columns first.
+    lines = picture.resize((width, picture.height), kernel)
+    return as_CHW(np.array(lines.resize((width, height), kernel)))
 
 
 def split_tiles(whole_CHW: torch.Tensor, tile_px: int) -> torch.Tensor:
@@ -101,16 +117,16 @@ def split_tiles(whole_CHW: torch.Tensor, tile_px: int) -> torch.Tensor:
     return split.permute(1, 3, 0, 2, 4).reshape(-1, 3, tile_px, tile_px)
 
 
-def cut_tiles(picture_HWC: np.ndarray, grid: TileGrid, tile_px: int) -> torch.Tensor:
+def cut_tiles(picture_HWC: np.ndarray, grid: TileGrid, tile_px: int, interpolation: Interpolation = "bicubic") -> torch.Tensor:
     """uint8 tiles (T, 3, tile_px, tile_px) of a uint8 RGB picture: resized to the whole grid, cut row by row, thumbnail last."""
     picture = as_CHW(picture_HWC)
-    tiles = split_tiles(resize(picture, grid.rows * tile_px, grid.cols * tile_px), tile_px)
+    tiles = split_tiles(resize(picture, grid.rows * tile_px, grid.cols * tile_px, interpolation), tile_px)
     if grid.thumbnail:
-        tiles = torch.cat([tiles, resize(picture, tile_px, tile_px).unsqueeze(0)])
+        tiles = torch.cat([tiles, resize(picture, tile_px, tile_px, interpolation).unsqueeze(0)])
     return tiles.contiguous()
 
 
-def crop_to_square(picture_HWC: np.ndarray, side: int) -> torch.Tensor:
+def crop_to_square(picture_HWC: np.ndarray, side: int, interpolation: Interpolation = "bicubic") -> torch.Tensor:
     """(3, side, side): the shortest side resized to `side`, the middle of the other kept (Hugging Face's CLIPImageProcessor)."""
     height, width = picture_HWC.shape[:2]
     long_side = int(side * max(height, width) / min(height, width))
@@ -121,13 +137,15 @@ def crop_to_square(picture_HWC: np.ndarray, side: int) -> torch.Tensor:
             (left * width / new_width, (left + side) * width / new_width),
             (top * height / new_height, (top + side) * height / new_height),
         )
-        line = Image.fromarray(np.ascontiguousarray(picture_HWC))
-        line = line.resize((side, height), Image.Resampling.BICUBIC, box=(columns[0], 0, columns[1], height))
-        return as_CHW(np.array(line.resize((side, side), Image.Resampling.BICUBIC, box=(0, lines[0], side, lines[1])))).contiguous()
-    return resize(as_CHW(picture_HWC), new_height, new_width)[:, top : top + side, left : left + side].contiguous()
+        line, kernel = Image.fromarray(np.ascontiguousarray(picture_HWC)), _PILLOW[interpolation]
+        line = line.resize((side, height), kernel, box=(columns[0], 0, columns[1], height))
+        return as_CHW(np.array(line.resize((side, side), kernel, box=(0, lines[0], side, lines[1])))).contiguous()
+    return resize(as_CHW(picture_HWC), new_height, new_width, interpolation)[:, top : top + side, left : left + side].contiguous()
 
 
-def pad_to_square(picture_HWC: np.ndarray, side: int, colour: tuple[int, int, int]) -> torch.Tensor:
+def pad_to_square(
+    picture_HWC: np.ndarray, side: int, colour: tuple[int, int, int], interpolation: Interpolation = "bicubic"
+) -> torch.Tensor:
     """(3, side, side): padded to a square with `colour`, the picture in the middle, then resized (LLaVA's expand2square).
 
     The two passes of the resize are done one after the other, lines first and some at a time: the whole square never exists. A
@@ -136,7 +154,7 @@ def pad_to_square(picture_HWC: np.ndarray, side: int, colour: tuple[int, int, in
     height, width = picture_HWC.shape[:2]
     picture, longest = as_CHW(picture_HWC), max(height, width)
     if height >= 8 * width and height > side:
-        picture = resize(picture, side, width)
+        picture = resize(picture, side, width, interpolation)
     rows = picture.shape[1]
     background = torch.tensor(colour, dtype=torch.uint8)[:, None, None]
     narrow = background.repeat(1, longest if rows == height else side, side)
@@ -148,5 +166,5 @@ def pad_to_square(picture_HWC: np.ndarray, side: int, colour: tuple[int, int, in
             padded = background.repeat(1, lines.shape[1], longest)
             padded[:, :, before : before + width] = lines
             lines = padded
-        narrow[:, above + top : above + top + lines.shape[1]] = resize(lines, lines.shape[1], side)
-    return resize(narrow, side, side).contiguous()
+        narrow[:, above + top : above + top + lines.shape[1]] = resize(lines, lines.shape[1], side, interpolation)
+    return resize(narrow, side, side, interpolation).contiguous()

@@ -94,8 +94,8 @@ class AnyRes(SquareTiles):
     def cut(self, picture_HWC: np.ndarray, grid: PictureGrid) -> torch.Tensor:
         picture = as_CHW(picture_HWC)
         if not grid.thumbnail and self.image.anyres_several == "whole":
-            return pad_to_square(picture_HWC, self.side, self.mean_colour).unsqueeze(0)
-        whole = resize(picture, self.side, self.side).unsqueeze(0)
+            return pad_to_square(picture_HWC, self.side, self.mean_colour, self.image.interpolation).unsqueeze(0)
+        whole = resize(picture, self.side, self.side, self.image.interpolation).unsqueeze(0)
         if not grid.thumbnail:
             return whole.contiguous()
         height, width = picture_HWC.shape[:2]
@@ -106,7 +106,7 @@ class AnyRes(SquareTiles):
             new_width, new_height = min(math.ceil(width * (down / height)), across), down
         canvas = torch.zeros((3, down, across), dtype=torch.uint8)
         top, left = (down - new_height) // 2, (across - new_width) // 2
-        canvas[:, top : top + new_height, left : left + new_width] = resize(picture, new_height, new_width)
+        canvas[:, top : top + new_height, left : left + new_width] = resize(picture, new_height, new_width, self.image.interpolation)
         return torch.cat([whole, split_tiles(canvas, self.side)]).contiguous()
 
     def feature_rows(self, grid: PictureGrid, width: int, height: int) -> np.ndarray | None:

@@ -44,7 +44,7 @@ class Canvas(SquareTiles):
         height, width = picture_HWC.shape[:2]
         canvas = torch.zeros(3, grid.rows * self.side, grid.cols * self.side, dtype=torch.uint8)
         rows, columns = fitted(width, height, canvas.shape[2], canvas.shape[1], self.side)
-        canvas[:, :rows, :columns] = resize(as_CHW(picture_HWC), rows, columns, "bilinear")
+        canvas[:, :rows, :columns] = resize(as_CHW(picture_HWC), rows, columns, self.image.interpolation)
         return split_tiles(canvas, self.side).contiguous()
 
 

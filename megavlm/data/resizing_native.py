@@ -90,8 +90,8 @@ class Native(Resizing):
         if self.image.whole_patches == "cut":
             wide, tall = self._edges(picture_HWC.shape[1], picture_HWC.shape[0])
             if (tall // self.patch, wide // self.patch) == (grid.rows, grid.cols):  # no cap has lowered it
-                return resize(as_CHW(picture_HWC), tall, wide)[:, :height, :width].reshape(-1)
-        return resize(as_CHW(picture_HWC), height, width).reshape(-1)
+                return resize(as_CHW(picture_HWC), tall, wide, self.image.interpolation)[:, :height, :width].reshape(-1)
+        return resize(as_CHW(picture_HWC), height, width, self.image.interpolation).reshape(-1)
 
     def grey(self, grid: PictureGrid) -> torch.Tensor:
         return torch.full((3 * grid.rows * grid.cols * self.patch**2,), GREY, dtype=torch.uint8)

@@ -57,13 +57,14 @@ class Split(SquareTiles):
 
     def cut(self, picture_HWC: np.ndarray, grid: PictureGrid) -> torch.Tensor:
         picture, height, width = as_CHW(picture_HWC), picture_HWC.shape[0], picture_HWC.shape[1]
+        interpolation = self.image.interpolation
         if (grid.cols, grid.rows) == self._tiles(width, height, self.longest):  # no cap has lowered it
             wide, tall = _scaled(width, height, self.longest)
-            picture = resize(picture, tall, wide)
-        picture = resize(picture, grid.rows * self.side, grid.cols * self.side)
+            picture = resize(picture, tall, wide, interpolation)
+        picture = resize(picture, grid.rows * self.side, grid.cols * self.side, interpolation)
         tiles = split_tiles(picture, self.side)
         if grid.thumbnail:
-            tiles = torch.cat([tiles, resize(picture, self.side, self.side).unsqueeze(0)])
+            tiles = torch.cat([tiles, resize(picture, self.side, self.side, interpolation).unsqueeze(0)])
         return tiles.contiguous()
 
 

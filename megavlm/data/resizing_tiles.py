@@ -33,9 +33,9 @@ class Fixed(SquareTiles):
 
     def cut(self, picture_HWC: np.ndarray, grid: PictureGrid) -> torch.Tensor:
         if self.image.fit == "crop":
-            return crop_to_square(picture_HWC, self.side).unsqueeze(0)
+            return crop_to_square(picture_HWC, self.side, self.image.interpolation).unsqueeze(0)
         if self.image.fit == "pad":
-            return pad_to_square(picture_HWC, self.side, self.mean_colour).unsqueeze(0)
+            return pad_to_square(picture_HWC, self.side, self.mean_colour, self.image.interpolation).unsqueeze(0)
         return resize(as_CHW(picture_HWC), self.side, self.side, self.image.interpolation).unsqueeze(0).contiguous()
 
 
@@ -64,4 +64,4 @@ class Tiles(SquareTiles):
         return self.tokens_per_tile
 
     def cut(self, picture_HWC: np.ndarray, grid: PictureGrid) -> torch.Tensor:
-        return cut_tiles(picture_HWC, TileGrid(grid.cols, grid.rows, grid.thumbnail), self.side)
+        return cut_tiles(picture_HWC, TileGrid(grid.cols, grid.rows, grid.thumbnail), self.side, self.image.interpolation)

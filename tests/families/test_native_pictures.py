@@ -67,9 +67,10 @@ def waves(width: int, height: int) -> np.ndarray:
     return np.round(127.5 + 100 * np.sin(x / 9 + c) * np.cos(y / 7 - c)).astype(np.uint8)
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_settings_come_back_and_pixels_are_the_processors(name: str, tmp_path: Path) -> None:
-    image = ImageConfig.model_validate(IMAGES[name])
+def test_settings_come_back_and_pixels_are_the_processors(name: str, interpolation: str, tmp_path: Path) -> None:
+    image = ImageConfig.model_validate(IMAGES[name] | {"interpolation": interpolation})
     family(name).check_pictures(model_of(FAMILIES[name]), image)
     model = written(name, tmp_path, image)
     assert family(name).image_from_hf(tmp_path, model) == image
@@ -123,7 +124,7 @@ def test_other_pictures_are_refused_by_name(name: str, tmp_path: Path) -> None:
 
 def test_idefics2_quarters_and_other_tiles_of_idefics3_are_refused(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"longest_edge": 40}, "do_image_splitting": True}))
-    with pytest.raises(HuggingFaceError, match="do_image_splitting=true"):
+    with pytest.raises(HuggingFaceError, match=r'do_image_splitting=false into that file, or train with data.image={"policy": "native"'):
         family("idefics2").image_from_hf(tmp_path, model_of(FAMILIES["idefics2"]))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"longest_edge": 40}, "max_image_size": {"longest_edge": 24}}))
     with pytest.raises(HuggingFaceError, match="max_image_size is 24, but the encoder's tiles are 16 pixels"):

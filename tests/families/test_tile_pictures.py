@@ -94,6 +94,18 @@ def assert_levels(model: ModelConfig, got: torch.Tensor, want: torch.Tensor) -> 
     assert float(((got - want) * std * 255).abs().max()) <= 2.02
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "lanczos"])
+def test_tiles_and_settings_of_other_kernels(exported: Any, interpolation: str, tmp_path: Path) -> None:
+    _, model, image, chat = exported
+    other = image.model_copy(update={"interpolation": interpolation})
+    write(tmp_path / "other", model, chat, other)
+    assert family(model.family).image_from_hf(tmp_path / "other", model) == other
+    for size in SIZES:
+        out = image_processor(tmp_path / "other")(images=[Image.fromarray(picture(*size))], return_tensors="pt")
+        (tiles,), _ = ours(model, other, [size])
+        assert_levels(model, tiles, out["pixel_values"] if "num_patches" in out else out["pixel_values"][0])
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_tiles_of_one_picture(exported: Any, size: tuple[int, int]) -> None:
     folder, model, image, _ = exported

@@ -7,9 +7,14 @@ from typing import Any, Literal
 
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.reading import read_json
+from megavlm.config.data import Interpolation
 from megavlm.config.schema import ImageConfig, VisionConfig
 
-BILINEAR, BICUBIC = 2, 3
+INTERPOLATIONS: dict[int, Interpolation] = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
+"""Pillow's code of a kernel, which `resample` holds -> data.image.interpolation."""
+_REFUSED = {0: "nearest", 4: "box", 5: "hamming"}
+_OWN_RESAMPLE = {"Idefics3": 1, "SmolVLM": 1, "Idefics2": 2, "Gemma3": 2, "Mllama": 2, "Siglip2": 2, "ViT": 2, "DINOv3ViT": 2}
+"""Class of an image processor -> its `resample` where the file says none (transformers 5.23); all others: 3."""
 FILES = ("processor_config.json", "preprocessor_config.json")
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 
@@ -61,11 +66,33 @@ def crop_or_stretch_processor(vision: VisionConfig, image: ImageConfig) -> dict[
         **({"do_pad": True} if pads else {}),
         "do_resize": True,
         "size": {"shortest_edge": vision.image_size_px} if crops else side,
-        "resample": BICUBIC,
+        "resample": resample_of(image),
         "do_center_crop": crops,
         "crop_size": side,
         **normalising(vision),
     }
+
+
+def interpolation_of(block: dict[str, Any], file: Path, processor: str) -> Interpolation:
+    """How an image processor with these settings resizes; `processor` is its class where they do not name it.
+
+    Raises:
+        HuggingFaceError: by a kernel that data.image.interpolation has not.
+    """
+    named = block.get("image_processor_type") or processor
+    resample = block.get("resample")
+    if resample is None:
+        resample = _OWN_RESAMPLE.get(named.removesuffix("Fast").removesuffix("ImageProcessor"), 3)
+    if resample not in INTERPOLATIONS:
+        name = f" ({_REFUSED[resample]})" if resample in _REFUSED else ""
+        supported = ", ".join(f"{code} ({ours})" for code, ours in INTERPOLATIONS.items())
+        raise HuggingFaceError(f"{file}: resample is {resample}{name}, supported: {supported}")
+    return INTERPOLATIONS[resample]
+
+
+def resample_of(image: ImageConfig) -> int:
+    """data.image.interpolation as `resample` of an image processor."""
+    return next(code for code, ours in INTERPOLATIONS.items() if ours == image.interpolation)
 
 
 def image_fit(block: dict[str, Any], file: Path) -> Literal["stretch", "crop", "pad"]:

@@ -12,7 +12,7 @@ from typing import Any
 from megavlm.checkpoint import folders
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.config import ids_of
-from megavlm.checkpoint.hf.families.base import TokenIds
+from megavlm.checkpoint.hf.families.base import Family, TokenIds
 from megavlm.checkpoint.hf.reading import CONFIG, hf_config, read_json
 from megavlm.checkpoint.hf.registry import family, family_of_folder
 from megavlm.config.schema import ImageConfig, ModelConfig, Recipe
@@ -86,8 +86,7 @@ class Texts:
         if kept is None or recipe.init.from_hf is None or data.tokenizer != recipe.init.from_hf:
             return cls.given(model, chat, image, kept)
         kind = family(model.family)
-        theirs = image if model.text_only else kind.image_from_hf(kept, model)
-        same_image = image == theirs.model_copy(update={"marks": kind.marks(theirs)})
+        same_image = model.text_only or image == _image_of(kind, kept, model)
         same_template = data.chat_template == template_of(kept)
         return cls(model, chat, image, _kept_ids(kept), kept, True, same_template, keeps_processor=same_image)
 
@@ -225,6 +224,15 @@ def image_token_of(folder: Path) -> str | None:
 def instructions_of(folder: Path) -> str | None:
     """The folder of a projector's own tokenizer inside a Hugging Face folder; None where there is none."""
     return str(folder / INSTRUCTIONS) if (folder / INSTRUCTIONS / "tokenizer.json").is_file() else None
+
+
+def _image_of(kind: Family, kept: Path, model: ModelConfig) -> ImageConfig | None:
+    """What the kept processor makes of pictures; None where that is nothing that can be trained here."""
+    try:
+        image = kind.image_from_hf(kept, model)
+    except HuggingFaceError:
+        return None
+    return image.model_copy(update={"marks": kind.marks(image)})
 
 
 def check_pictures(model: ModelConfig, image: ImageConfig) -> None:

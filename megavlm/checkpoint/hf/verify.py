@@ -190,7 +190,7 @@ def compare_logits(checkpoint: Path, folder: Path, model: ModelConfig, ctx: Para
     kind = family(model.family)
     hf = kind.hf_model(folder)
     image_token = getattr(hf.config, kind.image_token_field, None)
-    prompts = seeded_prompts(model, kind.image_from_hf(folder, model), image_token, seed)
+    prompts = seeded_prompts(model, kind.image_of_proofs(folder, model), image_token, seed)
     theirs = [hf(**kind.hf_inputs(model, prompt)).logits[0].float() for prompt in prompts]
     del hf
     ours = VisionLanguageModel(model, PrecisionConfig(dtype="fp32"), ParallelConfig(), ctx)

@@ -50,7 +50,7 @@ def image_of(kind: Family, **values: Any) -> ImageConfig:
     return image.model_copy(update={"marks": kind.marks(image)}) if kind.name == "gemma3" else image
 
 
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos"])
 @pytest.mark.parametrize("name", TOKENS)
 def test_processor_makes_our_pixels(name: str, interpolation: str, tmp_path: Path) -> None:
     kind, model = family(name), read(tmp_path, name)
@@ -86,7 +86,7 @@ def test_pictures_that_the_processor_cannot_make(name: str, tmp_path: Path) -> N
     ("name", "changes", "message"),
     [
         ("gemma3", {"do_pan_and_scan": True}, "do_pan_and_scan is true"),
-        ("gemma3", {"resample": 1}, "resample is 1, supported: 3, 2"),
+        ("gemma3", {"resample": 4}, r"resample is 4 \(box\), supported: 1 \(lanczos\), 2 \(bilinear\), 3 \(bicubic\)"),
         ("paligemma", {"resample": 0}, "resample is 0"),
     ],
 )

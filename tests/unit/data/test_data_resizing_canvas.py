@@ -25,20 +25,21 @@ def model_of(tiles: int = 4) -> ModelConfig:
     return family("mllama").model_from_hf(config, Problems())
 
 
-def processor(model: ModelConfig):
+def processor(model: ModelConfig, **more: int):
     vision = model.vision
     side = {"height": vision.image_size_px, "width": vision.image_size_px}
     assert vision.canvas is not None
     return quiet_transformers().MllamaImageProcessor(
-        size=side, max_image_tiles=vision.canvas.max_tiles, image_mean=list(vision.image_mean), image_std=list(vision.image_std)
+        size=side, max_image_tiles=vision.canvas.max_tiles, image_mean=list(vision.image_mean), image_std=list(vision.image_std), **more
     )
 
 
-@pytest.mark.parametrize("tiles", [4, 2])
-def test_pictures_are_those_of_the_processor(tiles: int) -> None:
+@pytest.mark.parametrize(("tiles", "resample"), [(4, {}), (2, {}), (4, {"resample": 3})])
+def test_pictures_are_those_of_the_processor(tiles: int, resample: dict[str, int]) -> None:
     """Within two of 256 levels, and every input that comes with them."""
     model, rng = model_of(tiles), random.Random(0)
-    resizing, theirs = make_resizing(ImageConfig(policy="canvas"), model), processor(model)
+    image = ImageConfig(policy="canvas", interpolation="bicubic") if resample else ImageConfig(policy="canvas")
+    resizing, theirs = make_resizing(image, model), processor(model, **resample)
     for width, height in [*SIZES, *((rng.randint(1, 120), rng.randint(1, 120)) for _ in range(40))]:
         picture = np.random.default_rng(width * 1000 + height).integers(0, 256, (height, width, 3), dtype=np.uint8)
         grid = resizing.grid(width, height)

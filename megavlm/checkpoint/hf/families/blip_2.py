@@ -11,10 +11,10 @@ import torch
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.encoders import EncoderKind, encoder, encoder_of
 from megavlm.checkpoint.hf.families.base import Family, TokenIds, input_ids, normalised
-from megavlm.checkpoint.hf.families.paligemma import INTERPOLATIONS, stretching
+from megavlm.checkpoint.hf.families.paligemma import stretching
 from megavlm.checkpoint.hf.language import language, language_of
 from megavlm.checkpoint.hf.links import Link, plain, prefixed
-from megavlm.checkpoint.hf.processors import BICUBIC, image_fit, processor_block
+from megavlm.checkpoint.hf.processors import image_fit, interpolation_of, processor_block
 from megavlm.checkpoint.hf.reading import Problems
 from megavlm.config.projector import QFormerConfig
 from megavlm.config.schema import ImageConfig, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
@@ -144,10 +144,8 @@ class Blip2(Family):
 
     def image_from_hf(self, folder: Path, model: ModelConfig) -> ImageConfig:
         block, file = processor_block(folder)
-        resample = block.get("resample", BICUBIC)
-        if resample not in INTERPOLATIONS:
-            raise HuggingFaceError(f"{file}: resample is {resample}, supported: {', '.join(map(str, INTERPOLATIONS))}")
-        return ImageConfig(fit=image_fit(block, file) if "size" in block else "stretch", interpolation=INTERPOLATIONS[resample])
+        interpolation = interpolation_of(block, file, "BlipImageProcessor")
+        return ImageConfig(fit=image_fit(block, file) if "size" in block else "stretch", interpolation=interpolation)
 
     def check_pictures(self, model: ModelConfig, image: ImageConfig) -> None:
         if image.policy != "fixed" or image.fit != "stretch":

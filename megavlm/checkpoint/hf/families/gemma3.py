@@ -28,6 +28,7 @@ class Gemma3(SiglipGemma):
     """4B, 12B and 27B; the smaller ones are text alone."""
 
     name, hf_class, processor_class = "gemma3", "Gemma3ForConditionalGeneration", "Gemma3Processor"
+    image_processor = "Gemma3ImageProcessor"
     token_fields = {"boi_token_index": START, "eoi_token_index": END}
     tokenizer_fields = {"image_token": SOFT, "boi_token": START, "eoi_token": END}
     languages, bidirectional = ("gemma3_text",), "pictures"

@@ -15,7 +15,7 @@ from megavlm.checkpoint.hf.families.base import input_ids, normalised
 from megavlm.checkpoint.hf.families.idefics2 import FAKE, Idefics
 from megavlm.checkpoint.hf.families.native import edges_of
 from megavlm.checkpoint.hf.links import Link, plain
-from megavlm.checkpoint.hf.processors import BICUBIC, normalising, processor_block
+from megavlm.checkpoint.hf.processors import interpolation_of, normalising, processor_block, resample_of
 from megavlm.checkpoint.hf.reading import Problems
 from megavlm.config.schema import ImageConfig, ModelConfig, PictureMarks
 from megavlm.data.prompt import Prompt
@@ -44,6 +44,10 @@ class Idefics3(Idefics):
             inputs["pixel_values"] = normalised(model.vision, prompt.tiles_TCHW)[None]
         return inputs
 
+    @property
+    def image_processor(self) -> str:
+        return self.hf_class.removesuffix("ForConditionalGeneration") + "ImageProcessor"
+
     def marks(self, image: ImageConfig) -> PictureMarks:
         if image.policy != "split":
             return PictureMarks(before=FAKE + "<global-img>", after=FAKE)
@@ -61,9 +65,11 @@ class Idefics3(Idefics):
         tile = block.get("max_image_size", {}).get("longest_edge", side)
         if tile != side:
             raise HuggingFaceError(f"{file}: max_image_size is {tile}, but the encoder's tiles are {side} pixels: they must be the same")
+        interpolation = interpolation_of(block, file, self.image_processor)
         if not block.get("do_image_splitting", True):
-            return ImageConfig(policy="fixed")
-        return ImageConfig(policy="split", longest_edge_px=edges_of(folder).get("longest_edge") or 4 * side)
+            return ImageConfig(policy="fixed", interpolation=interpolation)
+        longest = edges_of(folder).get("longest_edge") or 4 * side
+        return ImageConfig(policy="split", longest_edge_px=longest, interpolation=interpolation)
 
     def check_pictures(self, model: ModelConfig, image: ImageConfig) -> None:
         if image.policy not in ("split", "fixed") or image.fit != "stretch" or image.max_tokens_per_image is not None:
@@ -77,14 +83,14 @@ class Idefics3(Idefics):
         self.check_image_token(self.hf_class, tokenizer)
         side = model.vision.image_size_px
         processor = {
-            "image_processor_type": self.hf_class.removesuffix("ForConditionalGeneration") + "ImageProcessor",
+            "image_processor_type": self.image_processor,
             "do_image_splitting": image.policy == "split",
             "do_pad": True,
             # Without splitting the processor resizes once more, to the tile; the first resize is left out as in training.
             "do_resize": image.policy == "split",
             "size": {"longest_edge": image.longest_edge_px or side},
             "max_image_size": {"longest_edge": side},
-            "resample": BICUBIC,
+            "resample": resample_of(image),
             **normalising(model.vision),
         }
         own = {"processor_class": self.processor_class, "image_seq_len": model.visual_tokens_per_tile, "image_processor": processor}

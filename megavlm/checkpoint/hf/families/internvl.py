@@ -14,7 +14,7 @@ from megavlm.checkpoint.hf.families.base import TokenIds
 from megavlm.checkpoint.hf.families.llava import ACTIVATIONS, Llava
 from megavlm.checkpoint.hf.language import language_of
 from megavlm.checkpoint.hf.links import Link, plain
-from megavlm.checkpoint.hf.processors import BICUBIC, normalising, processor_block
+from megavlm.checkpoint.hf.processors import interpolation_of, normalising, processor_block, resample_of
 from megavlm.checkpoint.hf.reading import Problems
 from megavlm.config.schema import ImageConfig, ModelConfig, PictureMarks
 from megavlm.data.tokenizer import Tokenizer
@@ -93,7 +93,7 @@ class InternVL(Llava):
         # InternVLProcessor cuts pictures unless it is told not to, whatever the image processor's own crop_to_patches says.
         least, most = block.get("min_patches", 1), block.get("max_patches", MAX_TILES)
         values = {"policy": "tiles", "min_tiles": least, "max_tiles": most, "thumbnail": most > 1, "marks": MARKS}
-        return ImageConfig.model_validate(values)
+        return ImageConfig.model_validate(values | {"interpolation": interpolation_of(block, file, "GotOcr2ImageProcessor")})
 
     def check_pictures(self, model: ModelConfig, image: ImageConfig) -> None:
         if image.policy != "tiles" or (image.max_tiles > 1 and not image.thumbnail):
@@ -122,7 +122,7 @@ class InternVL(Llava):
             "max_patches": image.max_tiles,
             "do_resize": True,
             "size": {"height": side, "width": side},
-            "resample": BICUBIC,
+            "resample": resample_of(image),
             **normalising(model.vision),
         }
         # The class asks for one; pictures alone are learned here.

@@ -15,7 +15,7 @@ from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.families.base import TokenIds, normalised
 from megavlm.checkpoint.hf.families.llava import Llava
 from megavlm.checkpoint.hf.links import Link, plain
-from megavlm.checkpoint.hf.processors import BICUBIC, normalising, processor_block
+from megavlm.checkpoint.hf.processors import interpolation_of, normalising, processor_block, resample_of
 from megavlm.checkpoint.hf.reading import CONFIG, Problems, hf_config, read_json
 from megavlm.config.schema import ImageConfig, ModelConfig
 from megavlm.data.prompt import Prompt
@@ -59,7 +59,11 @@ class LlavaNext(Llava):
         return inputs
 
     def image_from_hf(self, folder: Path, model: ModelConfig) -> ImageConfig:
-        return ImageConfig.model_validate({"policy": "anyres", "anyres_grids": self._grids(folder, model)})
+        return ImageConfig.model_validate(self._anyres(folder, model))
+
+    def _anyres(self, folder: Path, model: ModelConfig) -> dict[str, Any]:
+        interpolation = interpolation_of(*processor_block(folder), self.image_processor)
+        return {"policy": "anyres", "anyres_grids": self._grids(folder, model), "interpolation": interpolation}
 
     def _grids(self, folder: Path, model: ModelConfig) -> list[tuple[int, int]]:
         """(rows, columns) of tiles that both config and processor choose from."""
@@ -102,7 +106,7 @@ class LlavaNext(Llava):
             "size": square,
             "crop_size": square,
             "do_center_crop": False,
-            "resample": BICUBIC,
+            "resample": resample_of(image),
             **normalising(model.vision),
         }
         return files

@@ -48,7 +48,7 @@ class LlavaOnevision(LlavaNext):
         if found is None:
             raise HuggingFaceError(f"{folder / CONFIG}: vision_aspect_ratio is {ratio!r}, supported: anyres_max_ and a number")
         own = {"anyres_several": "whole", "anyres_max_tiles": int(found[1])}
-        return ImageConfig.model_validate({"policy": "anyres", "anyres_grids": self._grids(folder, model)} | own)
+        return ImageConfig.model_validate(self._anyres(folder, model) | own)
 
     def check_pictures(self, model: ModelConfig, image: ImageConfig) -> None:
         super().check_pictures(model, image)

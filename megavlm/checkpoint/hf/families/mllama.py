@@ -17,7 +17,7 @@ from megavlm.checkpoint.hf.encoders.mllama import MllamaVision
 from megavlm.checkpoint.hf.families.base import Family, TokenIds, input_ids, normalised
 from megavlm.checkpoint.hf.language.mllama import MllamaText
 from megavlm.checkpoint.hf.links import Link, plain, prefixed
-from megavlm.checkpoint.hf.processors import normalising, processor_block
+from megavlm.checkpoint.hf.processors import interpolation_of, normalising, processor_block, resample_of
 from megavlm.checkpoint.hf.reading import Problems
 from megavlm.config.schema import ImageConfig, LanguageConfig, ModelConfig, ProjectorConfig, VisionConfig
 from megavlm.data.prompt import Prompt
@@ -25,7 +25,6 @@ from megavlm.data.tokenizer import Tokenizer
 
 VISION, PROJECTOR, LANGUAGE, HEAD = "vision_model.", "multi_modal_projector.", "language_model.model.", "language_model.lm_head.weight"
 IMAGE_TOKEN = "<|image|>"
-BILINEAR = 2
 
 
 class Mllama(Family):
@@ -109,14 +108,14 @@ class Mllama(Family):
     def image_from_hf(self, folder: Path, model: ModelConfig) -> ImageConfig:
         block, file = processor_block(folder)
         assert model.vision.canvas is not None
-        wanted = {"max_image_tiles": model.vision.canvas.max_tiles, "do_pad": True, "do_resize": True, "resample": BILINEAR}
+        wanted = {"max_image_tiles": model.vision.canvas.max_tiles, "do_pad": True, "do_resize": True}
         wrong = [f"{name}={block[name]!r} (supported: {value})" for name, value in wanted.items() if block.get(name, value) != value]
         side = {"height": model.vision.image_size_px, "width": model.vision.image_size_px}
         if block.get("size", side) != side:
             wrong.append(f"size={block['size']} (supported: the encoder's {side})")
         if wrong:
             raise HuggingFaceError(f"{file}: {', '.join(wrong)}")
-        return ImageConfig(policy="canvas")
+        return ImageConfig(policy="canvas", interpolation=interpolation_of(block, file, "MllamaImageProcessor"))
 
     def check_pictures(self, model: ModelConfig, image: ImageConfig) -> None:
         if image.policy != "canvas":
@@ -138,7 +137,7 @@ class Mllama(Family):
             "do_pad": True,
             "size": {"height": model.vision.image_size_px, "width": model.vision.image_size_px},
             "max_image_tiles": model.vision.canvas.max_tiles,
-            "resample": BILINEAR,
+            "resample": resample_of(image),
             **normalising(model.vision),
         }
         return {"processor_config.json": {"processor_class": self.processor_class, "image_processor": processor}}

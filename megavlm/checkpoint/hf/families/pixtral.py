@@ -14,7 +14,7 @@ import torch
 from megavlm.checkpoint.hf.families.base import TokenIds, input_ids
 from megavlm.checkpoint.hf.families.llava import Llava
 from megavlm.checkpoint.hf.families.native import check_native, edges_of, padded_pictures
-from megavlm.checkpoint.hf.processors import BICUBIC, normalising
+from megavlm.checkpoint.hf.processors import interpolation_of, normalising, processor_block, resample_of
 from megavlm.config.schema import ImageConfig, ModelConfig, PictureMarks
 from megavlm.data.prompt import Prompt
 from megavlm.data.tokenizer import Tokenizer
@@ -48,8 +48,11 @@ class Pixtral(Llava):
         return PictureMarks(row_end="[IMG_BREAK]", last_row_end="[IMG_END]")
 
     def image_from_hf(self, folder: Path, model: ModelConfig) -> ImageConfig:
+        interpolation = interpolation_of(*processor_block(folder), "PixtralImageProcessor")
         longest = edges_of(folder).get("longest_edge") or LONGEST_EDGE
-        return ImageConfig(policy="native", whole_patches="stretch", min_tokens_per_image=1, longest_edge_px=longest)
+        return ImageConfig(
+            policy="native", whole_patches="stretch", min_tokens_per_image=1, longest_edge_px=longest, interpolation=interpolation
+        )
 
     def check_pictures(self, model: ModelConfig, image: ImageConfig) -> None:
         check_native(self.hf_class, image, "stretch")
@@ -61,7 +64,7 @@ class Pixtral(Llava):
             "do_resize": True,
             "size": {"longest_edge": image.longest_edge_px},
             "patch_size": {"height": patch, "width": patch},
-            "resample": BICUBIC,
+            "resample": resample_of(image),
             **normalising(model.vision),
         }
         return {
