@@ -80,6 +80,7 @@ def test_one_changed_number_is_exit_code_1(tmp_path: Path) -> None:
 def test_families_are_listed_and_others_named(tmp_path: Path) -> None:
     said = megavlm("families")
     assert "LlavaForConditionalGeneration" in said and "siglip_vision_model" in said and "qwen2" in said
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    said = megavlm("import", tmp_path, tmp_path / "c", code=2)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "bert"}')
+    said = megavlm("import", tmp_path / "hf", tmp_path / "c", code=2)
     assert f"model_type='bert' is none of the families here: {', '.join(FAMILIES)}" in said
