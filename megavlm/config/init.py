@@ -13,7 +13,8 @@ class InitConfig(Block):
     """Hugging Face folders whose weights a run starts from; nothing given: all of it is drawn from run.seed.
 
     `model`, data.tokenizer, data.chat_template, data.image_token and data.image then need not be given: they are the folder's. What is
-    given must agree with it, but for model.language.vocab_size, which may be larger: rows of new tokens are drawn from run.seed.
+    given must agree with it, but for model.language.vocab_size, which may be larger (rows of new tokens are drawn from run.seed), and for
+    choices of training: model.language.moe.aux_loss, and model.language.max_positions where no weight or rotary frequency hangs on it.
     """
 
     from_hf: str | None = None
