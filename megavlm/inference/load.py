@@ -10,8 +10,7 @@ from megavlm.checkpoint import store
 from megavlm.checkpoint.folders import STATE, read_state
 from megavlm.checkpoint.hf import config_from_hf, image_config_from_hf, load_hf, start_from
 from megavlm.checkpoint.hf.generation import GENERATION, GenerationDefaults, generation_defaults
-from megavlm.checkpoint.hf.starting import image_token_of
-from megavlm.checkpoint.hf.texts import KEPT, instructions_of, template_of
+from megavlm.checkpoint.hf.texts import KEPT, image_token_of, instructions_of, template_of
 from megavlm.config.data import CHAT_TEMPLATES
 from megavlm.config.load import load_recipe
 from megavlm.config.schema import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, Recipe, RunConfig
