@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.config import config_from_hf, image_config_from_hf, network
 from megavlm.checkpoint.hf.encoders.folder import encoder_folder
-from megavlm.checkpoint.hf.processors import image_fit, processor_block
+from megavlm.checkpoint.hf.processors import image_fit, interpolation_of, processor_block
 from megavlm.checkpoint.hf.texts import image_token_of, instructions_of, template_of
 from megavlm.config.schema import InitConfig, ModelConfig
 from megavlm.data.sample import IMAGE_TOKEN
@@ -43,9 +43,7 @@ def complete(values: dict[str, Any]) -> dict[str, Any]:
     if missing:
         raise HuggingFaceError(f"init names {', '.join(missing)}: there is no such folder")
     found = _whole(Path(init.from_hf)) if init.from_hf is not None else _assembled(init, given)
-    defaults = _data_defaults(init)
-    if "image" in data:
-        defaults.pop("image", None)
+    defaults = _data_defaults(init, reads_pictures="image" not in data)
     data = data | {name: value for name, value in defaults.items() if not data.get(name)}
     merged = _merged(found, given)
     # Before the comparison: the block must be valid, and where it is not, the schema says so best.
@@ -88,19 +86,23 @@ def _assembled(init: InitConfig, given: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _data_defaults(init: InitConfig) -> dict[str, Any]:
+def _data_defaults(init: InitConfig, reads_pictures: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     texts = init.from_hf or init.language_from_hf
     if texts is not None and (Path(texts) / "tokenizer.json").is_file():
         found |= {"tokenizer": texts, "chat_template": template_of(Path(texts))}
     if init.from_hf is not None and not config_from_hf(init.from_hf).text_only:
-        found |= {"image": image_config_from_hf(init.from_hf).model_dump(mode="json"), "image_token": image_token_of(Path(init.from_hf))}
+        found |= {"image_token": image_token_of(Path(init.from_hf))}
+        if reads_pictures:
+            found |= {"image": image_config_from_hf(init.from_hf).model_dump(mode="json")}
         found |= {"instruction_tokenizer": instructions_of(Path(init.from_hf))}
-    if init.vision_from_hf is not None:
+    if init.vision_from_hf is not None and reads_pictures:
         block, file = processor_block(Path(init.encoders[0]))
-        # A processor for another use of the encoder says nothing: how pictures become tiles is then data.image's default.
-        with contextlib.suppress(HuggingFaceError):
-            found |= {"image": {"fit": image_fit(block, file)}} if "size" in block else {}
+        if "size" in block:
+            found["image"] = {"interpolation": interpolation_of(block, file, "CLIPImageProcessor")}
+            # A processor for another use of the encoder does not say how pictures become tiles: that is then data.image's default.
+            with contextlib.suppress(HuggingFaceError):
+                found["image"] |= {"fit": image_fit(block, file)}
     return {name: value for name, value in found.items() if value is not None}
 
 
