@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megavlm.checkpoint.hf import config_from_hf, export_hf, start_from
 from megavlm.checkpoint.hf.config import quiet_transformers
@@ -137,6 +137,23 @@ def test_a_whole_model_brings_everything_and_goes_out_with_its_texts(pool: RankP
     assert before.keys() == after.keys()
     for name in before:
         assert torch.equal(before[name], after[name]) == name.startswith("vision_tower."), f"{name}: only the encoder is frozen"
+
+
+def test_an_fp16_folder_is_cast_to_the_recipes_precision(pool: RankPool, folders: Path, data_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "llava", tmp_path / "llava")
+    halves = {name: tensor.half() for name, tensor in tensors(folders / "llava").items()}
+    save_file(halves, tmp_path / "llava" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "llava" / "config.json").read_text())
+    (tmp_path / "llava" / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    recipe = write_recipe(tmp_path / "run", data_dir, {"from_hf": str(tmp_path / "llava")})
+    train(pool, recipe, "run.max_steps=1")
+    pool.run(export_hf, tmp_path / "run", tmp_path / "out")
+    after = tensors(tmp_path / "out")
+    assert after.keys() == halves.keys() and {tensor.dtype for tensor in after.values()} == {torch.float32}
+    for name, tensor in halves.items():
+        if name.startswith("vision_tower."):  # frozen
+            assert torch.equal(after[name], tensor.float()), name
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
 
 
 def test_another_way_to_cut_pictures_gets_a_processor_of_its_own(pool: RankPool, folders: Path, data_dir: Path, tmp_path: Path) -> None:
