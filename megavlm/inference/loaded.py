@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megavlm.config.schema import Recipe
@@ -34,6 +34,10 @@ class LoadedModel:
     def __iter__(self) -> Iterator[Any]:
         """(model, tokenizer, chat, recipe)."""
         return iter((self.model, self.tokenizer, self.chat, self.recipe))
+
+    def _replace(self, **fields: Any) -> LoadedModel:
+        """The same with other fields, by the name that tuples with named fields have for it."""
+        return replace(self, **fields)
 
     def ask(self, text: str, pictures: Sequence[Picture] = (), *, stop_strings: Sequence[str] = (), **options: int | float | None) -> str:
         """The answer to one question about pictures. `options` are those of `generate`."""
