@@ -72,7 +72,7 @@ class ImageConfig(Block):
     encoder's mean colour (LLaVA)."""
     interpolation: Interpolation = "bicubic"
     """How pictures are resized, antialiased in each case. canvas, where nothing is said: bilinear (Llama 3.2 Vision). Gemma 3 and Idefics2
-    learned bilinear pictures, Idefics3 and SmolVLM lanczos ones, which Pillow makes and which take several times as long."""
+    learned bilinear pictures, Idefics3 and SmolVLM lanczos ones, which Pillow makes in some ten times the time."""
     min_tiles: PositiveInt = 1
     """tiles only: fewest tiles of one picture."""
     max_tiles: PositiveInt = 1
