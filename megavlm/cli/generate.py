@@ -54,6 +54,9 @@ def generate(
         raise typer.BadParameter("give one of --prompt TEXT, --chat and --file FILE")
     if file is not None and (image or system):
         raise typer.BadParameter("--image and --system do not go with --file: its lines name their pictures")
+    placed = prompt.count("<image>") if prompt is not None else 0
+    if placed > len(image or []):
+        raise typer.BadParameter(f'--prompt places {placed} "<image>": give as many --image, not {len(image or [])}')
     sampling = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -164,6 +167,8 @@ def _answer_file(loaded: LoadedModel, requests: list[Any], out: Path | None, bat
                     target.write(json.dumps(request.line | {"answer": answer}, ensure_ascii=False) + "\n")
             target.flush()
             bar.update(len(batch))
+    if out is not None:
+        _tell(f"{len(requests)} answers -> {out}")
 
 
 def _chat(loaded: LoadedModel, system: str | None, images: list[Path], options: dict[str, Any]) -> None:

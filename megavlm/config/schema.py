@@ -214,7 +214,7 @@ class Recipe(Block):
             )
         self._check_text_only()
         self._check_pictures()
-        self._check_tensor_split()
+        check_tensor_split(self.model, self.parallel.tensor)
         self._check_experts()
         self._check_instructions()
         return self
@@ -266,43 +266,6 @@ class Recipe(Block):
         if self.model.vision.canvas is not None and any(stage.vision.train == "last_layers" for stage in self.stages):
             raise ValueError("vision.train=last_layers: an encoder with model.vision.canvas has two stacks of layers; use frozen or full")
 
-    def _check_tensor_split(self) -> None:
-        heads, kv, tp = self.model.language.num_attention_heads, self.model.language.kv_heads, self.parallel.tensor
-        if heads % tp or (kv % tp and tp % kv):
-            raise ValueError(f"parallel.tensor={tp} does not divide model.language's {heads} attention heads and {kv} key/value heads")
-        if self.model.language.cross_attention is not None and kv % tp:
-            raise ValueError(f"parallel.tensor={tp} does not divide the {kv} key/value heads of model.language.cross_attention")
-        projector = self.model.projector
-        widths = {
-            "language.ffn_hidden_size": self.model.language.ffn_hidden_size,
-            "language.hidden_size": self.model.language.hidden_size,
-        }
-        if not self.model.text_only:
-            widths |= {
-                "vision.num_attention_heads": self.model.vision.num_attention_heads,
-                "vision.ffn_hidden_size": self.model.vision.ffn_hidden_size,
-                "projector.hidden_size": projector.hidden_size or self.model.language.hidden_size,
-            }
-            for i, other in enumerate(self.model.vision_beside):
-                widths |= {
-                    f"vision_beside[{i}].num_attention_heads": other.num_attention_heads,
-                    f"vision_beside[{i}].ffn_hidden_size": other.ffn_hidden_size,
-                }
-        if projector.resampler is not None:
-            widths |= {
-                "projector.resampler.num_attention_heads": projector.resampler.num_attention_heads,
-                "projector.resampler.num_query_groups": projector.resampler.num_query_groups,
-                "projector.resampler.ffn_hidden_size": projector.resampler.ffn_hidden_size or 4 * self.model.language.hidden_size,
-            }
-        if projector.qformer is not None:
-            widths |= {
-                "projector.qformer.num_attention_heads": projector.qformer.num_attention_heads,
-                "projector.qformer.ffn_hidden_size": projector.qformer.ffn_hidden_size,
-            }
-        for name, width in widths.items():
-            if width % tp:
-                raise ValueError(f"parallel.tensor={tp} does not divide model.{name}={width}")
-
     def _check_experts(self) -> None:
         moe, parallel = self.model.language.moe, self.parallel
         if moe is None:
@@ -331,3 +294,42 @@ class Recipe(Block):
             raise ValueError(
                 f"data.image.policy={self.data.image.policy}: a Q-Former with an instruction reads one tile a picture; use fixed"
             )
+
+
+def check_tensor_split(model: ModelConfig, tensor: int) -> None:
+    """Whether every matrix of the model can be cut for so many tensor-parallel ranks. Raises ValueError naming what does not divide."""
+    heads, kv = model.language.num_attention_heads, model.language.kv_heads
+    if heads % tensor or (kv % tensor and tensor % kv):
+        raise ValueError(f"parallel.tensor={tensor} does not divide model.language's {heads} attention heads and {kv} key/value heads")
+    if model.language.cross_attention is not None and kv % tensor:
+        raise ValueError(f"parallel.tensor={tensor} does not divide the {kv} key/value heads of model.language.cross_attention")
+    projector = model.projector
+    widths = {
+        "language.ffn_hidden_size": model.language.ffn_hidden_size,
+        "language.hidden_size": model.language.hidden_size,
+    }
+    if not model.text_only:
+        widths |= {
+            "vision.num_attention_heads": model.vision.num_attention_heads,
+            "vision.ffn_hidden_size": model.vision.ffn_hidden_size,
+            "projector.hidden_size": projector.hidden_size or model.language.hidden_size,
+        }
+        for i, other in enumerate(model.vision_beside):
+            widths |= {
+                f"vision_beside[{i}].num_attention_heads": other.num_attention_heads,
+                f"vision_beside[{i}].ffn_hidden_size": other.ffn_hidden_size,
+            }
+    if projector.resampler is not None:
+        widths |= {
+            "projector.resampler.num_attention_heads": projector.resampler.num_attention_heads,
+            "projector.resampler.num_query_groups": projector.resampler.num_query_groups,
+            "projector.resampler.ffn_hidden_size": projector.resampler.ffn_hidden_size or 4 * model.language.hidden_size,
+        }
+    if projector.qformer is not None:
+        widths |= {
+            "projector.qformer.num_attention_heads": projector.qformer.num_attention_heads,
+            "projector.qformer.ffn_hidden_size": projector.qformer.ffn_hidden_size,
+        }
+    for name, width in widths.items():
+        if width % tensor:
+            raise ValueError(f"parallel.tensor={tensor} does not divide model.{name}={width}")

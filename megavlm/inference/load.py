@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import Literal
 
+import torch.distributed as dist
+
 from megavlm.checkpoint import store
 from megavlm.checkpoint.folders import STATE, read_state
 from megavlm.checkpoint.hf import config_from_hf, image_config_from_hf, load_hf, start_from
@@ -13,15 +15,17 @@ from megavlm.checkpoint.hf.generation import GENERATION, GenerationDefaults, gen
 from megavlm.checkpoint.hf.texts import KEPT, image_token_of, instructions_of, template_of
 from megavlm.config.data import CHAT_TEMPLATES
 from megavlm.config.load import load_recipe
-from megavlm.config.schema import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, Recipe, RunConfig
+from megavlm.config.schema import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, Recipe, RunConfig, check_tensor_split
 from megavlm.data.chat import Chat
 from megavlm.data.tokenizer import load_tokenizer
 from megavlm.inference.loaded import LoadedModel
 from megavlm.models.vlm import VisionLanguageModel
-from megavlm.parallel.context import ParallelContext, choose_device, enter_grid, start_process_group
+from megavlm.parallel.context import ParallelContext, choose_device, enter_grid, entered_group, leave_grid, start_process_group
 
 log = logging.getLogger(__name__)
 MODULES = ("vision", "projector", "language")
+_group_of_last_load: dist.ProcessGroup | None = None
+"""Tells the grid that a load entered from one that the caller entered and uses."""
 
 
 class LoadError(ValueError):
@@ -45,11 +49,13 @@ def load_for_inference(
         parallel: layout to load into, one pipeline stage; None: one rank (all data-parallel where there are more).
         dtype: None: as the run trained; bf16 on a GPU and fp32 on a CPU for a Hugging Face folder.
         chat_template: instead of a Hugging Face folder's own: a name, or a *.jinja file.
-        ctx: grid that was entered already, in the layout `parallel`; None: it is entered here.
+        ctx: grid that was entered already, in the layout `parallel`; None: it is entered here, and one that an earlier load entered is
+            left. Models of several tensor-parallel ranks that are used by turns share one `ctx`.
 
     Raises:
-        LoadError: the folder is none of the three, a run without a checkpoint, an unknown chat template, or a layout with
-            several pipeline stages.
+        LoadError: the folder is none of the three, a run without a checkpoint, an unknown chat template, a layout with
+            several pipeline stages, or no `ctx` in a process that has entered a grid itself.
+        ValueError: `parallel.tensor` does not divide the model.
     """
     folder = Path(path)
     layout = parallel or ParallelConfig()
@@ -64,10 +70,9 @@ def load_for_inference(
     texts = folder / KEPT if imported is not None else folder
     recipe = _hf_recipe(texts, chat_template, imported) if is_hf else _run_recipe(folder)
     run = recipe.run.model_copy(update={"device": device if device != "auto" or is_hf else recipe.run.device})
+    check_tensor_split(recipe.model, layout.tensor)
     if ctx is None:
-        where = choose_device(run)
-        start_process_group(where, run.distributed_timeout_s)
-        ctx = enter_grid(layout, where, run.seed)
+        ctx = _enter(layout, run)
     if dtype is None and is_hf:
         dtype = "bf16" if ctx.device.type == "cuda" else "fp32"
     if dtype is not None:
@@ -90,6 +95,21 @@ def load_for_inference(
         _load_modules(model, checkpoint, recipe, ctx)
     model.eval()
     return LoadedModel(model, tokenizer, chat, recipe, defaults.repetition_penalty)
+
+
+def _enter(layout: ParallelConfig, run: RunConfig) -> ParallelContext:
+    """A grid for this load; that of an earlier load in this process, failed ones included, makes way."""
+    global _group_of_last_load
+    group = entered_group()
+    if group is not None:
+        if group is not _group_of_last_load:
+            raise LoadError("this process is in a parallel grid already: give its ParallelContext as ctx, or call leave_grid() first")
+        leave_grid()
+    device = choose_device(run)
+    start_process_group(device, run.distributed_timeout_s)
+    ctx = enter_grid(layout, device, run.seed)
+    _group_of_last_load = ctx.tensor_group
+    return ctx
 
 
 def find_checkpoint(folder: Path) -> Path:

@@ -22,6 +22,7 @@ from megavlm.data.resizing import make_resizing, plan_pictures
 from megavlm.data.resizing_rows import feature_rows
 from megavlm.data.sample import IMAGE_TOKEN
 from megavlm.data.types import PictureTiles
+from megavlm.inference.sampling import GenerationError
 
 Picture = str | Path | bytes | Image.Image
 """A file, an encoded picture, or a decoded one."""
@@ -41,9 +42,12 @@ def make_prompt(
     Raises:
         ChatError: number of "<image>" and of pictures differ, or the template cannot render the messages.
         ImageError: a picture that cannot be read; names the file.
+        GenerationError: pictures for a language model alone.
         ResizingError: pictures that no plan fits into data.image.max_tokens_per_sample.
         TokenizerError: the projector reads text, and data.instruction_tokenizer does not fit it.
     """
+    if pictures and model.text_only:
+        raise GenerationError(f"the model is a language model alone (model.family={model.family}): it sees no pictures; leave out --image")
     decoded = [_decode(picture, data) for picture in pictures]
     sizes = [(pixels_HWC.shape[1], pixels_HWC.shape[0]) for pixels_HWC in decoded]
     resizing = make_resizing(data.image, model, chat.tokenizer)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megavlm.checkpoint.errors import some
 from megavlm.inference.sampling import GenerationError
+
+_SHOWN = 5
+"""Broken lines that a message names."""
 
 
 @dataclass(frozen=True)
@@ -23,28 +26,35 @@ class Request:
 
 
 def read_requests(file: Path) -> list[Request]:
-    """All lines. Raises GenerationError naming the line that is no such record, or the picture that is not there."""
+    """All lines. Raises GenerationError naming the lines that are no such record, or whose pictures are not there."""
     if not file.is_file():
         raise GenerationError(f"{file}: there is no such file")
-    return list(_requests(file))
-
-
-def _requests(file: Path) -> Iterator[Request]:
+    requests, broken = [], []
     for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         if not text.strip():
             continue
-        where = f"{file}, line {number}"
         try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise GenerationError(f"{where} is not JSON: {error}") from error
-        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-            raise GenerationError(f'{where}: each line is {{"prompt": "...", "images": ["a.jpg"]}}, images being optional')
-        images = record.get("images", [])
-        if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-            raise GenerationError(f"{where}: images is {images!r}, and must be a list of file names")
-        paths = tuple(file.parent / image for image in images)
-        for path in paths:
-            if not path.is_file():
-                raise GenerationError(f"{where}: there is no picture {path}")
-        yield Request(record["prompt"], paths, record)
+            requests.append(_request(file.parent, text))
+        except GenerationError as error:
+            broken.append(f"line {number}: {error}")
+    if broken:
+        more = [f"and {len(broken) - _SHOWN} more lines"] if len(broken) > _SHOWN else []
+        raise GenerationError(f"{file}, " + "; ".join(broken[:_SHOWN] + more))
+    return requests
+
+
+def _request(folder: Path, text: str) -> Request:
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise GenerationError(f"not JSON ({error})") from error
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise GenerationError('each line is {"prompt": "...", "images": ["a.jpg"]}, images being optional')
+    images = record.get("images", [])
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise GenerationError(f"images is {images!r}, and must be a list of file names")
+    paths = tuple(folder / image for image in images)
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise GenerationError(f"there is no picture {some(missing)}")
+    return Request(record["prompt"], paths, record)

@@ -115,6 +115,14 @@ def enter_grid(parallel: ParallelConfig, device: torch.device, seed: int) -> Par
     )
 
 
+def entered_group() -> dist.ProcessGroup | None:
+    """Tensor-parallel group of the grid that this process is in; None outside one. Two grids at a time cannot be."""
+    from megatron.core import parallel_state as ps
+
+    group: dist.ProcessGroup | None = ps.get_tensor_model_parallel_group(check_initialized=False)
+    return group
+
+
 def leave_grid() -> None:
     """Dissolve megatron-core's groups, so that another grid can be entered (stages may differ in layout)."""
     from megatron.core import parallel_state as ps

@@ -1,6 +1,7 @@
 """A model comes back from a run's folder, from one of its checkpoints and from a Hugging Face folder, ready to talk."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ from typer.testing import CliRunner
 from megavlm.checkpoint import store
 from megavlm.config.schema import ParallelConfig
 from megavlm.inference.load import LoadError, load_for_inference
+from megavlm.inference.loaded import LoadedModel
+from megavlm.inference.sampling import GenerationError
 from megavlm.inference.stream import TextStream
 from megavlm.models.init import initialise
 from megavlm.models.vlm import VisionLanguageModel
-from megavlm.parallel.context import enter_grid, leave_grid
+from megavlm.parallel.context import enter_grid, leave_grid, stop_process_group
 from megavlm.testing.in_rank import in_rank
 from megavlm.testing.runs import write_tiny_run
 
@@ -94,6 +97,45 @@ def test_the_command_streams_the_answer(run, ctx, tmp_path):
     result = CliRunner().invoke(app, line, catch_exceptions=False)
     assert result.exit_code == 0
     assert result.stdout.rstrip("\n") == expected.text(answer).rstrip("\n")
+
+
+@in_rank
+def test_a_process_loads_again_and_again(run, tmp_path):
+    """As in a notebook: also after a load that failed, and the model of an earlier load still answers."""
+    picture = Image.effect_noise((30, 30), 80)
+    first = load_for_inference(run)
+    answer = first.ask("What is this?", [picture], max_new_tokens=8)
+    shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace("tokenizer.model", "none.model"))
+    with pytest.raises(ValueError, match="none.model' does not exist"):
+        load_for_inference(tmp_path)
+    assert load_for_inference(run).ask("What is this?", [picture], max_new_tokens=8) == answer
+    assert first.ask("What is this?", [picture], max_new_tokens=8) == answer
+    stop_process_group()
+    assert load_for_inference(run).ask("What is this?", [picture], max_new_tokens=8) == answer
+
+
+@in_rank
+def test_a_grid_that_is_not_its_own_is_left_alone(run, ctx):
+    with pytest.raises(LoadError, match="in a parallel grid already: give its ParallelContext as ctx"):
+        load_for_inference(run)
+    load_for_inference(run, ctx=ctx)
+
+
+@in_rank
+def test_a_split_that_does_not_divide_is_refused_before_anything_is_built(run):
+    with pytest.raises(ValueError, match="parallel.tensor=3 does not divide model.language's 2 attention heads"):
+        load_for_inference(run, parallel=ParallelConfig(tensor=3))
+
+
+@in_rank
+def test_a_language_model_sees_no_pictures(run, ctx):
+    loaded = load_for_inference(run, ctx=ctx)
+    alone = loaded.recipe.model.model_copy(update={"text_only": True, "family": "qwen2"})
+    loaded = LoadedModel(loaded.model, loaded.tokenizer, loaded.chat, loaded.recipe.model_copy(update={"model": alone}))
+    with pytest.raises(GenerationError, match=r"language model alone \(model.family=qwen2\): it sees no pictures; leave out --image"):
+        loaded.prompt("What?", [Image.new("RGB", (8, 8))])
+    assert loaded.prompt("What?").ids
 
 
 @pytest.mark.parametrize("text", ["A digit.", "naïve – 数字 🙂!", ""])

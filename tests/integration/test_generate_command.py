@@ -14,6 +14,8 @@ from PIL import Image
 from megavlm.config.schema import ParallelConfig
 from megavlm.inference.conversation import Conversation
 from megavlm.inference.load import load_for_inference
+from megavlm.inference.requests import read_requests
+from megavlm.inference.sampling import GenerationError
 from megavlm.models.init import initialise
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.context import enter_grid, leave_grid
@@ -72,6 +74,23 @@ def test_a_file_of_questions_on_two_tensor_ranks(run: tuple[Path, list[str], lis
     assert done.returncode == 0, done.stderr
     found = [json.loads(text) for text in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(record["id"], record["answer"]) for record in found] == list(enumerate(answers))
+    assert done.stderr.count(f"3 answers -> {tmp_path / 'a.jsonl'}") == 1
+
+
+def test_a_number_of_ranks_that_does_not_divide_is_one_message(run: tuple[Path, list[str], list[str]]) -> None:
+    done = megavlm("generate", str(run[0]), "--prompt", "hi", "--tensor", "3")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "parallel.tensor=3 does not divide model.language's 2 attention heads" in done.stderr
+
+
+def test_every_broken_line_of_a_file_is_named(tmp_path: Path) -> None:
+    lines = ['{"prompt": "a"}', "{", '{"prompt": "b", "images": ["no.png", "none.png"]}', *["[]"] * 5]
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    with pytest.raises(GenerationError) as refused:
+        read_requests(tmp_path / "q.jsonl")
+    said = str(refused.value)
+    assert "q.jsonl, line 2: not JSON" in said and f"line 3: there is no picture {tmp_path / 'no.png'}, {tmp_path / 'none.png'}" in said
+    assert "line 4: each line is" in said and "line 6" in said and "line 7" not in said and said.endswith("and 2 more lines")
 
 
 def test_a_conversation_remembers_its_picture(run: tuple[Path, list[str], list[str]]) -> None:
@@ -88,6 +107,7 @@ def test_a_conversation_remembers_its_picture(run: tuple[Path, list[str], list[s
     [
         (["--prompt", "a", "--chat"], "give one of --prompt TEXT, --chat and --file FILE"),
         (["--file", "none.jsonl"], "none.jsonl: there is no such file"),
+        (["--prompt", "<image> and <image>", "--image", "a.png"], '--prompt places 2 "<image>": give as many --image, not 1'),
         (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty=0.0 must be positive"),
         (["--prompt", "a", "--stop", ""], "a stop string is empty"),
     ],
