@@ -67,12 +67,15 @@ class TrainingDisplay:
         log_every_steps: interval of lines where there is no terminal; a stage's first and last step always get one.
         console: where to; None: the one of `setup_logging`, or a new one on stdout.
         interactive: draw a bar; None: when the console is a terminal.
+        shows_mfu: False writes "mfu -": a measured peak is no more than a lower bound, of which a share may exceed 100 %.
     """
 
-    def __init__(self, log_every_steps: int = 10, console: Console | None = None, interactive: bool | None = None) -> None:
+    def __init__(
+        self, log_every_steps: int = 10, console: Console | None = None, interactive: bool | None = None, shows_mfu: bool = True
+    ) -> None:
         self.console = console or _console or Console(file=sys.stdout, soft_wrap=True)
         self._interactive = self.console.is_terminal if interactive is None else interactive
-        self._every = log_every_steps
+        self._every, self._shows_mfu = log_every_steps, shows_mfu
         self._log = get_logger(ROOT)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -108,10 +111,10 @@ class TrainingDisplay:
             old = self._seconds_per_step
             self._seconds_per_step = float(seconds) if old is None else 0.9 * old + 0.1 * float(seconds)
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=done, summary=summary(record))
+            self._progress.update(self._task, completed=done, summary=summary(record, self._shows_mfu))
         elif done % self._every == 0 or done == self._first + 1 or done == self._total:
             eta = f"  eta {clock((self._total - done) * self._seconds_per_step)}" if self._seconds_per_step and done < self._total else ""
-            self._log.info("%s %d/%d  %s%s", self._stage, done, self._total, summary(record), eta)
+            self._log.info("%s %d/%d  %s%s", self._stage, done, self._total, summary(record, self._shows_mfu), eta)
 
     def message(self, text: str) -> None:
         """One line for the person who watches."""
@@ -127,7 +130,7 @@ class TrainingDisplay:
             self._progress, self._task = None, None
 
 
-def summary(record: Mapping[str, Any]) -> str:
+def summary(record: Mapping[str, Any], shows_mfu: bool = True) -> str:
     """A step in one line: what is in the record of loss, learning rate, speed, MFU, gradient norm and data wait."""
     parts = []
     if (loss := record.get("loss")) is not None:
@@ -140,7 +143,7 @@ def summary(record: Mapping[str, Any]) -> str:
     if (speed := record.get("tokens_per_s")) is not None:
         parts.append(f"{short_number(float(speed))} tokens/s")
     if (mfu := record.get("mfu")) is not None:
-        parts.append(f"mfu {100 * float(mfu):.1f}%")
+        parts.append(f"mfu {100 * float(mfu):.1f}%" if shows_mfu else "mfu -")
     if (norm := record.get("grad_norm")) is not None:
         parts.append(f"grad {float(norm):.2f}")
     wait, total = record.get("data_wait_s"), record.get("step_time_s")

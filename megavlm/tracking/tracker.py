@@ -43,15 +43,16 @@ class Tracker:
         rank: this process; 0 writes.
         world_size: processes of the run.
         interactive: draw a progress bar; None: when stdout is a terminal.
+        shows_mfu: False where the peak was measured on a CPU: the console writes "mfu -", metrics.jsonl keeps the number.
     """
 
-    def __init__(self, recipe: Recipe, rank: int = 0, world_size: int = 1, interactive: bool | None = None) -> None:
+    def __init__(self, recipe: Recipe, rank: int = 0, world_size: int = 1, interactive: bool | None = None, shows_mfu: bool = True) -> None:
         self._recipe = recipe
         self.run_dir = Path(recipe.run.dir)
         self.writes = rank == 0
         self._world_size = world_size
         console = setup_logging(rank, world_size, stream=sys.stdout)
-        self._display = TrainingDisplay(recipe.tracking.log_every_steps, console, interactive) if self.writes else None
+        self._display = TrainingDisplay(recipe.tracking.log_every_steps, console, interactive, shows_mfu) if self.writes else None
         self._metrics: MetricsWriter | None = None
         self._evaluations: MetricsWriter | None = None
         self._mlflow: MlflowSink | None = None

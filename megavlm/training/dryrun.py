@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from megavlm.checkpoint.hf.load import check_start
 from megavlm.config.schema import Recipe, StageConfig
 from megavlm.data.index import SampleIndex, build_index
 from megavlm.data.plan import StepPlanner, check_tasks, step_table
@@ -20,9 +21,10 @@ def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object]) -> N
 
     Raises:
         ValueError: whatever the run itself would refuse: a grid that does not divide, layers that do not split, missing data,
-            samples over the budget.
+            a damaged init folder, samples over the budget.
     """
     check_layouts(recipe, world_size)
+    check_start(recipe.init)
     tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.data.image_token)
     for number, stage in enumerate(recipe.stages):
         layout = stage_layout(recipe.parallel, stage)

@@ -27,7 +27,8 @@ def train(recipe: Recipe) -> int:
         check_layouts(recipe, dist.get_world_size())
         _make_run_dir(recipe)
         state = resume_point(recipe)
-        with StopRequest() as stop, Tracker(recipe, dist.get_rank(), dist.get_world_size()) as tracker:
+        shows_mfu = device.type == "cuda" or recipe.tracking.peak_tflops_per_rank is not None
+        with StopRequest() as stop, Tracker(recipe, dist.get_rank(), dist.get_world_size(), shows_mfu=shows_mfu) as tracker:
             tracker.start(state.step)
             if state.step:
                 tracker.message(f"resuming at step {state.step}, stage {recipe.stages[state.stage_index].name}")

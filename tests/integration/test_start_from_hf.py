@@ -241,6 +241,13 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
     ({"vision_from_hf": "{clip}", "language_from_hf": "{llava}"}, [], ["is a whole llava", "use init.from_hf"]),
     ({"from_hf": "{llava}", "vision_from_hf": "{clip}"}, [], ["from_hf is a whole model"]),
     ({"from_hf": "{damaged}"}, [], ["model.safetensors is damaged"]),
+    ({"from_hf": "{damaged}"}, ["--dry-run"], ["model.safetensors is damaged"]),
+    ({"vision_from_hf": "{clip}"}, [], ["init.language_from_hf is missing", "data.tokenizer"]),
+    (
+        {"language_from_hf": "{wordless}"},
+        ["model.text_only=true"],
+        ["is empty: init.language_from_hf=", "wordless has no tok"],
+    ),
     ({"from_hf": "{pickles}"}, [], ["pickles, which can run code"]),
     ({}, ["model.init_from=x"], ["unknown field: it is init.from_hf now"]),
 ]
@@ -256,7 +263,10 @@ def test_mistakes_end_with_one_message_and_code_2(
     weights.write_bytes(weights.read_bytes()[:-1000])
     shutil.copytree(folders / "llava", pickles)
     (pickles / "model.safetensors").rename(pickles / "pytorch_model.bin")
-    names = {name: str(folders / name) for name in ("llava", "clip", "llama")} | {"damaged": str(damaged), "pickles": str(pickles)}
+    shutil.copytree(folders / "llama", tmp_path / "wordless")
+    (tmp_path / "wordless" / "tokenizer.json").unlink()
+    names = {name: str(folders / name) for name in ("llava", "clip", "llama")}
+    names |= {name: str(tmp_path / name) for name in ("damaged", "pickles", "wordless")}
     recipe = write_recipe(tmp_path / "run", data_dir, {key: value.format(**names) for key, value in init.items()})
     ((code, message),) = pool.run(command, ["train", str(recipe), *changes])
     assert code == 2, message

@@ -61,6 +61,12 @@ def start_from(chunks: Sequence[torch.nn.Module], init: InitConfig, model: Model
         assign(chunks, provide, ctx)
 
 
+def check_start(init: InitConfig) -> None:
+    """What `start_from` refuses of the folders themselves, from their files' headers. Raises HuggingFaceError."""
+    with _providers(init):
+        pass
+
+
 @contextmanager
 def _providers(init: InitConfig) -> Iterator[dict[str, Provider]]:
     """Prefix of our keys -> what reads them."""

@@ -45,6 +45,8 @@ def complete(values: dict[str, Any]) -> dict[str, Any]:
     found = _whole(Path(init.from_hf)) if init.from_hf is not None else _assembled(init, given)
     defaults = _data_defaults(init, reads_pictures="image" not in data)
     data = data | {name: value for name, value in defaults.items() if not data.get(name)}
+    if not data.get("tokenizer"):
+        raise HuggingFaceError(_no_tokenizer(init))
     merged = _merged(found, given)
     # Before the comparison: the block must be valid, and where it is not, the schema says so best.
     try:
@@ -57,6 +59,14 @@ def complete(values: dict[str, Any]) -> dict[str, Any]:
         if tokens > ours.language.num_tokens:
             merged["language"]["vocab_size"] = tokens
     return values | {"model": merged, "data": data}
+
+
+def _no_tokenizer(init: InitConfig) -> str:
+    name = "init.from_hf" if init.from_hf is not None else "init.language_from_hf"
+    folder = init.from_hf or init.language_from_hf
+    if folder is None:
+        return f"init.vision_from_hf brings an encoder alone: {name} is missing (or data.tokenizer, and a model.language that is drawn)"
+    return f"data.tokenizer is empty: {name}={folder} has no tokenizer.json; give a *.model file or another folder"
 
 
 def _whole(folder: Path) -> dict[str, Any]:

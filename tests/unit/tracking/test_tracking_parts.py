@@ -202,6 +202,7 @@ def test_numbers_for_people():
     assert [short_number(v) for v in (987, 12345, 4.5e6, 2e9)] == ["987", "12.3k", "4.50M", "2.00G"]
     assert clock(3723.4) == "1:02:03"
     assert summary({"loss": float("nan"), "lr": {}, "mfu": None}) == "loss nan"
+    assert summary({"mfu": 0.42}) == "mfu 42.0%" and summary({"mfu": 1.2}, shows_mfu=False) == "mfu -"
 
 
 def test_importing_the_package_loads_neither_torch_nor_mlflow():
