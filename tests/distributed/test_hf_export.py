@@ -93,6 +93,7 @@ def replace_vocabulary(chat: Chat, size: int) -> Any:
 
     small: Any = Small()
     small.vocab_size, small.image_token_id, small.bos_id, small.eos_id, small.pad_id = size, 3, 1, 2, 0
+    small.num_rows = lambda text_only: size
     other = Chat("megavlm", chat.tokenizer)
     other.tokenizer = small
     return other
