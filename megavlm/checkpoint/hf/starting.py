@@ -45,7 +45,7 @@ def complete(values: dict[str, Any]) -> dict[str, Any]:
     found = _whole(Path(init.from_hf)) if init.from_hf is not None else _assembled(init, given)
     defaults = _data_defaults(init, reads_pictures="image" not in data)
     data = data | {name: value for name, value in defaults.items() if not data.get(name)}
-    if not data.get("tokenizer"):
+    if values.get("stages") and not data.get("tokenizer"):
         raise HuggingFaceError(_no_tokenizer(init))
     merged = _merged(found, given)
     # Before the comparison: the block must be valid, and where it is not, the schema says so best.
