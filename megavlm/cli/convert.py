@@ -78,6 +78,7 @@ def verify(
 
     The proof is written beside the folder's weights: SHA-256 of every tensor, logits of seeded samples, versions; JSON and a page to read.
     """
+    from megavlm.checkpoint.hf.verify import BLIND
     from megavlm.checkpoint.hf.verify import verify as compare
 
     found = compare(source, folder, None if tensors_only else _lone_rank(), seed=seed, logits=not tensors_only)
@@ -92,6 +93,8 @@ def verify(
         typer.echo(
             f"logits, {proof.sample}: largest difference {proof.max_abs_difference:.3g} (largest logit {proof.max_abs_logit:.3g}){verdict}"
         )
+    if found.pictures_matter is False:
+        typer.echo(f"pictures matter: no. {BLIND}")
     typer.echo(f"report: {page}, {file}")
     if not found.ok:
         raise typer.Exit(1)
@@ -101,12 +104,14 @@ def verify(
 def families() -> None:
     """List the Hugging Face classes that are imported and exported, with the encoders and language models in them."""
     from megavlm.checkpoint.hf.encoders import ENCODERS
+    from megavlm.checkpoint.hf.encoders.folder import TOWERS
     from megavlm.checkpoint.hf.language import LANGUAGES
     from megavlm.checkpoint.hf.registry import FAMILIES
     from megavlm.topology.table import text_table
 
     typer.echo(text_table(("model.family", "transformers class"), [(f.name, f.hf_class) for f in FAMILIES.values()], "whole models"))
     typer.echo("\nencoders (model_type): " + ", ".join(ENCODERS))
+    typer.echo("folders with such an encoder beside a text tower, which init.vision_from_hf takes too (model_type): " + ", ".join(TOWERS))
     typer.echo("language models (model_type): " + ", ".join(LANGUAGES))
 
 

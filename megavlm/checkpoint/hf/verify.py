@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from megavlm.parallel.context import ParallelContext
 
 TOLERANCE = 1e-4
 """Largest difference of fp32 logits, relative to the largest logit where that exceeds 1."""
+BLIND = "The logits are the same with other pictures (gates or weights are zero), so they prove nothing of the encoder"
 _PACKAGES = ("torch", "transformers", "safetensors", "megatron-core")
 
 
@@ -59,6 +60,8 @@ class LogitProof:
     tokens: int
     max_abs_difference: float
     max_abs_logit: float
+    picture_effect: float | None = None
+    """Largest change of our logits when every pixel is inverted; None: a sample without pictures."""
 
     @property
     def equal(self) -> bool:
@@ -90,11 +93,18 @@ class Verification:
         return max((proof.max_abs_difference for proof in self.logits), default=0.0)
 
     @property
+    def pictures_matter(self) -> bool | None:
+        """Whether other pictures give other logits at all: behind gates of zero they say nothing of the encoder. None: no pictures."""
+        effects = [proof.picture_effect for proof in self.logits if proof.picture_effect is not None]
+        return any(effect > 0 for effect in effects) if effects else None
+
+    @property
     def ok(self) -> bool:
         return not self.unequal and all(proof.equal for proof in self.logits)
 
     def to_json(self) -> dict[str, Any]:
-        return {"ok": self.ok, "unequal": self.unequal, "max_abs_logit_difference": self.max_abs_logit_difference} | asdict(self)
+        summary = {"ok": self.ok, "unequal": self.unequal, "max_abs_logit_difference": self.max_abs_logit_difference}
+        return summary | {"pictures_matter": self.pictures_matter} | asdict(self)
 
     def to_markdown(self) -> str:
         """The report for a reader: a page, with the tensors that differ by name."""
@@ -112,10 +122,16 @@ class Verification:
                 "",
                 f"Largest difference of fp32 logits, seed {self.seed} (allowed: {self.tolerance:g}, times the largest logit above 1):",
                 "",
-                "| sample | tokens | difference | largest logit |",
-                "|---|---|---|---|",
-                *(f"| {p.sample} | {p.tokens} | {p.max_abs_difference:.2e} | {p.max_abs_logit:.3g} |" for p in self.logits),
+                "| sample | tokens | difference | largest logit | change with other pictures |",
+                "|---|---|---|---|---|",
+                *(
+                    f"| {p.sample} | {p.tokens} | {p.max_abs_difference:.2e} | {p.max_abs_logit:.3g} | "
+                    f"{'-' if p.picture_effect is None else format(p.picture_effect, '.3g')} |"
+                    for p in self.logits
+                ),
             ]
+        if self.pictures_matter is not None:
+            lines += ["", f"Pictures matter: {'yes' if self.pictures_matter else f'no. {BLIND}'}."]
         return "\n".join(lines) + "\n"
 
     def write(self, file: Path) -> tuple[Path, Path]:
@@ -197,14 +213,31 @@ def compare_logits(checkpoint: Path, folder: Path, model: ModelConfig, ctx: Para
     for module, where in store.module_folders(checkpoint).items():
         if getattr(ours, module, None) is not None:
             store.load(where, [ours], None, ctx, modules={module})
-    batch = prompt_batch(prompts, -1 if image_token is None else image_token, model)
-    packed = ours.language.logits(ours.eval().transform(batch, ours.packing(batch)))
     ends = list(accumulate(len(own) for own in theirs))
-    pieces = [packed[end - len(own) : end] for own, end in zip(theirs, ends, strict=True)]
+
+    def pieces(of: list[Prompt]) -> list[torch.Tensor]:
+        batch = prompt_batch(of, -1 if image_token is None else image_token, model)
+        packed = ours.language.logits(ours.eval().transform(batch, ours.packing(batch)))
+        return [packed[end - len(own) : end] for own, end in zip(theirs, ends, strict=True)]
+
+    found = pieces(prompts)
+    others = pieces([_inverted(prompt) for prompt in prompts]) if any(prompt.sizes for prompt in prompts) else found
     return [
-        LogitProof(_describe(prompt), len(own), float((piece - own).abs().max()), float(own.abs().max()))
-        for prompt, own, piece in zip(prompts, theirs, pieces, strict=True)
+        LogitProof(
+            _describe(prompt),
+            len(own),
+            float((piece - own).abs().max()),
+            float(own.abs().max()),
+            float((piece - other).abs().max()) if prompt.sizes else None,
+        )
+        for prompt, own, piece, other in zip(prompts, theirs, found, others, strict=True)
     ]
+
+
+def _inverted(prompt: Prompt) -> Prompt:
+    """The same with every pixel inverted."""
+    tiles, pixels = (None if own is None else 255 - own for own in (prompt.tiles_TCHW, prompt.pixels_X))
+    return replace(prompt, tiles_TCHW=tiles, pixels_X=pixels)
 
 
 def _describe(prompt: Prompt) -> str:
@@ -219,7 +252,9 @@ def _check_same_model(checkpoint: Path, model: ModelConfig) -> None:
         return
     ours = ModelConfig.model_validate(stored)
     here, there = network(ours), network(model)
+    if ours.family != model.family:
+        raise HuggingFaceError(f"{checkpoint} and the folder hold different families: {ours.family} and {model.family}")
     names = [name for name in here | there if here.get(name) != there.get(name)]
     if names:
         differing = [f"model.{name}: {here.get(name)!r} in the checkpoint, {there.get(name)!r} in the folder" for name in names]
-        raise HuggingFaceError(f"{checkpoint} and the folder hold different models: " + "; ".join(differing))
+        raise HuggingFaceError(f"{checkpoint} and the folder hold different models: " + some(differing, limit=3))

@@ -102,7 +102,12 @@ class Mllama(Family):
 
         ids = list(prompt.ids)
         # The placeholder is the one id behind the vocabulary that occurs.
-        token = next(i for i in ids if i >= model.language.vocab_size)
+        token = next((i for i in ids if i >= model.language.vocab_size), None)
+        if token is None:
+            raise HuggingFaceError(
+                f"image_token_index lies inside the vocabulary of {model.language.vocab_size} tokens, not behind it as published: "
+                "logits cannot be compared, only tensors (--tensors-only)"
+            )
         return [(start, len(ids) if end == -1 else end) for start, end in get_cross_attention_token_mask(ids, token)]
 
     def image_from_hf(self, folder: Path, model: ModelConfig) -> ImageConfig:
