@@ -61,6 +61,8 @@ class CheckpointWriter:
         last = self._journal.entries[-1] if self._journal.entries else None
         self._number = 0 if last is None else int(last["file"].split("_")[-1].split(".")[0])
         self._end = 0 if last is None else last["offset"] + last["length"]
+        if last is not None:
+            os.truncate(self.folder / self._file, self._end)  # what a killed start wrote beyond the journal
         for file in sorted({e["file"] for e in self._journal.entries} - {self._file}):
             self._hash(file)
 
@@ -129,7 +131,7 @@ class CheckpointWriter:
     def _opened(self) -> BinaryIO:
         if self._stream is None:
             handle = os.open(self.folder / self._file, os.O_RDWR | os.O_CREAT, 0o644)
-            os.ftruncate(handle, self._end)  # what a killed start wrote beyond the journal
+            os.ftruncate(handle, self._end)  # a killed start may have begun this file, too
             self._stream = os.fdopen(handle, "r+b")
             self._stream.seek(self._end)
         return self._stream

@@ -233,3 +233,23 @@ def test_the_checkpoint_is_a_complete_one(checkpoint: Path) -> None:
     folders.verify(checkpoint)
     state = folders.read_state(checkpoint)
     assert state["held"] == ["language", "projector", "vision"] and state["has_optimizer"] is False
+
+
+def test_what_a_kill_left_behind_a_full_file_is_cut(tmp_path: Path) -> None:
+    """The journal ends with the last tensor of a file: nothing more is written there, and what lies behind it must go all the same."""
+    tensors = {f"language.{i}": torch.full((30_000,), float(i)) for i in range(3)}
+
+    def write(path: Path, keys: list[str]) -> CheckpointWriter:
+        writer = CheckpointWriter(path, "job")  # 120 kB a tensor, 100 kB a file
+        for key in keys:
+            writer.add(key, tensors[key])
+        return writer
+
+    write(tmp_path / "through", list(tensors)).finish({})
+    write(tmp_path / "again", ["language.0"]).leave()
+    with open(tmp_path / "again.tmp" / "__0_0.distcp", "ab") as stream:
+        stream.write(b"half a tensor")
+    write(tmp_path / "again", ["language.1", "language.2"]).finish({})
+    for path in sorted((tmp_path / "through").glob("*.distcp")):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+    folders.verify(tmp_path / "again")
