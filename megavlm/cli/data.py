@@ -54,8 +54,8 @@ def index(recipe: RecipePath, overrides: Overrides = None) -> None:
         counts = [f"{int((built.task_ids == i).sum()):,} {task}" for i, task in enumerate(built.task_names)]
         notes = [f"{count:,} {kind}" for kind, count in built.notes.items() if count]
         typer.echo(f"{name}: {', '.join(counts)}" + (f"; too long or unusable: {', '.join(notes)}" if notes else ""))
-    for objective, table in rows.items():
-        typer.echo("\n" + text_table(("source", "samples", "tokens", "longest", "targets", "tiles"), table, objective))
+    for title, table in rows.items():
+        typer.echo("\n" + text_table(("source", "samples", "tokens", "longest", "targets", "tiles"), table, title))
 
 
 @app.command()
@@ -82,7 +82,7 @@ def show(
             str(recipe), f"data.sources has no {source!r}{did_you_mean(source, known)} (it has: {', '.join(known) or 'none'})"
         )
     tokenizer = load_tokenizer(loaded.data.tokenizer, loaded.data.image_token)
-    objective = next((o for n, o in _wanted(loaded) if n == source), "multimodal")
+    objective: Objective = next((o for n, o in _wanted(loaded) if n == source), "multimodal")
     built = build_index(loaded.data.sources[source], loaded.data, loaded.model, objective, tokenizer)
     if row >= len(built):
         raise typer.BadParameter(f"{row} is not below the {len(built)} rows of {source!r}", param_hint="--row")

@@ -70,9 +70,9 @@ def build_index(
     if index is None:
         index, unusable = _assemble(folder, source, data, model, objective, chat, progress)
         index = _save(index, unusable, name)
-    if unusable := index.notes.get("unusable"):
+    if left_out := index.notes.get("unusable"):
         where = index.file.with_suffix(_UNUSABLE) if index.file is not None else "the warnings above"
-        log.warning("%s: %d unusable samples are left out (data.unusable=drop): %s", folder, unusable, where)
+        log.warning("%s: %d unusable samples are left out (data.unusable=drop): %s", folder, left_out, where)
     fitted = {kind: count for kind, count in index.notes.items() if count and kind != "unusable"}
     if fitted:
         what = ", ".join(f"{count} {kind}" for kind, count in fitted.items())

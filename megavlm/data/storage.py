@@ -127,7 +127,7 @@ def _filesystem(url: Url) -> tuple[Any, str]:
     try:
         import fsspec  # type: ignore[import-untyped]
 
-        return fsspec.core.url_to_fs(url.text)  # type: ignore[no-any-return]
+        return fsspec.core.url_to_fs(url.text)
     except ImportError as error:
         raise StorageError(f"{url}: {error}. Run: {advice}") from error
     except ValueError as error:
@@ -261,7 +261,7 @@ def open_read(path: AnyPath) -> IO[bytes]:
     if isinstance(place, Path):
         return place.open("rb")
     files, inner = _filesystem(place)
-    return files.open(inner, "rb", block_size=_READ_AHEAD_BYTES, cache_type="readahead")  # type: ignore[no-any-return]
+    return files.open(inner, "rb", block_size=_READ_AHEAD_BYTES, cache_type="readahead")
 
 
 @contextmanager

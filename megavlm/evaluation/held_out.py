@@ -22,7 +22,7 @@ from megavlm.data.prompt import Prompt
 from megavlm.evaluation.pictures import write_picture_page
 from megavlm.evaluation.questions import EvaluationError, Question, chance, load_questions, swap_partners, without_pictures
 from megavlm.evaluation.results import NONE, RIGHT, SWAPPED, Answer, EvaluationResult, Share, TaskResult
-from megavlm.inference.load import LoadedModel
+from megavlm.inference.loaded import LoadedModel
 from megavlm.inference.prompts import make_prompt
 from megavlm.parallel.context import ParallelContext
 from megavlm.parallel.reductions import from_rank_zero

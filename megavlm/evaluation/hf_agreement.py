@@ -23,7 +23,7 @@ from megavlm.data.decode import to_rgb
 from megavlm.data.prompt import Prompt, prompt_batch
 from megavlm.evaluation.pictures import write_comparison
 from megavlm.evaluation.questions import EvaluationError, Question
-from megavlm.inference.load import LoadedModel
+from megavlm.inference.loaded import LoadedModel
 from megavlm.inference.prompts import make_prompt
 
 

@@ -73,7 +73,7 @@ def start_process_group(device: torch.device, timeout_s: float) -> None:
         return
     backend = "gloo" if device.type == "cpu" else "nccl"
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         return
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 

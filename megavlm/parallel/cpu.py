@@ -60,8 +60,8 @@ class _NoStream:
     def __enter__(self) -> _NoStream:
         return self
 
-    def __exit__(self, *exc: object) -> bool:
-        return False
+    def __exit__(self, *exc: object) -> None:
+        pass
 
 
 def _patch_tensor_methods() -> None:
@@ -81,7 +81,7 @@ def _patch_tensor_methods() -> None:
         # The optimizers accept 'torch.cuda.FloatTensor' and its bf16/fp16 sisters, by string.
         return result.replace("torch.", "torch.cuda.", 1)
 
-    torch.Tensor.to = to  # type: ignore[method-assign]
+    torch.Tensor.to = to  # type: ignore[method-assign, assignment]
     torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
@@ -104,13 +104,13 @@ def install() -> None:
     _patch_tensor_methods()
     stream = _NoStream()
     for module in (torch.cuda, torch.cuda.random):
-        module.current_device = lambda: _CPU  # type: ignore[assignment]
+        module.current_device = lambda: _CPU  # type: ignore[attr-defined]
         module.synchronize = lambda *args, **kwargs: None  # type: ignore[attr-defined]
         module.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # type: ignore[attr-defined]
         module.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # type: ignore[attr-defined]
-        module.manual_seed = torch.manual_seed  # type: ignore[attr-defined, assignment]
-    torch.cuda.is_available = lambda: False  # type: ignore[assignment]
-    torch.cuda.empty_cache = lambda: None  # type: ignore[assignment]
+        module.manual_seed = torch.manual_seed  # type: ignore[attr-defined]
+    torch.cuda.is_available = lambda: False
+    torch.cuda.empty_cache = lambda: None
     torch.cuda.current_stream = torch.cuda.default_stream = lambda *args, **kwargs: stream  # type: ignore[assignment]
     torch.cuda.Stream = _NoStream  # type: ignore[assignment, misc]
     torch.cuda.stream = lambda *args, **kwargs: stream  # type: ignore[assignment]

@@ -66,7 +66,7 @@ def in_process_save_strategy() -> Any:
     """
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-    class InProcessSave(TorchDistSaveShardedStrategy):  # type: ignore[misc]
+    class InProcessSave(TorchDistSaveShardedStrategy):
         """Same files, no child processes, one outcome for all ranks."""
 
         def async_save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> Any:

@@ -108,8 +108,8 @@ class RankPool:
         """Call `function(*args, **kwargs)` on ranks 0..world_size-1. Raises RankError with the first failing rank's traceback."""
         task = cloudpickle.dumps((function, args, kwargs, world_size, free_port(), timeout_s))
         connections = self._connections[:world_size]
-        for c in connections:
-            c.send_bytes(task)
+        for connection in connections:
+            connection.send_bytes(task)
         answers: dict[Connection, tuple[bool, Any]] = {}
         while len(answers) < world_size:
             ready = wait([c for c in connections if c not in answers], timeout_s + 10)

@@ -58,7 +58,7 @@ def tiny_chunks(
 ) -> list[torch.nn.Module]:
     """The model's chunks on this rank, with unset weights: initialise, import or load them."""
     parallel = parallel or ParallelConfig()
-    precision = PrecisionConfig(dtype=dtype)  # type: ignore[arg-type]
+    precision = PrecisionConfig(dtype=dtype)
     return [VisionLanguageModel(model, precision, parallel, ctx, c, text_only=text_only) for c in range(parallel.virtual_pipeline)]
 
 
@@ -76,7 +76,10 @@ def tiny_batch(
     Each image stands behind the second token of its sample. Targets are drawn from the second half of each sample's text.
     """
     generator = torch.Generator().manual_seed(seed)
-    per_image, lengths, tokens, images = model.visual_tokens_per_tile, [], [], []
+    per_image = model.visual_tokens_per_tile
+    lengths: list[int] = []
+    tokens: list[torch.Tensor] = []
+    images: list[torch.Tensor] = []
     for num_images, num_text in zip(images_per_sample, text_tokens, strict=True):
         text = torch.randint(IMAGE_TOKEN_ID + 1, model.language.vocab_size, (num_text,), generator=generator)
         visual = torch.full((num_images * per_image,), IMAGE_TOKEN_ID)

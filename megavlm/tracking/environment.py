@@ -122,7 +122,7 @@ def _cuda() -> dict[str, Any]:
         for i in range(torch.cuda.device_count()):
             found = torch.cuda.get_device_properties(i)
             gpus.append({"name": found.name, "memory_bytes": found.total_memory, "capability": f"{found.major}.{found.minor}"})
-    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    cudnn = torch.backends.cudnn.version()
     return {"cuda": {"version": torch.version.cuda, "cudnn": cudnn}, "gpus": gpus}
 
 

@@ -42,7 +42,7 @@ def train(recipe: Recipe) -> int:
 def _set_determinism(wanted: bool) -> None:
     torch.use_deterministic_algorithms(wanted, warn_only=True)
     # Filling every fresh tensor with NaN is a debugging aid, not a part of determinism.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _make_run_dir(recipe: Recipe) -> None:

@@ -56,13 +56,14 @@ def forward_backward(
         return output.total, lambda total: (total, *_report(batch, output, task_number, ctx))
 
     iterators = [iter(batches) for _ in chunks]
+    config: Any = chunks[0].config
     reports = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks) if len(chunks) > 1 else chunks[0],
         num_microbatches=len(batches),
         # megatron-core divides it by these ranks again.
-        seq_length=rows * ctx.grid.context * (ctx.grid.tensor if chunks[0].config.sequence_parallel else 1),
+        seq_length=rows * ctx.grid.context * (ctx.grid.tensor if config.sequence_parallel else 1),
         micro_batch_size=1,
         forward_only=forward_only,
     )
@@ -76,7 +77,7 @@ def _message_rows(chunk: DistributedDataParallel | torch.nn.Module, batches: Seq
     """Rows of every message between pipeline stages: those that the step's largest microbatch needs; 0 where there are no messages."""
     if ctx.grid.pipeline == 1:
         return 0
-    module = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
+    module: Any = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
     return max(module.message_rows(batch) for batch in batches)
 
 

@@ -42,7 +42,7 @@ def linear_cross_entropy(
     With `softcap` logits are softcap x tanh(logit / softcap) (Gemma 2, https://arxiv.org/abs/2408.00118, section 2).
     """
     arguments = (hidden_QD, weight_VD, target_Q, loss_weight_Q, vocab_size, vocab_start, group, softcap)
-    return _LinearCrossEntropy.apply(*arguments)  # type: ignore[no-any-return]
+    return _LinearCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
 
 
 def _chunk_rows(num_columns: int) -> int:

@@ -71,6 +71,7 @@ def qkv(key: str, names: Sequence[str], heads: int, groups: int, head_dim: int, 
     `names` are three tensors (query, key, value), or one that holds the three one over the other. `rest` is (D,), or empty for a bias.
     """
     rows = (heads * head_dim, groups * head_dim, groups * head_dim)
+    parts: tuple[Part, ...]
     if len(names) == 1:
         parts, starts = (Part(names[0], (sum(rows), *rest)),), (0, rows[0], rows[0] + rows[1])
         numbers = (0, 0, 0)

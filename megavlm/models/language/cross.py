@@ -216,7 +216,7 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, looks: 
     return out + 0.0 * (query.sum() + key.sum() + value.sum())
 
 
-class CrossAttentionLayer(TransformerLayer):  # type: ignore[misc]
+class CrossAttentionLayer(TransformerLayer):
     """A cross-attention layer of the stack: x + gate x attention, then x + gate x MLP."""
 
     mlp_without_picture = True

@@ -47,7 +47,7 @@ class LanguageModel(GPTModel):
         self.language, self.ctx = language, ctx
         super().__init__(
             config,
-            block_spec(config, layers, norm=language.norm, vp_stage=vp_stage),  # type: ignore[arg-type]
+            block_spec(config, layers, norm=language.norm, vp_stage=vp_stage),
             vocab_size=padded_vocab_size(language.num_tokens, parallel.tensor),
             max_sequence_length=language.max_positions,
             pre_process=first,

@@ -137,7 +137,7 @@ def attend_packed(
         cu_q, longest_q, cu_k, longest_k = packing.cu_seqlens_q, packing.max_seqlen_q, packing.cu_seqlens_kv, packing.max_seqlen_kv
         # enable_gqa came after torch 2.11: repeat the key/value heads instead.
         key, value = _repeated(key, value, query.shape[1], dim=1)
-        return _varlen_attn(query, key, value, cu_q, cu_k, longest_q, longest_k, scale=scale, window_size=sides)  # type: ignore[no-any-return]
+        return _varlen_attn(query, key, value, cu_q, cu_k, longest_q, longest_k, scale=scale, window_size=sides)
     if packing.equal_length is not None and not grouped:
         segments = query.shape[0] // packing.equal_length  # a resampler's keys are more than its queries
         q, k, v = (x.unflatten(0, (segments, -1)).transpose(1, 2) for x in (query, key, value))
@@ -225,7 +225,7 @@ def _segments(
         rows = [slice(p.key_start, p.key_start + p.key_length) for p in pieces]
         pairs = zip([key[r] for r in rows], [value[r] for r in rows], strict=True)
     for q, (k, v) in zip(queries, pairs, strict=True):
-        yield tuple(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # type: ignore[misc]
+        yield tuple(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
 
 
 def _find_varlen_attn() -> Any:

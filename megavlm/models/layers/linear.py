@@ -16,8 +16,8 @@ class _Post:
     """Mixin over a row-parallel linear layer: `post` is built with (config, output width, eps=)."""
 
     def __init__(self, *args: Any, config: TransformerConfig, post: type[torch.nn.Module], **kwargs: Any) -> None:
-        super().__init__(*args, config=config, **kwargs)
-        self.post = post(config, config.hidden_size, eps=config.layernorm_epsilon)  # type: ignore[call-arg]
+        super().__init__(*args, config=config, **kwargs)  # type: ignore[call-arg]
+        self.post = post(config, config.hidden_size, eps=config.layernorm_epsilon)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
         out, bias = super().forward(x)  # type: ignore[misc]

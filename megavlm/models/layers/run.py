@@ -40,7 +40,7 @@ def run_layers(
         number = layer.layer_number
         own = packing(number) if callable(packing) else packing
         if recomputes:
-            x_LBD = checkpoint(_layer, layer, x_LBD, own, use_reentrant=False)  # type: ignore[assignment]
+            x_LBD = checkpoint(_layer, layer, x_LBD, own, use_reentrant=False)
         else:
             x_LBD = _layer(layer, x_LBD, own)
         if after is not None:

@@ -39,7 +39,7 @@ class Merger(MegatronModule):
         self.factor, self.activation = projector.pixel_shuffle, ACTIVATIONS[projector.activation]
         self.patch_norm = self.input_norm = None
         if patch_norm is not None:
-            self.patch_norm = NORMS[patch_norm](config, input_size, projector.norm_eps).to(device)  # type: ignore[call-arg]
+            self.patch_norm = NORMS[patch_norm](config, input_size, projector.norm_eps).to(device)
         merged_size = input_size * self.factor**2
         self.merge_linear = None
         self.channels_first = projector.merged_order == "channels"

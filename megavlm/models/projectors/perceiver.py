@@ -83,7 +83,7 @@ class PerceiverLayer(MegatronModule):
         )
         out = attend_packed(query, key, value, packing, causal=False, scale=self.head_width**-0.5).flatten(1)
         x_MH = x_MH + self.output(out.unsqueeze(1))[0].squeeze(1)
-        return x_MH + self.mlp(self.mlp_norm(x_MH))  # type: ignore[no-any-return]
+        return x_MH + self.mlp(self.mlp_norm(x_MH))
 
 
 class GatedMLP(MegatronModule):

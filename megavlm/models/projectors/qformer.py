@@ -12,6 +12,7 @@ R = M + W rows picture after picture (queries, then words), D width of the Q-For
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -40,7 +41,7 @@ class QFormerProjector(MegatronModule):
         assert qformer is not None, "the config sees to it"
         self.num_queries, width = qformer.num_queries, qformer.hidden_size
         self.query_tokens = torch.nn.Parameter(torch.empty(self.num_queries, width, dtype=DTYPES[precision.dtype], device=device))
-        new = {"dtype": DTYPES[precision.dtype], "device": device}
+        new: dict[str, Any] = {"dtype": DTYPES[precision.dtype], "device": device}
         self.instruction_embedding = self.position_embedding = None
         if qformer.instruction is not None:
             self.instruction_embedding = torch.nn.Embedding(qformer.instruction.vocab_size, width, **new)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -52,7 +53,7 @@ class CanvasEncoder(VisionEncoder):
         assert vision.canvas is not None
         self.canvas = vision.canvas
         width, rows, tiles = vision.hidden_size, len(self.canvas.grids) + 1, self.canvas.max_tiles
-        new = {"dtype": DTYPES[precision.dtype], "device": device}
+        new: dict[str, Any] = {"dtype": DTYPES[precision.dtype], "device": device}
         # One vector for each row of each tile of each grid; grid 0 is no picture at all.
         self.tile_position_embedding = torch.nn.Parameter(torch.empty(rows, tiles * (vision.num_patches + 1) * width, **new))
         self.position_gate = torch.nn.Parameter(torch.empty(1, **new))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -43,7 +44,7 @@ class VisionEncoder(MegatronModule):
         super().__init__(config=config)
         self.vision = vision
         dtype, width = DTYPES[precision.dtype], vision.hidden_size
-        new = {"dtype": dtype, "device": device}
+        new: dict[str, Any] = {"dtype": dtype, "device": device}
         inputs = vision.num_channels * vision.temporal_patch_size * vision.patch_size_px**2
         self.patch_embedding = torch.nn.Linear(inputs, width, bias=vision.patch_bias, **new)
         self.position_embedding = None
@@ -56,7 +57,7 @@ class VisionEncoder(MegatronModule):
             self.register_tokens = torch.nn.Parameter(torch.empty(vision.num_register_tokens, width, **new))
         self.mask_token = torch.nn.Parameter(torch.empty(width, **new)) if vision.mask_token else None
         norm = NORMS[vision.norm]
-        self.pre_norm = norm(config, width, vision.norm_eps).to(device) if vision.pre_norm else None  # type: ignore[call-arg]
+        self.pre_norm = norm(config, width, vision.norm_eps).to(device) if vision.pre_norm else None
         self.decoder = TransformerBlock(
             config=config,
             spec=block_spec(config, layer_spec(vision_style(vision)), norm=vision.norm),
@@ -64,7 +65,7 @@ class VisionEncoder(MegatronModule):
             post_process=True,
             post_layer_norm=False,
         )
-        self.final_norm = norm(config, width, vision.norm_eps).to(device) if vision.has_final_norm else None  # type: ignore[call-arg]
+        self.final_norm = norm(config, width, vision.norm_eps).to(device) if vision.has_final_norm else None
         self.pooling_head = PoolingHead(vision, new) if vision.pooling_head else None
         mean, std = (torch.tensor(v, dtype=torch.float32, device=device).view(1, -1, 1, 1) for v in (vision.image_mean, vision.image_std))
         # Plain tensors, not buffers: they are settings, and a bf16 cast of the module must not round them.

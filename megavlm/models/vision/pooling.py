@@ -34,4 +34,4 @@ class PoolingHead(torch.nn.Module):
         hidden = torch.arange(padded.shape[1], device=x_ND.device)[None] >= length_T[:, None]
         probe = self.probe.expand(len(lengths), -1, -1)
         x = self.attention(probe, padded, padded, key_padding_mask=hidden, need_weights=False)[0]
-        return (x + self.fc2(self.activation(self.fc1(self.norm(x)))))[:, 0]  # type: ignore[no-any-return]
+        return (x + self.fc2(self.activation(self.fc1(self.norm(x)))))[:, 0]

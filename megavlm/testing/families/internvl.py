@@ -30,7 +30,7 @@ def _internvl(text: str, *, layer: int = -1, tie: bool = False, **vision: Any) -
     )
 
 
-_SIX_B = {"norm_type": "rms_norm", "use_qk_norm": True}
+_SIX_B: dict[str, Any] = {"norm_type": "rms_norm", "use_qk_norm": True}
 
 CASES = [
     Case("InternVL3", "internvl", _internvl("qwen2", attention_bias=True), image=TILES),

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from megavlm.checkpoint.hf.encoders import EncoderKind
+from megavlm.checkpoint.hf.encoders.base import EncoderKind
 from megavlm.checkpoint.hf.language import language_of
 from megavlm.checkpoint.hf.links import Link
 from megavlm.checkpoint.hf.reading import Problems, quiet_transformers

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from megavlm.checkpoint.errors import HuggingFaceError
-from megavlm.checkpoint.hf.encoders import EncoderKind, encoder, encoder_of
+from megavlm.checkpoint.hf.encoders import encoder, encoder_of
+from megavlm.checkpoint.hf.encoders.base import EncoderKind
 from megavlm.checkpoint.hf.families.base import Family, TokenIds, input_ids, normalised
 from megavlm.checkpoint.hf.families.paligemma import stretching
 from megavlm.checkpoint.hf.language import language, language_of

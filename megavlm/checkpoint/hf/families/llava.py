@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from megavlm.checkpoint.errors import HuggingFaceError
-from megavlm.checkpoint.hf.encoders import EncoderKind, encoder, encoder_of
+from megavlm.checkpoint.hf.encoders import encoder, encoder_of
+from megavlm.checkpoint.hf.encoders.base import EncoderKind
 from megavlm.checkpoint.hf.families.base import Family, TokenIds, input_ids, normalised, ties
 from megavlm.checkpoint.hf.language import language, language_of
 from megavlm.checkpoint.hf.links import Link, plain, prefixed
@@ -28,7 +30,7 @@ class Llava(Family):
 
     name, hf_class, processor_class = "llava", "LlavaForConditionalGeneration", "LlavaProcessor"
     image_token_field = "image_token_index"
-    renames = (
+    renames: ClassVar[Sequence[tuple[str, str]]] = (
         (r"^lm_head\.weight$", HEAD),
         (r"^(model\.)?vision_tower\.(vision_model\.)?", VISION),
         (r"^model\.multi_modal_projector\.", PROJECTOR),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megavlm.checkpoint.errors import HuggingFaceError
-from megavlm.checkpoint.hf.encoders import EncoderKind
+from megavlm.checkpoint.hf.encoders.base import EncoderKind
 from megavlm.checkpoint.hf.encoders.mllama import MllamaVision
 from megavlm.checkpoint.hf.families.base import Family, TokenIds, input_ids, normalised
 from megavlm.checkpoint.hf.language.mllama import MllamaText

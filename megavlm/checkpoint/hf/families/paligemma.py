@@ -14,7 +14,8 @@ from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.encoders import encoder_of
 from megavlm.checkpoint.hf.families.base import TokenIds, ties
 from megavlm.checkpoint.hf.families.llava import HEAD, LANGUAGE, PROJECTOR, VISION, Llava
-from megavlm.checkpoint.hf.language import LanguageKind, language, language_of
+from megavlm.checkpoint.hf.language import language, language_of
+from megavlm.checkpoint.hf.language.base import LanguageKind
 from megavlm.checkpoint.hf.links import Link, plain, prefixed
 from megavlm.checkpoint.hf.processors import normalising, resample_of
 from megavlm.checkpoint.hf.reading import Problems

@@ -70,7 +70,7 @@ class Qwen2VL(Family):
                 hidden_size=vision["hidden_size"] * merge**2,
                 activation="gelu",
                 pixel_shuffle=merge,
-                patch_norm=self.patch_norm,  # type: ignore[arg-type]
+                patch_norm=self.patch_norm,
                 norm_eps=1e-6,
             ),
             language=LanguageConfig(**text),
@@ -144,7 +144,7 @@ class Qwen2VL(Family):
                     f"write {pixels // factor**2 * factor**2 + up * factor**2}, which differs by less than one token"
                 )
             limits[field] = pixels // factor**2
-        return ImageConfig(policy="native", interpolation=interpolation, **limits)  # type: ignore[arg-type]
+        return ImageConfig(policy="native", interpolation=interpolation, **limits)
 
     def check_pictures(self, model: ModelConfig, image: ImageConfig) -> None:
         if image.policy != "native":
