@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from megavlm.checkpoint.hf.registry import FAMILIES
+from megavlm.testing.command import run_command
 from megavlm.testing.families import CASES
 from megavlm.testing.families.case import make_hf
 from megavlm.testing.families.mllama import CASES as MLLAMA
@@ -19,12 +17,9 @@ from megavlm.testing.families.mllama import CASES as MLLAMA
 
 def megavlm(*arguments: str | Path, code: int = 0) -> str:
     """Output of the command, whose exit code must be `code`."""
-    command = [sys.executable, "-m", "megavlm.cli", "convert", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(["", "kernels", "launchers"])}
-    root = Path(__file__).parents[3]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, timeout=200, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    found, said = run_command("convert", *arguments)
+    assert found == code, said
+    return said
 
 
 def test_there_and_back(tmp_path: Path) -> None:
