@@ -4,6 +4,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 TORCH_REQUIREMENTS ?= requirements/cpu.txt
 ARGS ?=
+# Test processes; a file of tests stays in one of them, and each has its own pool of ranks.
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,10 +36,10 @@ quickstart: $(STAMP) ## Make data, train a small vision-language model, measure 
 	$(BIN)/megavlm quickstart $(ARGS)
 
 test: $(STAMP) ## Run the tests (no GPU needed)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-all: $(STAMP) ## Run the slow tests and, where there is a GPU, those too
-	$(BIN)/python -m pytest -m "" $(ARGS)
+	$(BIN)/python -m pytest -m "" -n $(WORKERS) --dist loadfile $(ARGS)
 
 families: $(STAMP) ## Prove every model family against transformers and write the table of docs/families.md
 	mkdir -p build

@@ -46,6 +46,7 @@ DEV_REQUIREMENTS = [
     "webdataset>=1,<2",
     "pytest>=8,<10",
     "pytest-timeout>=2.3,<3",
+    "pytest-xdist>=3.6,<4",
     "hypothesis>=6.100,<7",
     "ruff>=0.15,<0.18",
     "mypy>=2.0,<3",
