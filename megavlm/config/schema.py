@@ -16,6 +16,7 @@ from megavlm.config.data import DataConfig, ImageConfig, LossConfig, MixtureEntr
 from megavlm.config.init import InitConfig
 from megavlm.config.language import CrossAttentionConfig, LanguageConfig, MoeConfig, RopeScaling
 from megavlm.config.model import ModelConfig
+from megavlm.config.precision import PrecisionConfig
 from megavlm.config.projector import ProjectorConfig
 from megavlm.config.stages import ModuleTraining, OptimizerConfig, ScheduleConfig, StageConfig
 from megavlm.config.vision import VisionConfig
@@ -108,15 +109,6 @@ class ParallelConfig(Block):
         if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
             raise ValueError("overlap_param_gather needs distributed_optimizer=true and overlap_grad_reduce=true")
         return self
-
-
-class PrecisionConfig(Block):
-    """Number formats."""
-
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    """Format of parameters and activations in forward and backward. bf16 keeps fp32 master weights in the optimizer."""
-    grad_reduce_in_fp32: bool = True
-    """Accumulate and reduce gradients in fp32."""
 
 
 # ------------------------------------------------------------------------------------- evaluation, checkpoint, tracking
