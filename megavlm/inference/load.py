@@ -12,6 +12,7 @@ from megavlm.checkpoint import store
 from megavlm.checkpoint.folders import STATE, read_state
 from megavlm.checkpoint.hf import config_from_hf, image_config_from_hf, load_hf, start_from
 from megavlm.checkpoint.hf.generation import GENERATION, GenerationDefaults, generation_defaults
+from megavlm.checkpoint.hf.reading import CONFIG
 from megavlm.checkpoint.hf.texts import KEPT, image_token_of, instructions_of, template_of
 from megavlm.config.data import CHAT_TEMPLATES
 from megavlm.config.load import load_recipe
@@ -67,8 +68,8 @@ def load_for_inference(
     imported = folder if (folder / KEPT / "config.json").is_file() and (folder / STATE).is_file() else None
     is_hf = (folder / "config.json").is_file() or imported is not None
     checkpoint = imported if is_hf else find_checkpoint(folder)
-    texts = folder / KEPT if imported is not None else folder
-    recipe = _hf_recipe(texts, chat_template, imported) if is_hf else _run_recipe(folder)
+    brought = folder / KEPT if imported is not None else folder
+    recipe = _hf_recipe(brought, chat_template, imported) if is_hf else load_recipe(_run(folder) / "recipe.yaml")
     run = recipe.run.model_copy(update={"device": device if device != "auto" or is_hf else recipe.run.device})
     check_tensor_split(recipe.model, layout.tensor)
     if ctx is None:
@@ -79,10 +80,10 @@ def load_for_inference(
         recipe = recipe.model_copy(update={"precision": PrecisionConfig(dtype=dtype)})
     tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.data.image_token)
     # Before the weights: what it refuses should not take minutes to be told.
-    # A run says all there is to say of its answers; a folder brings its own end tokens and penalty.
-    defaults = generation_defaults(texts) if is_hf else GenerationDefaults()
+    texts = brought if is_hf else _texts_it_began_with(folder, recipe)
+    defaults = GenerationDefaults() if texts is None else generation_defaults(texts)
     chat = Chat(recipe.data.chat_template, tokenizer, recipe.data.image.marks, defaults.stop_ids)
-    if defaults.not_taken and ctx.rank == 0:
+    if texts is not None and defaults.not_taken and ctx.rank == 0:
         log.warning(
             "%s asks for %s, which is not taken: answers are greedy unless you say otherwise",
             texts / GENERATION,
@@ -128,9 +129,16 @@ def find_checkpoint(folder: Path) -> Path:
     )
 
 
-def _run_recipe(folder: Path) -> Recipe:
-    run = folder if (folder / "recipe.yaml").is_file() else folder.parent.parent
-    return load_recipe(run / "recipe.yaml")
+def _run(folder: Path) -> Path:
+    """The run that `folder` is, or is a checkpoint of."""
+    return folder if (folder / "recipe.yaml").is_file() else folder.parent.parent
+
+
+def _texts_it_began_with(folder: Path, recipe: Recipe) -> Path | None:
+    """What a run keeps of the folder whose model and tokenizer it took: its export has that folder's generation_config.json too."""
+    kept = _run(folder) / KEPT
+    keeps_tokenizer = recipe.init.from_hf is not None and recipe.data.tokenizer == recipe.init.from_hf
+    return kept if keeps_tokenizer and (kept / CONFIG).is_file() else None
 
 
 def _load_modules(model: VisionLanguageModel, checkpoint: Path, recipe: Recipe, ctx: ParallelContext) -> None:

@@ -139,6 +139,25 @@ def test_a_whole_model_brings_everything_and_goes_out_with_its_texts(pool: RankP
         assert torch.equal(before[name], after[name]) == name.startswith("vision_tower."), f"{name}: only the encoder is frozen"
 
 
+def test_a_run_answers_as_its_export_does(pool: RankPool, folders: Path, data_dir: Path, tmp_path: Path) -> None:
+    """End tokens and penalty of generation_config.json, which goes from the folder into the run and on into the export."""
+    shutil.copytree(folders / "llava", tmp_path / "llava")
+    (tmp_path / "llava" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 17], "repetition_penalty": 1.3}))
+    recipe = write_recipe(tmp_path / "run", data_dir, {"from_hf": str(tmp_path / "llava")})
+    train(pool, recipe, "run.max_steps=1")
+    pool.run(export_hf, tmp_path / "run", tmp_path / "out")
+    for folder in (tmp_path / "run", next((tmp_path / "run" / "checkpoints").glob("0*")), tmp_path / "out"):
+        penalty, ends = pool.run(answering, folder)[0]
+        assert (penalty, ends) == (1.3, True), folder
+
+
+def answering(folder: Path) -> tuple[float, bool]:
+    from megavlm.inference.load import load_for_inference
+
+    model = load_for_inference(folder)
+    return model.repetition_penalty, 17 in model.chat.stop_ids
+
+
 def test_an_fp16_folder_is_cast_to_the_recipes_precision(pool: RankPool, folders: Path, data_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(folders / "llava", tmp_path / "llava")
     halves = {name: tensor.half() for name, tensor in tensors(folders / "llava").items()}
