@@ -41,7 +41,7 @@ class Variant:
     @property
     def name(self) -> str:
         types = "-".join(dict.fromkeys(kind.lstrip("*") for kind in self.signature.values() if kind.startswith("*")))
-        values = [f"{name}={value}" for name, value in (self.constants | dict(self.options)).items()]  # type: ignore[operator]
+        values = [f"{name}={value}" for name, value in {**self.constants, **self.options}.items()]
         return "-".join([self.kernel.__name__, types, *values])
 
 
