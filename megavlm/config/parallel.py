@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 
-from megavlm.config.blocks import Block, PositiveInt
+from megavlm.config.blocks import Block, NonNegativeInt, PositiveInt
+
+
+ContextSplit = Literal["zigzag", "contiguous", "pack"]
 
 
 class ParallelConfig(Block):
@@ -16,21 +19,60 @@ class ParallelConfig(Block):
     pipeline: PositiveInt = 1
     virtual_pipeline: PositiveInt = 1
     """Model chunks per pipeline rank (interleaved schedule)."""
+    split: Literal["even", "balanced"] = "even"
+    """How the LLM's layers are spread over pipeline ranks and chunks. even: equally many each; they must be divisible. balanced: so that
+    the slowest stage is as fast as can be, by the FLOPs of the stage's first packs: encoder, projector and embedding weigh on the first
+    stage, head and loss on the last, and what is frozen has no backward pass. The first and the last stage may end up without a layer,
+    and the layers need not be divisible. It is worked out for each stage of the recipe, equally on every rank and again after a resume;
+    `megavlm train --dry-run` prints it with each stage's FLOPs and the bubble to expect."""
+    layers_per_stage: list[NonNegativeInt] | None = None
+    """Instead of `split`: number of LLM layers on each pipeline rank. With virtual_pipeline > 1 one number a chunk, from the bottom of the
+    model to its top: chunk 0 of every rank, then chunk 1 of every rank, and so on. 0 is allowed for the first (encoder, projector and
+    embedding alone) and the last (norm, head and loss alone). Checkpoints go from any split to any other."""
     context: PositiveInt = 1
     """Ranks that share each sequence."""
+    context_split: ContextSplit = "zigzag"
+    """How context ranks share a pack. zigzag: each segment in 2 x context chunks, of which a rank has one and its mirror image, so that all
+    have the same causal work. contiguous: each segment in `context` chunks; the last rank has the most work. pack: the pack as a whole in
+    2 x context chunks, whatever segments it holds. Pads that make chunks equal are rows of a rank only: plans, batches, positions and
+    losses are those of one rank. `megavlm train --dry-run` shows pads, balance and keys that travel."""
     expert: PositiveInt = 1
     """Ranks that share the experts of a mixture-of-experts layer, each whole on one of them: neighbours on the tensor, context and data
     axes, which add no ranks. With 1 every rank holds all experts, and tensor parallelism splits each."""
+    encoder_tensor: Literal[1, "auto"] | None = None
+    """Tensor ranks that share encoder and projector. None: as many as share the LLM. 1: both are whole on every tensor rank, which holds
+    and computes all of them. auto: whichever of the two has heads or widths that the tensor ranks do not divide is whole."""
+    encoder_data_parallel: bool | Literal["auto"] = False
+    """Deal the pictures of a microbatch to the tensor x context ranks that share it, by their FLOPs: each rank encodes and projects its
+    share with whole weights (encoder_tensor=1 is implied), and the visual tokens are gathered. False: every one of these ranks works on all
+    pictures, in its part of the weights or with all of them. auto: in each microbatch by encoder_min_flops_per_byte."""
+    encoder_min_flops_per_byte: NonNegativeFloat = 2000.0
+    """With encoder_data_parallel=auto a microbatch's pictures are dealt out when that spares the busiest rank at least so many FLOPs
+    (forward and backward) for each byte of visual tokens that is sent forward and back. A lone picture spares nothing. The default is
+    about the ratio of a Hopper GPU's bf16 rate to NVLink's; across slower links use more. Every rank decides alike, from metadata."""
     sequence: bool = False
     """Megatron sequence parallelism: activations outside attention and MLP are split over the tensor ranks."""
-    distributed_optimizer: bool = False
-    """ZeRO-1: optimizer state is split over data-parallel ranks."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """What is split over data and context ranks instead of copied to each (ZeRO, https://arxiv.org/abs/1910.02054). 0: nothing. 1: the
+    optimizer's state (megatron-core's distributed optimizer). 2: gradients too; parameters are gathered once a step. 3: parameters too;
+    each transformer layer gathers its own when it runs, forward and backward. 2 and 3 are torch's FSDP2: parameters that train are kept
+    in fp32 (split), and gradients are reduced in every microbatch."""
     overlap_grad_reduce: bool = False
-    """Overlap gradient reduction with the backward pass."""
+    """Overlap gradient reduction with the backward pass. zero=2 and 3 always do."""
     overlap_param_gather: bool = False
-    """Overlap the distributed optimizer's parameter gather with the forward pass."""
+    """Overlap the distributed optimizer's parameter gather with the forward pass. zero=2 and 3 always do."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation in LLM and encoder: attention only, or whole layers."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_name(cls, values: Any) -> Any:
+        """Recipes of finished runs say distributed_optimizer, which was a switch."""
+        if not isinstance(values, dict) or "distributed_optimizer" not in values:
+            return values
+        if "zero" in values:
+            raise ValueError("distributed_optimizer is the earlier name of zero=1, and zero is given too: leave distributed_optimizer out")
+        return {k: v for k, v in values.items() if k != "distributed_optimizer"} | {"zero": int(bool(values["distributed_optimizer"]))}
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
@@ -38,6 +80,17 @@ class ParallelConfig(Block):
             raise ValueError("sequence=true needs tensor > 1: there is no tensor group to split over")
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise ValueError("virtual_pipeline > 1 needs pipeline > 1")
-        if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
-            raise ValueError("overlap_param_gather needs distributed_optimizer=true and overlap_grad_reduce=true")
+        if self.encoder_data_parallel is not False and self.tensor * self.context == 1:
+            raise ValueError(
+                f"encoder_data_parallel={str(self.encoder_data_parallel).lower()} deals pictures to tensor and context ranks, and with "
+                "tensor=1 and context=1 there are none: leave it out (data-parallel ranks have pictures of their own)"
+            )
+        if self.layers_per_stage is not None and self.split != "even":
+            raise ValueError(f"layers_per_stage says where each layer goes, and so does split={self.split}: give one of them")
+        if self.overlap_param_gather and not (self.zero == 1 and self.overlap_grad_reduce):
+            raise ValueError("overlap_param_gather needs zero=1 and overlap_grad_reduce=true")
+        if self.zero >= 2 and self.overlap_grad_reduce:
+            raise ValueError(f"zero={self.zero} always overlaps the reduction of gradients: leave overlap_grad_reduce out")
+        if self.zero >= 2 and self.expert > 1:
+            raise ValueError(f"zero={self.zero} splits over ranks that hold the same weights, and expert={self.expert} gives each its own experts: use zero=1")
         return self

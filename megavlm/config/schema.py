@@ -20,6 +20,7 @@ from megavlm.config.parallel import ParallelConfig
 from megavlm.config.precision import PrecisionConfig
 from megavlm.config.projector import ProjectorConfig
 from megavlm.config.stages import ModuleTraining, OptimizerConfig, ScheduleConfig, StageConfig
+from megavlm.config.tensor_split import check_tensor_split
 from megavlm.config.vision import VisionConfig
 
 __all__ = [
@@ -170,7 +171,7 @@ class Recipe(Block):
             )
         self._check_text_only()
         self._check_pictures()
-        check_tensor_split(self.model, self.parallel.tensor)
+        check_tensor_split(self.model, self.parallel)
         self._check_experts()
         self._check_instructions()
         return self
@@ -224,6 +225,11 @@ class Recipe(Block):
 
     def _check_experts(self) -> None:
         moe, parallel = self.model.language.moe, self.parallel
+        if moe is not None and self.precision.dtype == "fp16":
+            raise ValueError(
+                "precision.dtype=fp16 with model.language.moe: experts and the rest would each have a loss scale of their own, and these "
+                "would drift apart: use bf16"
+            )
         if moe is None:
             if parallel.expert > 1:
                 raise ValueError(f"parallel.expert={parallel.expert} needs model.language.moe: the language model has no experts")
@@ -250,42 +256,3 @@ class Recipe(Block):
             raise ValueError(
                 f"data.image.policy={self.data.image.policy}: a Q-Former with an instruction reads one tile a picture; use fixed"
             )
-
-
-def check_tensor_split(model: ModelConfig, tensor: int) -> None:
-    """Whether every matrix of the model can be cut for so many tensor-parallel ranks. Raises ValueError naming what does not divide."""
-    heads, kv = model.language.num_attention_heads, model.language.kv_heads
-    if heads % tensor or (kv % tensor and tensor % kv):
-        raise ValueError(f"parallel.tensor={tensor} does not divide model.language's {heads} attention heads and {kv} key/value heads")
-    if model.language.cross_attention is not None and kv % tensor:
-        raise ValueError(f"parallel.tensor={tensor} does not divide the {kv} key/value heads of model.language.cross_attention")
-    projector = model.projector
-    widths = {
-        "language.ffn_hidden_size": model.language.ffn_hidden_size,
-        "language.hidden_size": model.language.hidden_size,
-    }
-    if not model.text_only:
-        widths |= {
-            "vision.num_attention_heads": model.vision.num_attention_heads,
-            "vision.ffn_hidden_size": model.vision.ffn_hidden_size,
-            "projector.hidden_size": projector.hidden_size or model.language.hidden_size,
-        }
-        for i, other in enumerate(model.vision_beside):
-            widths |= {
-                f"vision_beside[{i}].num_attention_heads": other.num_attention_heads,
-                f"vision_beside[{i}].ffn_hidden_size": other.ffn_hidden_size,
-            }
-    if projector.resampler is not None:
-        widths |= {
-            "projector.resampler.num_attention_heads": projector.resampler.num_attention_heads,
-            "projector.resampler.num_query_groups": projector.resampler.num_query_groups,
-            "projector.resampler.ffn_hidden_size": projector.resampler.ffn_hidden_size or 4 * model.language.hidden_size,
-        }
-    if projector.qformer is not None:
-        widths |= {
-            "projector.qformer.num_attention_heads": projector.qformer.num_attention_heads,
-            "projector.qformer.ffn_hidden_size": projector.qformer.ffn_hidden_size,
-        }
-    for name, width in widths.items():
-        if width % tensor:
-            raise ValueError(f"parallel.tensor={tensor} does not divide model.{name}={width}")

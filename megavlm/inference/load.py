@@ -16,7 +16,8 @@ from megavlm.checkpoint.hf.reading import CONFIG
 from megavlm.checkpoint.hf.texts import KEPT, image_token_of, instructions_of, template_of
 from megavlm.config.data import CHAT_TEMPLATES
 from megavlm.config.load import load_recipe
-from megavlm.config.schema import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, Recipe, RunConfig, check_tensor_split
+from megavlm.config.schema import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, Recipe, RunConfig
+from megavlm.config.tensor_split import check_tensor_split
 from megavlm.data.chat import Chat
 from megavlm.data.tokenizer import load_tokenizer
 from megavlm.inference.loaded import LoadedModel
@@ -71,7 +72,7 @@ def load_for_inference(
     brought = folder / KEPT if imported is not None else folder
     recipe = _hf_recipe(brought, chat_template, imported) if is_hf else load_recipe(_run(folder) / "recipe.yaml")
     run = recipe.run.model_copy(update={"device": device if device != "auto" or is_hf else recipe.run.device})
-    check_tensor_split(recipe.model, layout.tensor)
+    check_tensor_split(recipe.model, layout)
     if ctx is None:
         ctx = _enter(layout, run)
     if dtype is None and is_hf:
