@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from megavlm.config.blocks import Block, NonNegativeInt, PositiveInt
+from megavlm.config.blocks import Block, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 
 ContextSplit = Literal["zigzag", "contiguous", "pack"]
