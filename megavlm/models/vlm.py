@@ -63,6 +63,7 @@ class VisionLanguageModel(MegatronModule):
         self.share_embeddings_and_output_weights = model.language.tie_embeddings
         self.model_type = ModelType.encoder_or_decoder
         self.model, self.ctx = model, ctx
+        self.layers_of_first_chunk = PipelineSplit.of(model.language.num_layers, parallel).counts[0]
         # Without overlap an image-less microbatch simply has no encoder gradient; with it the encoder must be touched.
         self.touch_encoder = parallel.overlap_grad_reduce
         has_encoder = self.pre_process and not (text_only or model.text_only)
@@ -90,14 +91,14 @@ class VisionLanguageModel(MegatronModule):
 
     def transform(self, batch: PackedBatch, packing: Packing) -> torch.Tensor:
         """Hidden states (L, 1, D) after this chunk's layers; before the last stage with the side rows that the next ones need (R, 1, D)."""
-        layers = self.language.layer_numbers
+        layers = self.language.layers_of_model
         if self.pre_process:
             x, packing.sides = self.merge(batch)
             x = self.language.split(self.language.placed(x, batch.positions_S), packing)
         else:
-            x, packing.sides = part(self.language.received, self.local_rows(batch), side_rows(self.model, batch, layers.start - 1))
+            x, packing.sides = part(self.language.received, self.local_rows(batch), side_rows(self.model, batch, layers.start))
         x = self.language.transform(x, packing, self._deepstack(batch, packing))
-        return x if self.post_process else join(x, packing.sides, side_rows(self.model, batch, layers.stop - 1))
+        return x if self.post_process else join(x, packing.sides, side_rows(self.model, batch, layers.stop))
 
     def local_rows(self, batch: PackedBatch) -> int:
         """L: rows of the batch that this rank's layers see."""
@@ -106,9 +107,7 @@ class VisionLanguageModel(MegatronModule):
 
     def message_rows(self, batch: PackedBatch) -> int:
         """R: most rows that one stage sends to the next for this batch; side rows only become fewer from stage to stage."""
-        grid = self.ctx.grid
-        first = PipelineSplit(self.model.language.num_layers, grid.pipeline, grid.virtual_pipeline).layers_per_chunk
-        return self.local_rows(batch) + sum(side_rows(self.model, batch, first).values())
+        return self.local_rows(batch) + sum(side_rows(self.model, batch, self.layers_of_first_chunk).values())
 
     def embed(self, batch: PackedBatch) -> torch.Tensor:
         """Token embeddings (S, 1, D) with visual features in the place of their placeholders."""

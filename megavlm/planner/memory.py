@@ -52,7 +52,7 @@ def estimate_memory(
         PipelineError: the layers cannot be split over the grid. GridError: the batch cannot. TrainingError: see planner.parameters.
     """
     num_microbatches = grid.num_microbatches(stage)
-    split = PipelineSplit(model.language.num_layers, grid.pipeline, grid.virtual_pipeline)
+    split = PipelineSplit.of(model.language.num_layers, parallel)
     blocks = list(parameter_blocks(model, stage, grid.tensor, grid.expert))
     load = _Load.of(model, stage, data, grid, parallel, precision)
     return [_rank_memory(rank, blocks, split, load, model, num_microbatches) for rank in range(grid.pipeline)]

@@ -15,7 +15,8 @@ def stage_layout(parallel: ParallelConfig, stage: StageConfig) -> ParallelConfig
     """
     if stage.objective != "vision_classification":
         return parallel
-    return parallel.model_copy(update={"pipeline": 1, "virtual_pipeline": 1, "context": 1, "expert": 1, "sequence": False})
+    alone = {"pipeline": 1, "virtual_pipeline": 1, "split": "even", "layers_per_stage": None, "context": 1, "expert": 1, "sequence": False}
+    return parallel.model_copy(update=alone)
 
 
 def check_layouts(recipe: Recipe, world_size: int) -> None:
@@ -31,7 +32,7 @@ def check_layouts(recipe: Recipe, world_size: int) -> None:
         grid.num_microbatches(stage)
         if stage.objective == "vision_classification":
             continue
-        PipelineSplit(recipe.model.language.num_layers, grid.pipeline, grid.virtual_pipeline)
+        PipelineSplit.of(recipe.model.language.num_layers, layout)
         _check_sequence_split(recipe, stage, layout)
         if held_out := held_out_stage(recipe, stage):
             grid.num_microbatches(held_out)

@@ -26,6 +26,7 @@ from megavlm.models.layers.packing import Packing
 from megavlm.models.layers.run import AfterLayer, run_layers
 from megavlm.models.layers.specs import LayerStyle, block_spec, layer_spec, post_of
 from megavlm.parallel.context import ParallelContext
+from megavlm.topology.pipeline import PipelineSplit
 from megavlm_kernels.linear_cross_entropy import linear_cross_entropy
 
 
@@ -45,6 +46,8 @@ class LanguageModel(GPTModel):
         config = language_transformer_config(language, precision, parallel, device or ctx.device)
         layers = language_layers(language)
         self.language, self.ctx = language, ctx
+        self.layers_of_model = PipelineSplit.of(language.num_layers, parallel).layers(ctx.pipeline_rank, chunk)
+        """This chunk's layers, counted from 0 over all stages; an end of the pipeline may have none."""
         super().__init__(
             config,
             block_spec(config, layers, norm=language.norm, vp_stage=vp_stage),
@@ -83,11 +86,6 @@ class LanguageModel(GPTModel):
         if self.config.sequence_parallel:
             x_SBD = scatter_to_sequence_parallel_region(x_SBD)
         return x_SBD
-
-    @property
-    def layer_numbers(self) -> range:
-        """Numbers, from 1 over all stages, of this chunk's layers."""
-        return range(self.decoder.layers[0].layer_number, self.decoder.layers[-1].layer_number + 1)
 
     @property
     def received(self) -> torch.Tensor:

@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megavlm.config.schema import LanguageConfig, MoeConfig, ParallelConfig, PrecisionConfig, VisionConfig
 from megavlm.models.layers.activations import ACTIVATIONS
+from megavlm.topology.pipeline import PipelineSplit
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NORM_NAMES = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm"}
@@ -69,6 +70,7 @@ def language_transformer_config(
         qk_layernorm=language.qk_norm,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=virtual,
+        pipeline_model_parallel_layout=PipelineSplit.of(language.num_layers, parallel).modules() if parallel.pipeline > 1 else None,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
         # With two virtual chunks and two stages, batched point-to-point messages to the same peer arrive in the wrong
