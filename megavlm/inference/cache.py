@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megavlm.models.layers.attention import attend_packed, capped_attention
+from megavlm.models.layers.attention import attend_packed
 from megavlm.models.layers.packing import Packing
+from megavlm_kernels.packed_attention import capped_attention
 
 GROWTH_TOKENS = 64
 """The cache grows in steps of this many tokens: answers are mostly far shorter than their limit."""
@@ -80,14 +81,16 @@ class KVCache:
         *,
         window: int | None = None,
         softcap: float | None = None,
+        backend: str = "auto",
     ) -> torch.Tensor:
         """Store this pass's keys and values and attend to all of the sequence: (S, H, K), (S, G, K), (S, G, K) -> (S, H, K).
 
         Rows that see each other both ways are those of the prompts (`packing.masks`): every later token sees what came before it.
+        `backend` too is for the prompts.
         """
         keys, values = self._store(self._keys, layer_number, key), self._store(self._values, layer_number, value)
         if not self._decodes:
-            return attend_packed(query, key, value, packing, causal=True, scale=scale, window=window, softcap=softcap)
+            return attend_packed(query, key, value, packing, causal=True, scale=scale, window=window, softcap=softcap, backend=backend)
         mask = None
         if self._common is not None:
             seen = slice(0 if window is None else max(self._common - window, 0), self._common)

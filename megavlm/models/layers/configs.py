@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,14 @@ from megavlm.topology.pipeline import PipelineSplit
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NORM_NAMES = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm"}
+
+
+@dataclass
+class LayerConfig(TransformerConfig):
+    """megatron-core's configuration, and what our layers read beside it."""
+
+    packed_attention: str = "auto"
+    """precision.attention."""
 
 
 def _leave_unset(weight: torch.Tensor) -> torch.Tensor:
@@ -43,6 +52,7 @@ def _common(precision: PrecisionConfig, parallel: ParallelConfig, device: torch.
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
+        "packed_attention": precision.attention,
         "calculate_per_token_loss": True,
         **recompute,
     }
@@ -53,7 +63,7 @@ def language_transformer_config(
 ) -> TransformerConfig:
     """megatron-core's configuration of the LLM."""
     virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
-    return TransformerConfig(
+    return LayerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
         num_attention_heads=language.num_attention_heads,
@@ -102,7 +112,7 @@ def vision_transformer_config(
     vision: VisionConfig, precision: PrecisionConfig, parallel: ParallelConfig, device: torch.device
 ) -> TransformerConfig:
     """megatron-core's configuration of the encoder: tensor-parallel, on one pipeline stage, never sequence-parallel."""
-    return TransformerConfig(
+    return LayerConfig(
         num_layers=vision.num_layers,
         hidden_size=vision.hidden_size,
         num_attention_heads=vision.num_attention_heads,

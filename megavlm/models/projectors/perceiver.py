@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megavlm.config.projector import ResamplerConfig
 from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megavlm.models.layers.activations import ACTIVATIONS
-from megavlm.models.layers.attention import attend_packed
+from megavlm.models.layers.attention import attend_packed, backend_of
 from megavlm.models.layers.configs import DTYPES, vision_transformer_config
 from megavlm.models.layers.masks import Piece
 from megavlm.models.layers.norms import RMSNorm
@@ -81,7 +81,7 @@ class PerceiverLayer(MegatronModule):
             linear(x.unsqueeze(1))[0].squeeze(1).unflatten(-1, (-1, self.head_width))
             for linear, x in ((self.query, normed_MH), (self.key, seen), (self.value, seen))
         )
-        out = attend_packed(query, key, value, packing, causal=False, scale=self.head_width**-0.5).flatten(1)
+        out = attend_packed(query, key, value, packing, causal=False, scale=self.head_width**-0.5, backend=backend_of(self.config)).flatten(1)
         x_MH = x_MH + self.output(out.unsqueeze(1))[0].squeeze(1)
         return x_MH + self.mlp(self.mlp_norm(x_MH))
 

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megavlm.config.projector import QFormerConfig
 from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megavlm.models.layers.activations import ACTIVATIONS
-from megavlm.models.layers.attention import attend_packed
+from megavlm.models.layers.attention import attend_packed, backend_of
 from megavlm.models.layers.configs import DTYPES, vision_transformer_config
 from megavlm.models.layers.norms import LayerNorm
 from megavlm.models.layers.packing import Packing, pack
@@ -158,7 +158,7 @@ class QFormerAttention(MegatronModule):
             linear(x.unsqueeze(1))[0].squeeze(1).unflatten(-1, (-1, self.head_width))
             for linear, x in ((self.query, x_MD), (self.key, seen), (self.value, seen))
         )
-        out = attend_packed(query, key, value, packing, causal=False, scale=self.head_width**-0.5).flatten(1)
+        out = attend_packed(query, key, value, packing, causal=False, scale=self.head_width**-0.5, backend=backend_of(self.config)).flatten(1)
         normed: torch.Tensor = self.norm(x_MD + self.output(out.unsqueeze(1))[0].squeeze(1))
         return normed
 

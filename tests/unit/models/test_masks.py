@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from megavlm.checkpoint.hf.reading import quiet_transformers
-from megavlm.models.layers import attention
 from megavlm.models.layers.attention import attend_packed
 from megavlm.models.layers.masks import Bidirectional, Groups, groups_of
 from megavlm.models.layers.packing import Packing, pack
+from megavlm_kernels.packed_attention import sdpa
 
 LENGTHS = [11, 1, 7, 14, 7]
 PADDING = 3
@@ -108,8 +108,8 @@ def test_capped_scores_some_at_a_time(kind: Bidirectional, monkeypatch: pytest.M
     generator, found = torch.Generator().manual_seed(5), []
     inputs = [torch.randn(sum(LENGTHS), heads, 8, generator=generator, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
     upstream = torch.randn(sum(LENGTHS), 4, 8, generator=generator, dtype=torch.float64)
-    for limit in (attention.SCORES_AT_A_TIME, 150, 1):
-        monkeypatch.setattr(attention, "SCORES_AT_A_TIME", limit)
+    for limit in (sdpa.SCORES_AT_A_TIME, 150, 1):
+        monkeypatch.setattr(sdpa, "SCORES_AT_A_TIME", limit)
         out = attend_packed(*inputs, packing(kind), causal=True, scale=0.7, window=5, softcap=2.0)
         found.append((out.detach(), *torch.autograd.grad(out, inputs, upstream)))
         with torch.no_grad():
