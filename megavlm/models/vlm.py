@@ -30,6 +30,7 @@ from megavlm.models.layers.run import AfterLayer
 from megavlm.models.projectors import build_projector
 from megavlm.models.vision import CanvasEncoder, VisionEncoder, build_encoder
 from megavlm.parallel.context import ParallelContext
+from megavlm.topology.context import ContextLayout, context_layout
 from megavlm.topology.pipeline import PipelineSplit
 
 
@@ -62,7 +63,7 @@ class VisionLanguageModel(MegatronModule):
         self.pre_process, self.post_process, self.vp_stage = ctx.chunk_position(chunk)
         self.share_embeddings_and_output_weights = model.language.tie_embeddings
         self.model_type = ModelType.encoder_or_decoder
-        self.model, self.ctx = model, ctx
+        self.model, self.ctx, self.context_split = model, ctx, parallel.context_split
         self.layers_of_first_chunk = PipelineSplit.of(model.language.num_layers, parallel).counts[0]
         # Without overlap an image-less microbatch simply has no encoder gradient; with it the encoder must be touched.
         self.touch_encoder = parallel.overlap_grad_reduce
@@ -102,8 +103,16 @@ class VisionLanguageModel(MegatronModule):
 
     def local_rows(self, batch: PackedBatch) -> int:
         """L: rows of the batch that this rank's layers see."""
-        ranks = self.ctx.grid.context * (self.ctx.grid.tensor if self.config.sequence_parallel else 1)
-        return batch.num_tokens // ranks
+        context = self.context(batch)
+        rows = batch.num_tokens if context is None else context[0].num_rows
+        return rows // self.ctx.grid.tensor if self.config.sequence_parallel else rows
+
+    def context(self, batch: PackedBatch) -> tuple[ContextLayout, int] | None:
+        """How the batch is split over context ranks, and this rank's number among them; None: there is one rank."""
+        if self.ctx.grid.context == 1:
+            return None
+        multiple = self.ctx.grid.tensor if self.config.sequence_parallel else 1
+        return context_layout(tuple(batch.segment_lengths), self.context_split, self.ctx.grid.context, multiple), self.ctx.context_rank
 
     def message_rows(self, batch: PackedBatch) -> int:
         """R: most rows that one stage sends to the next for this batch; side rows only become fewer from stage to stage."""
@@ -199,7 +208,7 @@ class VisionLanguageModel(MegatronModule):
     def packing(self, batch: PackedBatch) -> Packing:
         """Segments and rotations of this batch for the LLM's attention."""
         language = self.model.language
-        context = (self.ctx.context_rank, self.ctx.grid.context)
+        context = self.context(batch)
         packing = pack(
             batch.segment_lengths,
             batch.tokens_S.device,
@@ -219,17 +228,10 @@ class VisionLanguageModel(MegatronModule):
             packing.sight = sight_of(self.model, batch, context)
         if language.moe is not None and language.moe.aux_loss and self.training:
             is_sample = [sample is not None for sample in batch.segment_samples]
-            packing.balance = balance_of(batch.segment_lengths, is_sample, batch.target_weights_Q, packing.rows_L)
+            packing.balance = balance_of(batch.segment_lengths, is_sample, batch.target_weights_Q, packing.context)
         return packing
 
 
 def local_targets(positions_Q: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, torch.Tensor | slice]:
     """Rows of this context rank's part that are targets, and which targets these are."""
-    if packing.rows_L is None:
-        return positions_Q, slice(None)
-    assert packing.gathered_order_S is not None
-    owner = torch.full((packing.gathered_order_S.numel(),), -1, dtype=torch.int64, device=positions_Q.device)
-    owner[packing.rows_L] = torch.arange(packing.rows_L.numel(), device=positions_Q.device)
-    local = owner[positions_Q]
-    mine = torch.nonzero(local >= 0).squeeze(1)
-    return local[mine], mine
+    return (positions_Q, slice(None)) if packing.context is None else packing.context.local_targets(positions_Q)

@@ -51,11 +51,10 @@ def held_out_stage(recipe: Recipe, stage: StageConfig) -> StageConfig | None:
 
 
 def _check_sequence_split(recipe: Recipe, stage: StageConfig, layout: ParallelConfig) -> None:
-    """Raises ValueError when a microbatch's sequence does not split over context and sequence-parallel ranks."""
+    """Raises ValueError when a microbatch's sequence does not split over sequence-parallel ranks; context ranks pad what they share."""
     tokens = recipe.data.seq_len_tokens * stage.micro_batch_packs
-    unit = (2 * layout.context if layout.context > 1 else 1) * (layout.tensor if layout.sequence else 1)
-    if tokens % unit:
+    if layout.sequence and layout.context == 1 and tokens % layout.tensor:
         raise ValueError(
             f"stage {stage.name!r}: a microbatch of {tokens} tokens (data.seq_len_tokens x micro_batch_packs) is not a multiple of "
-            f"{unit} = 2 x parallel.context={layout.context} x parallel.tensor={layout.tensor}: change data.seq_len_tokens"
+            f"parallel.tensor={layout.tensor}, over which parallel.sequence=true splits it: change data.seq_len_tokens"
         )

@@ -31,8 +31,9 @@ from megavlm.data.types import PackedBatch
 from megavlm.models.layers.gates import TanhGate
 from megavlm.models.layers.linear import PostRowParallelLinear
 from megavlm.models.layers.norms import NORMS, new
-from megavlm.models.layers.packing import Packing, owned_chunks
+from megavlm.models.layers.packing import Packing
 from megavlm.models.layers.specs import LayerStyle, layer_spec
+from megavlm.topology.context import ContextLayout, Span
 
 PICTURES = "pictures"
 """Name of the features among `Packing.sides`."""
@@ -78,8 +79,8 @@ def picture_rows(model: ModelConfig, batch: PackedBatch) -> list[tuple[int, int]
     return [(p.tiles * each, (model.vision.canvas_tiles or p.tiles) * each) for p in batch.picture_tiles]
 
 
-def sight_of(model: ModelConfig, batch: PackedBatch, context: tuple[int, int]) -> Sight:
-    """The pictures that each row sees; `context` is (rank, size) of context parallelism.
+def sight_of(model: ModelConfig, batch: PackedBatch, context: tuple[ContextLayout, int] | None) -> Sight:
+    """The pictures that each row sees; `context` is the split over context ranks and this rank's number in it.
 
     A picture is seen from its own token to the one before the next picture; pictures side by side are seen together (transformers
     5.23, `MllamaProcessor`).
@@ -101,7 +102,7 @@ def sight_of(model: ModelConfig, batch: PackedBatch, context: tuple[int, int]) -
         own = _looks(begin, end, [places[i] for i in numbers], [(starts[i], *rows[i]) for i in numbers], style)
         looks += own
         last.append(replace(own[-1], length=1) if own else Look(1, (), after_picture=False))
-    return Sight(tuple(_cut(looks, owned_chunks(batch.num_tokens, *context))), tuple(last))
+    return Sight(tuple(looks if context is None else _cut(looks, *context)), tuple(last))
 
 
 def _looks(begin: int, end: int, places: list[int], pictures: list[tuple[int, int, int]], style: CrossAttentionConfig) -> list[Look]:
@@ -121,16 +122,20 @@ def _looks(begin: int, end: int, places: list[int], pictures: list[tuple[int, in
     return found
 
 
-def _cut(looks: Sequence[Look], chunks: Sequence[tuple[int, int]]) -> list[Look]:
-    """Those parts of a sequence's looks that lie in `chunks`."""
-    found = []
-    for low, high in chunks:
+def _cut(looks: Sequence[Look], layout: ContextLayout, rank: int) -> list[Look]:
+    """Those parts of a sequence's looks that a context rank holds, in the order of its rows; pads see nothing."""
+    found: list[Look] = []
+    place = 0
+    for span in (*layout.spans[rank], Span(layout.num_rows, 0, 0, 0)):
+        if span.place > place:
+            found.append(Look(span.place - place, (), after_picture=False))
         row = 0
         for look in looks:
-            length = min(row + look.length, high) - max(row, low)
+            length = min(row + look.length, span.row + span.length) - max(row, span.row)
             if length > 0:
                 found.append(replace(look, length=length))
             row += look.length
+        place = span.place + span.length
     return found
 
 

@@ -81,8 +81,8 @@ class LanguageModel(GPTModel):
 
     def split(self, x_SBD: torch.Tensor, packing: Packing) -> torch.Tensor:
         """This rank's rows (L, 1, D) of a whole sequence."""
-        if packing.rows_L is not None:
-            x_SBD = x_SBD[packing.rows_L]
+        if packing.context is not None:
+            x_SBD = x_SBD[packing.context.rows_L]
         if self.config.sequence_parallel:
             x_SBD = scatter_to_sequence_parallel_region(x_SBD)
         return x_SBD
@@ -99,7 +99,7 @@ class LanguageModel(GPTModel):
     ) -> torch.Tensor:
         """This rank's rows (L, 1, D) with `rows_NBD` added at `positions_N` of the whole sequence of `num_rows`."""
         rows_NBD = rows_NBD.to(x_LBD.dtype)
-        if packing.rows_L is None and not self.config.sequence_parallel:
+        if packing.context is None and not self.config.sequence_parallel:
             return x_LBD.index_add(0, positions_N, rows_NBD)
         whole_SBD = rows_NBD.new_zeros(num_rows, *rows_NBD.shape[1:]).index_add(0, positions_N, rows_NBD)
         return x_LBD + self.split(whole_SBD, packing)

@@ -101,22 +101,24 @@ class PackedAttention(MegatronModule):
         if packing.cache is not None:
             out = packing.cache.attend(self.layer_number, query, key, value, packing, self.scale, **options)
             return out.reshape(query.shape[0], -1)
-        if packing.gathered_order_S is not None:
-            key, value = (self._gather_context(x, packing.gathered_order_S) for x in (key, value))
-        out = attend_packed(query, key, value, packing, causal=self.is_causal, scale=self.scale, **options)
-        return out.reshape(query.shape[0], -1)
+        part = packing.context
+        if part is not None:
+            assert self.context_group is not None, "a pack that context ranks share needs a config with their number"
+            key, value = part.exchange.bring(key, value, self.context_group)
+            query = part.without_pads(query)
+        if part is not None and not packing.pieces:
+            # This rank has pads only, but the others wait for its part in the backward pass.
+            out = 0.0 * query + 0.0 * (key.sum() + value.sum())
+        else:
+            out = attend_packed(query, key, value, packing, causal=self.is_causal, scale=self.scale, **options)
+        out = out if part is None else part.with_pads(out)
+        return out.reshape(out.shape[0], -1)
 
     def _check_backend(self, config: TransformerConfig) -> None:
         """A backend that was asked for and cannot serve this layer here is refused when the model is built."""
         device = "cpu" if config.use_cpu_initialization else "cuda"
         call = Call(DTYPE_NAMES[config.params_dtype], config.kv_channels, self.window is not None, self.softcap is not None)
         choose(call, machine_of(device), self.backend)
-
-    def _gather_context(self, x: torch.Tensor, order_S: torch.Tensor) -> torch.Tensor:
-        """Keys or values of the whole sequence; the backward pass reduce-scatters their gradients to the owners."""
-        from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-
-        return gather_from_sequence_parallel_region(x.contiguous(), group=self.context_group)[order_S]
 
 
 def backend_of(config: TransformerConfig) -> str:

@@ -23,6 +23,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from megavlm.models.layers.context import ContextPart
+
 _SPLITS = ("input_splits", "output_splits", "output_splits_tp")
 
 
@@ -55,11 +57,15 @@ class Balance:
     """Gradients are divided by the targets of the whole step: a microbatch's balancing loss weighs as much as its own."""
 
 
-def balance_of(lengths: Sequence[int], is_sample: Sequence[bool], weights_Q: torch.Tensor, rows_L: torch.Tensor | None) -> Balance:
-    """From the segments of a pack, which of them are samples, its targets' weights, and the rows of this context rank."""
+def balance_of(lengths: Sequence[int], is_sample: Sequence[bool], weights_Q: torch.Tensor, part: ContextPart | None) -> Balance:
+    """From the segments of a pack, which of them are samples, its targets' weights, and this context rank's part of it."""
     device = weights_Q.device
     padding_S = (~torch.tensor(is_sample, device=device)).repeat_interleave(torch.tensor(lengths, device=device))
-    return Balance(padding_S if rows_L is None else padding_S[rows_L], (weights_Q > 0).sum())
+    num_targets = (weights_Q > 0).sum()
+    if part is None:
+        return Balance(padding_S, num_targets)
+    padding_L = padding_S[part.rows_L]
+    return Balance(padding_L if part.is_pad_L is None else padding_L | part.is_pad_L, num_targets)
 
 
 class Router(TopKRouter):

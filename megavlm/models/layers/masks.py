@@ -18,17 +18,20 @@ Bidirectional = Literal["none", "prefix", "pictures"]
 
 @dataclass(frozen=True)
 class Piece:
-    """Queries of one segment that this rank owns, and the keys they may see (rows of the whole sequence)."""
+    """Queries of one segment that this rank owns, and the keys they may see."""
 
     query_start: int
-    """Row of this rank's part."""
+    """Among the queries of this rank."""
     query_length: int
     key_start: int
+    """Among the keys that attention is given: those of the whole sequence, or what context parallelism brought."""
     key_length: int
     query_row: int
     """Row of the whole sequence that is the first query."""
     grouped: bool = False
     """Some of these rows see each other both ways."""
+    key_row: int | None = None
+    """Row of the whole sequence that is the first key; None: `key_start`."""
 
 
 @dataclass
@@ -96,7 +99,8 @@ class Masks:
 
     def _build(self, piece: Piece, window: int | None) -> torch.Tensor:
         query = torch.arange(piece.query_row, piece.query_row + piece.query_length, device=self.device)[:, None]
-        key = torch.arange(piece.key_start, piece.key_start + piece.key_length, device=self.device)[None]
+        first_key = piece.key_start if piece.key_row is None else piece.key_row
+        key = torch.arange(first_key, first_key + piece.key_length, device=self.device)[None]
         visible = key <= query
         inside = None if window is None else key > query - window
         if self.groups is None or not piece.grouped:

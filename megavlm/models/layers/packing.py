@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from megavlm.models.layers.context import ContextPart
 from megavlm.models.layers.masks import Groups, Masks, Piece
+from megavlm.topology.context import ContextLayout
 
 
 @dataclass
@@ -32,8 +34,8 @@ class Packing(PackedSeqParams):
     """Length of every segment when all are equal (tiles): attention then runs as one batch."""
     rotary: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     """Name of a table -> cos and sin, each (L, rotated width); a layer's attention picks one. Empty: positions are not rotated."""
-    gathered_order_S: torch.Tensor | None = None
-    """With context parallelism: row of the rank-major gathered keys that holds each row of the sequence."""
+    context: ContextPart | None = None
+    """What context parallelism adds; None: this rank has the whole sequence."""
     cache: Any = None
     """Key/value cache of inference; None in training."""
     sides: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -42,20 +44,6 @@ class Packing(PackedSeqParams):
     """Which of the features in `sides` each row sees (models/language/cross.py); None: no layer reads pictures."""
     balance: Any = None
     """What balances experts in training (models/layers/experts.py); None: nothing does."""
-    rows_L: torch.Tensor | None = field(default=None)
-    """With context parallelism: rows of the sequence that this rank owns; None: all."""
-
-
-def context_rows(num_rows: int, rank: int, size: int) -> torch.Tensor:
-    """Rows of rank `rank`: chunk `rank` and its mirror image of 2 x size equal chunks (zigzag: equal causal work).
-
-    Raises ValueError when the sequence does not split into 2 x size chunks.
-    """
-    if num_rows % (2 * size):
-        raise ValueError(f"{num_rows} tokens do not split into 2 x parallel.context={2 * size} equal chunks: change data.seq_len_tokens")
-    chunk = num_rows // (2 * size)
-    mirror = 2 * size - 1 - rank
-    return torch.cat([torch.arange(rank * chunk, (rank + 1) * chunk), torch.arange(mirror * chunk, (mirror + 1) * chunk)])
 
 
 def apply_rotary(x_LHK: torch.Tensor, cos_LK: torch.Tensor, sin_LK: torch.Tensor) -> torch.Tensor:
@@ -76,55 +64,51 @@ def pack(
     device: torch.device,
     *,
     causal: bool,
-    context: tuple[int, int] = (0, 1),
+    context: tuple[ContextLayout, int] | None = None,
     rotary: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
     groups: Groups | None = None,
 ) -> Packing:
     """Describe a packed sequence of `segment_lengths`.
 
-    `context` is (rank, size) of context parallelism; `rotary` holds cos and sin (S, width) of the whole sequence by name.
-    Without `causal` every row of a segment sees the whole segment. Rows of `groups` see each other both ways.
+    `context` is the split over context ranks and this rank's number in it; `rotary` holds cos and sin (S, width) of the
+    whole sequence by name. Without `causal` every row of a segment sees the whole segment. Rows of `groups` see each other both ways.
     """
-    rank, size = context
     bounds = [0, *accumulate(segment_lengths)]
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
     longest = max(segment_lengths, default=0)
-    packing = Packing(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest)
-    rows = None
-    if size > 1:
-        rows = context_rows(bounds[-1], rank, size)
-        packing.rows_L = rows.to(device)
-        packing.gathered_order_S = torch.argsort(torch.cat([context_rows(bounds[-1], r, size) for r in range(size)])).to(device)
-    elif segment_lengths and min(segment_lengths) == longest:
-        packing.equal_length = longest
-    packing.pieces = _pieces(bounds, owned_chunks(bounds[-1], rank, size), causal, groups.segments if groups else frozenset())
+    packing = Packing(qkv_format="thd", max_seqlen_q=longest, max_seqlen_kv=longest)
     packing.masks = Masks(device, groups)
-    for name, tables in (rotary or {}).items():
-        packing.rotary[name] = tables if packing.rows_L is None else (tables[0][packing.rows_L], tables[1][packing.rows_L])
+    grouped = groups.segments if groups else frozenset()
+    if context is None:
+        packing.cu_seqlens_q = packing.cu_seqlens_kv = _cumulated(segment_lengths, device)
+        packing.pieces = tuple(
+            Piece(start, length, start, length, start, number in grouped)
+            for number, (start, length) in enumerate(zip(bounds, segment_lengths, strict=False))
+            if length
+        )
+        if segment_lengths and min(segment_lengths) == longest:
+            packing.equal_length = longest
+        packing.rotary.update(rotary or {})
+        return packing
+    layout, rank = context
+    packing.context = ContextPart.of(layout, rank, device, whole=grouped if causal else None)
+    packing.pieces = _pieces(layout, rank, grouped, whole=grouped if causal else None)
+    packing.cu_seqlens_q = _cumulated([piece.query_length for piece in packing.pieces], device)
+    packing.cu_seqlens_kv = _cumulated([piece.key_length for piece in packing.pieces], device)
+    packing.max_seqlen_q = max((piece.query_length for piece in packing.pieces), default=0)
+    packing.max_seqlen_kv = max((piece.key_length for piece in packing.pieces), default=0)
+    rows = packing.context.rows_L
+    packing.rotary.update({name: (cos[rows], sin[rows]) for name, (cos, sin) in (rotary or {}).items()})
     return packing
 
 
-def owned_chunks(num_rows: int, rank: int, size: int) -> list[tuple[int, int]]:
-    """Rows (first, one past the last) of the sequence that a context rank owns."""
-    if size == 1:
-        return [(0, num_rows)]
-    chunk, mirror = num_rows // (2 * size), 2 * size - 1 - rank
-    return [(rank * chunk, (rank + 1) * chunk), (mirror * chunk, (mirror + 1) * chunk)]
+def _cumulated(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
-def _pieces(
-    bounds: Sequence[int], chunks: Sequence[tuple[int, int]], causal: bool, grouped: frozenset[int] = frozenset()
-) -> tuple[Piece, ...]:
-    """Cut every owned chunk at segment bounds; queries then see their segment's keys, up to their own end when causal.
-
-    In segments with groups a query may see what comes after it: its keys are the whole segment's.
-    """
-    pieces, local = [], 0
-    for chunk_start, chunk_end in chunks:
-        for number, (start, end) in enumerate(pairwise(bounds)):
-            low, high = max(start, chunk_start), min(end, chunk_end)
-            if low < high:
-                last = high if causal and number not in grouped else end
-                pieces.append(Piece(local + low - chunk_start, high - low, start, last - start, low, number in grouped))
-        local += chunk_end - chunk_start
+def _pieces(layout: ContextLayout, rank: int, grouped: frozenset[int], whole: frozenset[int] | None) -> tuple[Piece, ...]:
+    """One piece a span: queries without pads, and behind one another the keys that `KeyExchange` brings for each."""
+    pieces, query_start, key_start = [], 0, 0
+    for span, (key_row, num_keys) in zip(layout.spans[rank], layout.keys(rank, whole), strict=True):
+        pieces.append(Piece(query_start, span.length, key_start, num_keys, span.row, span.segment in grouped, key_row))
+        query_start, key_start = query_start + span.length, key_start + num_keys
     return tuple(pieces)

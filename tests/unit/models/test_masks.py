@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from megavlm.checkpoint.hf.reading import quiet_transformers
 from megavlm.models.layers.attention import attend_packed
 from megavlm.models.layers.masks import Bidirectional, Groups, groups_of
 from megavlm.models.layers.packing import Packing, pack
+from megavlm.topology.context import ContextLayout, ContextSplit, context_layout
 from megavlm_kernels.packed_attention import sdpa
 
 LENGTHS = [11, 1, 7, 14, 7]
@@ -29,7 +30,7 @@ def groups(kind: Bidirectional) -> Groups | None:
     return groups_of(kind, LENGTHS, [i != PADDING for i in range(len(LENGTHS))], targets, segments, torch.tensor(PICTURES))
 
 
-def packing(kind: Bidirectional, context: tuple[int, int] = (0, 1)) -> Packing:
+def packing(kind: Bidirectional, context: tuple[ContextLayout, int] | None = None) -> Packing:
     return pack(LENGTHS, torch.device("cpu"), causal=True, context=context, groups=groups(kind))
 
 
@@ -60,18 +61,20 @@ def theirs(kind: Bidirectional, window: int | None, segment: int) -> torch.Tenso
 @pytest.mark.parametrize("window", [None, 1, 3, 6, 50])
 @pytest.mark.parametrize("kind", ["none", "prefix", "pictures"])
 def test_masks_are_those_of_transformers(kind: Bidirectional, window: int | None) -> None:
-    for size in (1, 2, 4):
+    layouts = [context_layout(tuple(LENGTHS), split, size) for split in get_args(ContextSplit) for size in (2, 4)]
+    for layout in (None, *layouts):
         found = torch.zeros(sum(LENGTHS), sum(LENGTHS), dtype=torch.bool)
-        for rank in range(size):
-            packed = packing(kind, (rank, size))
+        for rank in range(layout.size if layout else 1):
+            packed = packing(kind, (layout, rank) if layout else None)
             for piece in packed.pieces:
                 assert packed.masks is not None
                 mask = packed.masks.mask(piece, window)
                 assert packed.masks.mask(piece, window) is mask, "layers with the same window share a mask"
                 rows = slice(piece.query_row, piece.query_row + piece.query_length)
-                found[rows, piece.key_start : piece.key_start + piece.key_length] |= mask
+                first_key = piece.key_start if piece.key_row is None else piece.key_row
+                found[rows, first_key : first_key + piece.key_length] |= mask
         for segment, (start, end) in enumerate(pairwise(BOUNDS)):
-            assert torch.equal(found[start:end, start:end], theirs(kind, window, segment)), (size, segment)
+            assert torch.equal(found[start:end, start:end], theirs(kind, window, segment)), (layout, segment)
             assert not found[start:end, :start].any() and not found[start:end, end:].any()
 
 
