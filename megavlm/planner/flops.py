@@ -102,6 +102,8 @@ class _Product:
     trains_below_with_tiles: bool = False
     """The same in a pack that has a picture."""
     attention: bool = False
+    layer: int | None = None
+    """Of the LLM's layers."""
 
     def backward(self, has_tiles: bool) -> int:
         """Backward FLOPs per unit."""
@@ -134,6 +136,10 @@ class FlopsModel:
             for has_tiles in (False, True):
                 _accumulate(self._backward[has_tiles], product, product.backward(has_tiles))
         self._total = {has_tiles: self._coefficients(has_tiles) for has_tiles in (False, True)}
+        self._num_layers = model.language.num_layers
+        self._depths: dict[bool, list[tuple[_Coefficients, _Coefficients]]] = {
+            has_tiles: _by_depth(products, self._num_layers, has_tiles) for has_tiles in (False, True)
+        }
 
     def total(self, lengths: Iterable[int], work: VisionWork, num_targets: int) -> int:
         """Forward + backward FLOPs of a pack of segments of `lengths` tokens; the cheap form for planning."""
@@ -153,6 +159,15 @@ class FlopsModel:
                 for part, units in self._forward.items()
             }
         )
+
+    def by_depth(self, lengths: Iterable[int], work: VisionWork, num_targets: int) -> list[Work]:
+        """FLOPs of a pack from the bottom of the model to its top: what stands before the LLM's layers (encoder, projector), each of
+        these layers, and what stands behind them (head). For pipeline stages."""
+        amounts = self._amounts(lengths, work, num_targets)
+        return [
+            Work(*(sum(flops * amount for flops, amount in zip(way, amounts, strict=True)) for way in both))
+            for both in self._depths[work.tiles > 0]
+        ]
 
     def _amounts(self, lengths: Iterable[int], work: VisionWork, num_targets: int) -> tuple[int, ...]:
         """How much there is of each of _UNITS."""
@@ -177,6 +192,21 @@ class FlopsModel:
         """Forward + backward FLOPs per unit, in the order of _UNITS."""
         tables = (self._forward, self._backward[has_tiles])
         return tuple(sum(units.get(unit, 0) for table in tables for units in table.values()) for unit in _UNITS)
+
+
+_Coefficients = list[int]
+"""FLOPs per unit, in the order of _UNITS."""
+
+
+def _by_depth(products: Sequence[_Product], num_layers: int, has_tiles: bool) -> list[tuple[_Coefficients, _Coefficients]]:
+    """(forward, backward) of what comes before the LLM's layers, of each layer, of what comes behind them."""
+    depths = [([0] * len(_UNITS), [0] * len(_UNITS)) for _ in range(num_layers + 2)]
+    for product in products:
+        above = num_layers + 1 if product.part == "language.head" else 0
+        forward, backward = depths[above if product.layer is None else product.layer + 1]
+        forward[_UNITS.index(product.unit)] += product.flops
+        backward[_UNITS.index(product.unit)] += product.backward(has_tiles)
+    return depths
 
 
 def pack_flops(
@@ -258,11 +288,12 @@ def _language(model: ModelConfig, training: ModuleTraining, pictures_train: bool
     first = first_trainable_layer(training, config.num_layers, "language")
     for layer in range(config.num_layers):
         trains = layer >= first
-        yield _Product("language.linear", layer_flops(config, layer), "token", trains, trains, pictures_train)
+        yield _Product("language.linear", layer_flops(config, layer), "token", trains, trains, pictures_train, layer=layer)
         if reads_pictures(config, layer):
-            yield _Product("language.linear", picture_flops(config), "feature", trains, trains_below_with_tiles=pictures_train)
+            flops = picture_flops(config)
+            yield _Product("language.linear", flops, "feature", trains, trains_below_with_tiles=pictures_train, layer=layer)
         else:
-            yield _Product("language.attention", 2 * query, "token_squared", False, trains, pictures_train, attention=True)
+            yield _Product("language.attention", 2 * query, "token_squared", False, trains, pictures_train, attention=True, layer=layer)
     yield _Product(
         "language.head",
         2 * config.hidden_size * config.vocab_size,
