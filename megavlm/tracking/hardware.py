@@ -6,7 +6,7 @@ import functools
 import time
 from typing import Literal
 
-Dtype = Literal["fp32", "tf32", "bf16", "fp8"]
+Dtype = Literal["fp32", "tf32", "bf16", "fp16", "fp8"]
 
 CPU_MEASURE_S = 0.15
 CPU_MATRIX_SIDE = 512
@@ -56,7 +56,7 @@ def peak_tflops(device_name: str | None, dtype: Dtype = "bf16") -> float:
     Args:
         device_name: as `torch.cuda.get_device_name()` spells it. None: this CPU, whose matmul rate is measured
             (under 0.3 s, once a process, with the threads that torch may use now).
-        dtype: format of the matrix multiplications.
+        dtype: format of the matrix multiplications. fp16 has the rate of bf16 on every device of the list.
 
     Raises UnknownDevice, which says what to set in the recipe.
     """
@@ -66,8 +66,9 @@ def peak_tflops(device_name: str | None, dtype: Dtype = "bf16") -> float:
     for needed, rates in _PEAKS:
         # "A100-SXM4-40GB" must match a100, "L40S" must not match l4: compare whole words.
         if all(word in words for word in needed) and not _NOT_THE_WHOLE.intersection(words):
-            if dtype in rates:
-                return rates[dtype]
+            same = "bf16" if dtype == "fp16" else dtype
+            if same in rates:
+                return rates[same]
             raise UnknownDevice(f"{device_name!r} has no {dtype} arithmetic on record: set tracking.peak_tflops_per_rank")
     raise UnknownDevice(f"the peak rate of {device_name!r} is not known: set tracking.peak_tflops_per_rank to its dense {dtype} TFLOPS")
 
@@ -77,9 +78,9 @@ def _measured_cpu_tflops(dtype: str) -> float:
     """Best rate of a square matmul; the best of several because other processes only ever make it slower."""
     import torch
 
-    formats = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+    formats = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if dtype not in formats:
-        raise UnknownDevice(f"a CPU has no {dtype} arithmetic: set precision.dtype to fp32 or bf16")
+        raise UnknownDevice(f"a CPU has no {dtype} arithmetic: set precision.dtype to fp32, bf16 or fp16")
     side = CPU_MATRIX_SIDE
     with torch.no_grad():
         left = torch.ones(side, side, dtype=formats[dtype])

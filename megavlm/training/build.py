@@ -57,4 +57,8 @@ def wrap_for_training(modules: list[torch.nn.Module], recipe: Recipe, stage: Sta
         if parallel.overlap_grad_reduce:
             no_sync = [c.no_sync for c in chunks]
             chunk.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-    return StageModel(chunks, build_optimizer(chunks, stage, recipe.precision, parallel))
+    optimizer = build_optimizer(chunks, stage, recipe.precision, parallel)
+    for chunk in chunks:
+        # megatron-core's schedules multiply the loss by this before the backward pass.
+        chunk.config.grad_scale_func = optimizer.scale_loss if recipe.precision.dtype == "fp16" else None
+    return StageModel(chunks, optimizer)

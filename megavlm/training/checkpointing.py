@@ -12,6 +12,7 @@ from megavlm.config.schema import ParallelConfig, Recipe, StageConfig
 from megavlm.parallel.context import ParallelContext
 from megavlm.parallel.reductions import from_rank_zero, union_over_ranks
 from megavlm.training.build import StageModel, build_chunks, wrap_for_training
+from megavlm.training.loss_scale import restore_scaler, scaler_state
 from megavlm.training.state import RunState
 
 
@@ -56,6 +57,7 @@ def prepare_model(recipe: Recipe, stage: StageConfig, layout: ParallelConfig, st
     if state.stage_step > 0:
         model = wrap_for_training(modules, recipe, stage, layout)
         store.load(root / state.checkpoint, model.modules, model.optimizer, ctx)
+        restore_scaler(model.optimizer, state.loss_scaler)
         return model
     start_from(modules, recipe.init, recipe.model, recipe.run.seed, ctx)
     by_folder: dict[str, set[str]] = {}
@@ -81,6 +83,7 @@ class Checkpointer:
         held = union_over_ranks({name for chunk in model.modules for name, _ in chunk.named_children()})
         state.modules.update(dict.fromkeys(sorted(held), folder))
         state.checkpoint = folder
+        state.loss_scaler = scaler_state(model.optimizer)
         path = self.root / folder
         store.save(path, model.modules, model.optimizer, state.to_json(), self.ctx, timeout_s=self.recipe.checkpoint.timeout_s)
         if dist.get_rank() == 0:

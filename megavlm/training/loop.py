@@ -28,6 +28,7 @@ from megavlm.training.build import StageModel
 from megavlm.training.checkpointing import Checkpointer, prepare_model
 from megavlm.training.data import RunData, StageStream
 from megavlm.training.layout import stage_layout
+from megavlm.training.loss_scale import scale_of
 from megavlm.training.optimizer import set_learning_rate
 from megavlm.training.pictures import log_sample_pictures
 from megavlm.training.signals import StopRequest
@@ -138,28 +139,50 @@ class _StageRun:
         data = self.stream.next()
         if show_pictures:
             log_sample_pictures(self.tracker, self.recipe, self.stage, data, self.stream.tokenizer, self.ctx)
-        rates = set_learning_rate(self.model.optimizer, self.stage, self.state.stage_step)
+        # Steps that fp16's loss scaler skipped were no updates: the schedule waits for them.
+        rates = set_learning_rate(self.model.optimizer, self.stage, self.state.stage_step - self.state.stage_skipped)
+        scale = scale_of(self.model.optimizer)
         loss, grad_norm = train_step(self.model, data.microbatches, self.stream.tasks, self.ctx)
         seconds = time.perf_counter() - start
         self.state.step += 1
         self.state.stage_step += 1
         self.state.cursor = dict(data.plan.cursor_after)
-        self._record(data, loss, grad_norm, rates, seconds)
-        if not (math.isfinite(loss.loss) and math.isfinite(grad_norm)):
+        if grad_norm is None:
+            self.state.stage_skipped += 1
+        self._record(data, loss, grad_norm, rates, seconds, scale)
+        if grad_norm is None:
+            self._skipped(scale)
+        elif not (math.isfinite(loss.loss) and math.isfinite(grad_norm)):
             raise TrainingFailure(
                 f"step {self.state.step} (stage {self.stage.name}): loss {loss.loss}, gradient norm {grad_norm}. "
                 "No checkpoint was written for this step; lower the learning rate, or look at the samples of this step in metrics.jsonl"
             )
 
-    def _record(self, data: StepData, loss: StepLoss, grad_norm: float, rates: dict[str, float], seconds: float) -> None:
+    def _skipped(self, scale: float | None) -> None:
+        """Tell of a step whose fp16 gradients overflowed; raises TrainingFailure where no smaller loss scale is allowed."""
+        if scale is not None and scale <= self.recipe.precision.loss_scale.minimum:
+            raise TrainingFailure(
+                f"step {self.state.step} (stage {self.stage.name}): fp16 gradients overflow at precision.loss_scale.minimum={scale:g}: "
+                "the model itself overflows fp16. Set precision.dtype=bf16, or lower the learning rate"
+            )
+        self.tracker.message(
+            f"step {self.state.step}: fp16 gradients overflowed at loss scale {scale:g}, no update; the scale is now "
+            f"{scale_of(self.model.optimizer):g} ({self.state.stage_skipped} of {self.state.stage_step} steps of this stage skipped)"
+        )
+
+    def _record(
+        self, data: StepData, loss: StepLoss, grad_norm: float | None, rates: dict[str, float], seconds: float, scale: float | None
+    ) -> None:
         pack_tokens = self.stream.pack_tokens
+        scaling = {} if scale is None else {"loss_scale": scale, "skipped_steps": self.state.stage_skipped}
         self.tracker.step(
             {
                 "step": self.state.step,
                 "stage": self.stage.name,
                 "stage_step": self.state.stage_step,
                 "loss": loss.loss,
-                "grad_norm": grad_norm,
+                **({} if grad_norm is None else {"grad_norm": grad_norm}),
+                **scaling,
                 "lr": rates,
                 **self.accountant.record(data.plan, seconds, data.wait_s, pack_tokens),
                 "images": self.stream.count_images(data.plan),

@@ -17,6 +17,10 @@ class RunState:
     stage_index: int = 0
     stage_step: int = 0
     """Optimizer steps done in the current stage."""
+    stage_skipped: int = 0
+    """Of these, steps whose fp16 gradients overflowed: they changed nothing, and the learning rate waited."""
+    loss_scaler: dict[str, float] = field(default_factory=dict)
+    """State of fp16's loss scaler; {} in other formats and before the first save of a stage."""
     stage_ended: bool = False
     """The current stage's data ended before its steps did: it trains no more."""
     cursor: dict[str, Any] | None = None
@@ -65,6 +69,7 @@ class RunState:
     def finish_stage(self) -> None:
         """Move to the beginning of the next stage."""
         self.stage_index, self.stage_step, self.stage_ended, self.cursor = self.stage_index + 1, 0, False, None
+        self.stage_skipped, self.loss_scaler = 0, {}
 
     def is_stage_done(self, steps: int) -> bool:
         """Whether a stage of so many steps has nothing more to train."""

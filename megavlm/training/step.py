@@ -115,14 +115,17 @@ def _to_loss(sums: list[float], tasks: Sequence[str]) -> StepLoss:
 
 def train_step(
     model: StageModel, microbatches: Sequence[PackedBatch], tasks: Sequence[str], ctx: ParallelContext
-) -> tuple[StepLoss, float]:
-    """Forward, backward, update. Returns the losses and the gradient norm before clipping."""
+) -> tuple[StepLoss, float | None]:
+    """Forward, backward, update. Returns the losses and the gradient norm before clipping.
+
+    The norm is None where fp16 gradients overflowed: no weight has changed then.
+    """
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     model.optimizer.zero_grad()
     loss = forward_backward(model.chunks, microbatches, tasks, ctx)
-    _, grad_norm, _ = model.optimizer.step()
-    return loss, float(grad_norm)
+    updated, grad_norm, _ = model.optimizer.step()
+    return loss, float(grad_norm) if updated else None
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from megavlm.config.schema import LanguageConfig, MoeConfig, ParallelConfig, Pre
 from megavlm.models.layers.activations import ACTIVATIONS
 from megavlm.topology.pipeline import PipelineSplit
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NORM_NAMES = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm"}
 
 
@@ -45,6 +45,7 @@ def _common(precision: PrecisionConfig, parallel: ParallelConfig, device: torch.
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "apply_rope_fusion": False,

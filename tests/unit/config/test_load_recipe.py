@@ -140,7 +140,7 @@ def test_all_mistakes_at_once_each_with_its_line(tmp_path):
     assert "3 mistakes" in message
     assert f"parallel.tensor: must be a whole number, got the text 'two'  [{tmp_path}/recipe.yaml:8]" in message
     assert "parallel.pipline: unknown field; did you mean 'pipeline'?" in message
-    assert "precision.dtype: must be one of 'fp32' or 'bf16', got the text 'fp8'" in message
+    assert "precision.dtype: must be one of 'fp32', 'bf16' or 'fp16', got the text 'fp8'" in message
 
 
 def test_a_mistake_in_a_base_names_the_base(tmp_path):
