@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from megavlm.data.decode import DecoderReport
 
 
+TAKEN = "auto takes this one"
+
+
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False) -> None:
     """Tell which optional parts are here, their versions, and what is lost without the others."""
     import json
@@ -31,10 +34,12 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON object
                 findings.append(_parts.examine_cuda())
         status.update("decoding a picture ...")
         decoders = _decoders()
+        status.update("asking for attention ...")
+        attention = _attention()
     if as_json:
-        typer.echo(json.dumps({**_parts.as_json(findings), "decoders": [d._asdict() for d in decoders]}, indent=2))
+        typer.echo(json.dumps({**_parts.as_json(findings), "decoders": [d._asdict() for d in decoders], "attention": attention}, indent=2))
     else:
-        _print(findings, _parts.machine(), decoders)
+        _print(findings, _parts.machine(), decoders, attention)
 
 
 def _decoders() -> list[DecoderReport]:
@@ -47,7 +52,18 @@ def _decoders() -> list[DecoderReport]:
         return []
 
 
-def _print(findings: list[Finding], machine: dict[str, str], decoders: list[DecoderReport]) -> None:
+def _attention() -> dict[str, str]:
+    """Backend of precision.attention -> why it cannot be taken here, `TAKEN` or "" when it can; for bf16 and heads of 128."""
+    try:
+        from megavlm_kernels.packed_attention import BACKENDS, Call, choose, machine_of
+
+        choice = choose(Call("bf16", 128), machine_of("cuda"))
+    except Exception:
+        return {}
+    return {b: choice.refused.get(b, TAKEN if b == choice.backend else "") for b in BACKENDS}
+
+
+def _print(findings: list[Finding], machine: dict[str, str], decoders: list[DecoderReport], attention: dict[str, str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -65,6 +81,11 @@ def _print(findings: list[Finding], machine: dict[str, str], decoders: list[Deco
     table = Table("picture decoder", "", "remarks", title_justify="left")
     for decoder in decoders:
         table.add_row(decoder.name, "[green]ok[/]" if decoder.usable else "[yellow]not here[/]", decoder.remark)
+    console.print(table)
+    table = Table("attention", "", "remarks (bf16, heads of 128)", title_justify="left")
+    for backend, remark in attention.items():
+        usable = remark in ("", TAKEN)
+        table.add_row(backend, "[green]ok[/]" if usable else "[yellow]not here[/]", remark)
     console.print(table)
     lacking = [f.name for f in findings if f.required and f.status != "ok"]
     if lacking:

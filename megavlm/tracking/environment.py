@@ -63,7 +63,7 @@ def environment_report() -> dict[str, Any]:
     """Versions, CPU, GPUs, code state and chosen environment variables, as JSON can hold them. Under a second.
 
     Keys: time_utc, python, platform, packages {name: version, None when absent}, cpu {model, cores, memory_bytes},
-    cuda {version, cudnn} and gpus [{name, memory_bytes, capability}] as torch sees them, code {version, git_commit, git_dirty},
+    cuda {version, cudnn} and gpus [{name, memory_bytes, capability}] as torch sees them, attention {chosen, refused {backend: why}}, code {version, git_commit, git_dirty},
     environment {name: value}.
     """
     return {
@@ -73,6 +73,7 @@ def environment_report() -> dict[str, Any]:
         "packages": {name: package_version(name) for name in PACKAGES},
         "cpu": _cpu(),
         **_cuda(),
+        "attention": _attention(),
         "code": {"version": package_version("megavlm"), **_git_state(Path(__file__).resolve().parent)},
         "environment": chosen_environment(os.environ),
     }
@@ -124,6 +125,17 @@ def _cuda() -> dict[str, Any]:
             gpus.append({"name": found.name, "memory_bytes": found.total_memory, "capability": f"{found.major}.{found.minor}"})
     cudnn = torch.backends.cudnn.version()
     return {"cuda": {"version": torch.version.cuda, "cudnn": cudnn}, "gpus": gpus}
+
+
+def _attention() -> dict[str, Any]:
+    """The backend of packed attention that a plain bf16 call takes here, and why not the others."""
+    try:
+        from megavlm_kernels.packed_attention import Call, choose, machine_of
+
+        choice = choose(Call("bf16", 128), machine_of("cuda"))
+    except (ImportError, OSError) as error:
+        return {"error": f"torch cannot be imported: {type(error).__name__}"}
+    return {"chosen": choice.backend, "refused": dict(choice.refused)}
 
 
 def _git_state(folder: Path) -> dict[str, Any]:

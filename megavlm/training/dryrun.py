@@ -9,6 +9,7 @@ from megavlm.config.schema import Recipe, StageConfig
 from megavlm.data.index import SampleIndex, build_index
 from megavlm.data.plan import StepPlanner, check_tasks, step_table
 from megavlm.data.tokenizer import load_tokenizer
+from megavlm.planner.attention import attention_table, check_attention
 from megavlm.planner.memory import estimate_memory, memory_table
 from megavlm.planner.parameters import params
 from megavlm.topology.grid import RankGrid
@@ -24,7 +25,9 @@ def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object]) -> N
             a damaged init folder, samples over the budget.
     """
     check_layouts(recipe, world_size)
+    check_attention(recipe)
     check_start(recipe.init)
+    echo(attention_table(recipe) + "\n")
     tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.data.image_token)
     for number, stage in enumerate(recipe.stages):
         layout = stage_layout(recipe.parallel, stage)
