@@ -1,4 +1,4 @@
-"""Which attention backends could serve a model's parts, whatever the machine: for the dry run, and to refuse a forced one before the start."""
+"""Which attention backends could serve a model's parts, on any machine: for the dry run, and to refuse a forced one before the start."""
 
 from __future__ import annotations
 

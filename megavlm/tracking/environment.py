@@ -63,8 +63,8 @@ def environment_report() -> dict[str, Any]:
     """Versions, CPU, GPUs, code state and chosen environment variables, as JSON can hold them. Under a second.
 
     Keys: time_utc, python, platform, packages {name: version, None when absent}, cpu {model, cores, memory_bytes},
-    cuda {version, cudnn} and gpus [{name, memory_bytes, capability}] as torch sees them, attention {chosen, refused {backend: why}}, code {version, git_commit, git_dirty},
-    environment {name: value}.
+    cuda {version, cudnn} and gpus [{name, memory_bytes, capability}] as torch sees them,
+    attention {chosen, refused {backend: why}}, code {version, git_commit, git_dirty}, environment {name: value}.
     """
     return {
         "time_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
