@@ -71,7 +71,7 @@ def _data_parallel_size(recipe: Recipe, stage: StageConfig, asked: int | None) -
         return asked
     if recipe.run.num_ranks is None:
         return 1
-    return RankGrid.from_config(stage_layout(recipe.parallel, stage), recipe.run.num_ranks).data
+    return RankGrid.from_config(stage_layout(recipe.parallel, stage, recipe.model), recipe.run.num_ranks).data
 
 
 def stats(

@@ -104,7 +104,8 @@ def _run(
     requests = read_requests(file) if file is not None else []
     device, dtype, tensor, chat_template = where
     try:
-        loaded = load_for_inference(path, parallel=ParallelConfig(tensor=tensor), device=device, dtype=dtype, chat_template=chat_template)
+        layout = ParallelConfig(tensor=tensor, encoder_tensor="auto")
+        loaded = load_for_inference(path, parallel=layout, device=device, dtype=dtype, chat_template=chat_template)
         options = {**sampling, "stop": StopStrings(stop, loaded.text)}
         if file is not None:
             _answer_file(loaded, requests, out, batch_size, options)

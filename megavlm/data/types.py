@@ -110,6 +110,9 @@ class PackedBatch:
     """int64; tokens, in the projector's own vocabulary, of the text that goes with each picture, end to end (InstructBLIP)."""
     instruction_lengths: list[int] | None = None
     """How many of them each picture has."""
+    own_pictures: tuple[int, ...] | None = None
+    """Where pictures are dealt to ranks (planner/pictures.py): those whose pixels and instructions are here; all else tells of all
+    pictures. None: they are all here."""
     num_bad_samples: int = 0
     metadata: dict[str, object] = field(default_factory=dict)
 

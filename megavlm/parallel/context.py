@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -35,6 +37,10 @@ class ParallelContext:
     data_group: dist.ProcessGroup
     data_context_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
+    microbatch_group: dist.ProcessGroup
+    """Tensor and context ranks that share each microbatch, tensor first."""
+    alone_group: dist.ProcessGroup | None = None
+    """This rank alone, for modules that are whole on every tensor rank; None where the recipe asks for none."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -97,6 +103,7 @@ def enter_grid(parallel: ParallelConfig, device: torch.device, seed: int) -> Par
         expert_tensor_parallel_size=1 if grid.expert > 1 else grid.tensor,
         create_gloo_process_groups=True,
     )
+    wants_alone = grid.tensor > 1 and (parallel.encoder_tensor is not None or parallel.encoder_data_parallel is not False)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return ParallelContext(
@@ -112,7 +119,35 @@ def enter_grid(parallel: ParallelConfig, device: torch.device, seed: int) -> Par
         data_group=ps.get_data_parallel_group(),
         data_context_group=ps.get_data_parallel_group(with_context_parallel=True),
         pipeline_group=ps.get_pipeline_model_parallel_group(),
+        microbatch_group=ps.get_tensor_and_context_parallel_group(),
+        alone_group=_enter_alone() if wants_alone else None,
     )
+
+
+_alone: list[dist.ProcessGroup] = []
+
+
+def _enter_alone() -> dist.ProcessGroup:
+    """A group of this rank, made without asking the others."""
+    _alone.append(dist.new_group([dist.get_rank()], use_local_synchronization=True))
+    return _alone[-1]
+
+
+@contextmanager
+def whole_on_every_tensor_rank(ctx: ParallelContext) -> Iterator[None]:
+    """megatron-core's modules that are built inside take this rank for the only tensor rank, for good.
+
+    They look their group up when they are built and keep it. Only the attribute of megatron-core's global state reaches all of them,
+    Transformer Engine's too: not every one takes a group as an argument.
+    """
+    from megatron.core import parallel_state as ps
+
+    assert ctx.alone_group is not None, "the grid was entered without parallel.encoder_tensor or encoder_data_parallel"
+    ps._TENSOR_MODEL_PARALLEL_GROUP = ctx.alone_group
+    try:
+        yield
+    finally:
+        ps._TENSOR_MODEL_PARALLEL_GROUP = ctx.tensor_group
 
 
 def entered_group() -> dist.ProcessGroup | None:
@@ -123,11 +158,21 @@ def entered_group() -> dist.ProcessGroup | None:
     return group
 
 
+def entered_data_group() -> dist.ProcessGroup:
+    """Data and context ranks of the grid that this process is in: those that hold copies of the same weights."""
+    from megatron.core import parallel_state as ps
+
+    group: dist.ProcessGroup = ps.get_data_parallel_group(with_context_parallel=True)
+    return group
+
+
 def leave_grid() -> None:
     """Dissolve megatron-core's groups, so that another grid can be entered (stages may differ in layout)."""
     from megatron.core import parallel_state as ps
 
     ps.destroy_model_parallel()
+    while _alone:
+        dist.destroy_process_group(_alone.pop())
     # A model is a reference cycle that holds its groups, and each gloo group a thread that wakes 100 times a second.
     gc.collect()
 

@@ -30,9 +30,9 @@ def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object]) -> N
     echo(attention_table(recipe) + "\n")
     tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.data.image_token)
     for number, stage in enumerate(recipe.stages):
-        layout = stage_layout(recipe.parallel, stage)
+        layout = stage_layout(recipe.parallel, stage, recipe.model)
         grid = RankGrid.from_config(layout, world_size)
-        if number == 0 or layout != stage_layout(recipe.parallel, recipe.stages[number - 1]):
+        if number == 0 or layout != stage_layout(recipe.parallel, recipe.stages[number - 1], recipe.model):
             echo(grid.table() + "\n")
         echo(f"stage {stage.name}: {stage.objective}, {stage.steps} steps of {stage.packs_per_step} packs")
         echo(_parameter_table(recipe, stage) + "\n")

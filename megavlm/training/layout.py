@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from megavlm.config.schema import ParallelConfig, Recipe, StageConfig
+from megavlm.config.schema import ModelConfig, ParallelConfig, Recipe, StageConfig
+from megavlm.config.tensor_split import encoder_tensor_ranks
 from megavlm.topology.grid import RankGrid
 from megavlm.topology.pipeline import PipelineSplit
 
 
-def stage_layout(parallel: ParallelConfig, stage: StageConfig) -> ParallelConfig:
+def stage_layout(parallel: ParallelConfig, stage: StageConfig, model: ModelConfig) -> ParallelConfig:
     """The grid a stage runs in.
 
     Encoder pretraining has no language model to cut into pipeline stages and no sequence to split: those ranks become
-    data-parallel ones for the stage. The global batch is the same, and so is the loss.
+    data-parallel ones for the stage. So do its tensor ranks where the encoder is whole on each. The global batch is the same, and so is
+    the loss.
     """
     if stage.objective != "vision_classification":
         return parallel
     alone = {"pipeline": 1, "virtual_pipeline": 1, "split": "even", "layers_per_stage": None, "context": 1, "expert": 1, "sequence": False}
+    if encoder_tensor_ranks(model, parallel) == 1:
+        alone["tensor"] = 1
     return parallel.model_copy(update=alone)
 
 
@@ -27,7 +31,7 @@ def check_layouts(recipe: Recipe, world_size: int) -> None:
             over pipeline stages, sequences that do not split; each with its numbers.
     """
     for stage in recipe.stages:
-        layout = stage_layout(recipe.parallel, stage)
+        layout = stage_layout(recipe.parallel, stage, recipe.model)
         grid = RankGrid.from_config(layout, world_size)
         grid.num_microbatches(stage)
         if stage.objective == "vision_classification":

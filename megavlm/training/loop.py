@@ -61,7 +61,7 @@ def _run_stage(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker,
     if state.is_stage_done(stage.steps):
         return 0
     state.stage_names = [s.name for s in recipe.stages[: state.stage_index + 1]]
-    layout = stage_layout(recipe.parallel, stage)
+    layout = stage_layout(recipe.parallel, stage, recipe.model)
     ctx = enter_grid(layout, device, recipe.run.seed)
     streams: list[StageStream] = []
     try:

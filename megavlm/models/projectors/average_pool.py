@@ -13,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megavlm.models.layers.configs import DTYPES, vision_transformer_config
 from megavlm.models.layers.norms import RMSNorm
-from megavlm.models.projectors.arrange import arranged
+from megavlm.models.projectors.arrange import Collect, all_here, arranged
 from megavlm.models.projectors.shuffle import shuffled
 from megavlm.models.vision.features import Features
 
@@ -30,7 +30,7 @@ class AveragePoolProjector(MegatronModule):
         # (D, H), as Hugging Face has it: not the weight of a torch linear layer.
         self.projection = torch.nn.Parameter(torch.empty(width, model.language.hidden_size, dtype=DTYPES[precision.dtype], device=device))
 
-    def forward(self, features: Features, rows_N: torch.Tensor | None = None) -> torch.Tensor:
-        """Visual tokens (N, H), picture after picture; `rows_N` as in `MLPProjector.forward`."""
+    def forward(self, features: Features, rows_N: torch.Tensor | None = None, collect: Collect = all_here) -> torch.Tensor:
+        """Visual tokens (N, H), picture after picture; `rows_N` and `collect` as in `MLPProjector.forward`."""
         x_RFD = shuffled(features, self.factor).unflatten(-1, (self.factor**2, -1))
-        return arranged(self.norm(x_RFD.mean(1)) @ self.projection, rows_N)
+        return arranged(collect(self.norm(x_RFD.mean(1)) @ self.projection), rows_N)

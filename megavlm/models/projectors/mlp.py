@@ -16,7 +16,7 @@ from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megavlm.models.layers.activations import ACTIVATIONS
 from megavlm.models.layers.configs import DTYPES, vision_transformer_config
 from megavlm.models.layers.norms import NORMS, LayerNorm
-from megavlm.models.projectors.arrange import arranged
+from megavlm.models.projectors.arrange import Collect, all_here, arranged
 from megavlm.models.projectors.shuffle import shuffled
 from megavlm.models.vision.features import Features
 
@@ -101,15 +101,16 @@ class MLPProjector(Merger):
             # Whole on every tensor rank; each computes its whole gradient, as for biases.
             self.image_newline = torch.nn.Parameter(torch.empty(model.language.hidden_size, dtype=DTYPES[precision.dtype], device=device))
 
-    def forward(self, features: Features, rows_N: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, features: Features, rows_N: torch.Tensor | None = None, collect: Collect = all_here) -> torch.Tensor:
         """Visual tokens (N, H), picture after picture.
 
-        `rows_N` says which row of the layers' result each token takes, -1 being the image_newline; None: all rows in order.
+        `rows_N` says which row of the layers' result each token takes, -1 being the image_newline; None: all rows in order. `collect`
+        brings rows of other ranks' pictures before that.
         """
-        return arranged(self.merged(features), rows_N, self.image_newline)
+        return arranged(collect(self.merged(features)), rows_N, self.image_newline)
 
-    def deep(self, features: Features, rows_N: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """For each of vision.deepstack_layers, what is added to the visual tokens (N, H) further up; `rows_N` as in `forward`."""
+    def deep(self, features: Features, rows_N: torch.Tensor | None = None, collect: Collect = all_here) -> list[torch.Tensor]:
+        """For each of vision.deepstack_layers, what is added to the visual tokens (N, H) further up; others as in `forward`."""
         assert len(features.deep) == self.num_deep
         mergers = [self.get_submodule(f"deepstack_{i}") for i in range(self.num_deep)]
-        return [arranged(merger(replace(features, x_ND=x)), rows_N) for merger, x in zip(mergers, features.deep, strict=True)]
+        return [arranged(collect(merger(replace(features, x_ND=x))), rows_N) for merger, x in zip(mergers, features.deep, strict=True)]

@@ -23,7 +23,7 @@ from megavlm.models.layers.configs import DTYPES, vision_transformer_config
 from megavlm.models.layers.masks import Piece
 from megavlm.models.layers.norms import RMSNorm
 from megavlm.models.layers.packing import Packing
-from megavlm.models.projectors.arrange import arranged
+from megavlm.models.projectors.arrange import Collect, all_here, arranged
 from megavlm.models.projectors.shuffle import shuffled
 from megavlm.models.vision.features import Features
 
@@ -48,15 +48,15 @@ class PerceiverProjector(MegatronModule):
         self.layers = _Layers(config, [PerceiverLayer(config, resampler, width, device) for _ in range(resampler.num_layers)])
         self.final_norm = RMSNorm(config, width, resampler.norm_eps).to(device)
 
-    def forward(self, features: Features, rows_N: torch.Tensor | None = None) -> torch.Tensor:
-        """Visual tokens (M, H), picture after picture; `rows_N` as in `MLPProjector.forward`."""
+    def forward(self, features: Features, rows_N: torch.Tensor | None = None, collect: Collect = all_here) -> torch.Tensor:
+        """Visual tokens (M, H), picture after picture; `rows_N` and `collect` as in `MLPProjector.forward`."""
         context_NH = self.mlp(shuffled(features, self.factor, channels_first=self.channels_first))
         lengths = [length // self.factor**2 for length in features.lengths]
         packing = resampler_packing(lengths, self.num_latents, context_NH.device)
         x_MH = self.latents.repeat(len(lengths), 1)
         for layer in self.layers.children():
             x_MH = layer(x_MH, context_NH, lengths, packing)
-        return arranged(self.final_norm(x_MH), rows_N)
+        return arranged(collect(self.final_norm(x_MH)), rows_N)
 
 
 class PerceiverLayer(MegatronModule):
@@ -81,7 +81,9 @@ class PerceiverLayer(MegatronModule):
             linear(x.unsqueeze(1))[0].squeeze(1).unflatten(-1, (-1, self.head_width))
             for linear, x in ((self.query, normed_MH), (self.key, seen), (self.value, seen))
         )
-        out = attend_packed(query, key, value, packing, causal=False, scale=self.head_width**-0.5, backend=backend_of(self.config)).flatten(1)
+        out = attend_packed(query, key, value, packing, causal=False, scale=self.head_width**-0.5, backend=backend_of(self.config)).flatten(
+            1
+        )
         x_MH = x_MH + self.output(out.unsqueeze(1))[0].squeeze(1)
         return x_MH + self.mlp(self.mlp_norm(x_MH))
 

@@ -26,7 +26,7 @@ from megavlm.models.layers.attention import attend_packed, backend_of
 from megavlm.models.layers.configs import DTYPES, vision_transformer_config
 from megavlm.models.layers.norms import LayerNorm
 from megavlm.models.layers.packing import Packing, pack
-from megavlm.models.projectors.arrange import arranged
+from megavlm.models.projectors.arrange import Collect, all_here, arranged
 from megavlm.models.projectors.perceiver import reading_packing
 from megavlm.models.vision.features import Features
 
@@ -52,8 +52,8 @@ class QFormerProjector(MegatronModule):
             width, model.language.hidden_size, config=config, init_method=config.init_method, bias=True, gather_output=True
         )
 
-    def forward(self, features: Features, rows_N: torch.Tensor | None = None) -> torch.Tensor:
-        """Visual tokens (M, H), picture after picture; `rows_N` as in `MLPProjector.forward`."""
+    def forward(self, features: Features, rows_N: torch.Tensor | None = None, collect: Collect = all_here) -> torch.Tensor:
+        """Visual tokens (M, H), picture after picture; `rows_N` and `collect` as in `MLPProjector.forward`."""
         rows = _Rows.of(features, self.num_queries)
         x_RD = self.query_tokens.repeat(len(features.lengths), 1)
         if self.instruction_embedding is not None and self.position_embedding is not None:
@@ -65,7 +65,7 @@ class QFormerProjector(MegatronModule):
         for layer in self.layers.children():
             x_RD = layer(x_RD, features.x_ND, rows)
         x_MD, _ = rows.apart(x_RD)
-        return arranged(self.linear(x_MD.unsqueeze(1))[0].squeeze(1), rows_N)
+        return arranged(collect(self.linear(x_MD.unsqueeze(1))[0].squeeze(1)), rows_N)
 
     def untrained_parameters(self) -> set[torch.nn.Parameter]:
         """Parameters that no gradient can reach: what the last layer makes of words, nobody reads."""
@@ -158,7 +158,9 @@ class QFormerAttention(MegatronModule):
             linear(x.unsqueeze(1))[0].squeeze(1).unflatten(-1, (-1, self.head_width))
             for linear, x in ((self.query, x_MD), (self.key, seen), (self.value, seen))
         )
-        out = attend_packed(query, key, value, packing, causal=False, scale=self.head_width**-0.5, backend=backend_of(self.config)).flatten(1)
+        out = attend_packed(query, key, value, packing, causal=False, scale=self.head_width**-0.5, backend=backend_of(self.config)).flatten(
+            1
+        )
         normed: torch.Tensor = self.norm(x_MD + self.output(out.unsqueeze(1))[0].squeeze(1))
         return normed
 

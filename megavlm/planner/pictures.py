@@ -1,0 +1,122 @@
+"""Pictures of a microbatch dealt to the ranks that share it, by what each costs the encoder.
+
+Everything follows from metadata that every rank has: all make the same deal, and nothing is communicated.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
+
+from megavlm.config.schema import ModelConfig
+from megavlm.planner.flops import FlopsModel, VisionWork
+
+
+class Picture(NamedTuple):
+    """What one rank encodes as a whole: a tile, a picture in its own size, or all tiles of a picture that see each other."""
+
+    tiles: int
+    """How many of the batch's tiles it has; 1 for a picture in its own size."""
+    work: VisionWork
+    rows: int
+    """Rows that the projector makes of it."""
+
+
+@dataclass(frozen=True)
+class PictureDeal:
+    """Which rank takes which pictures."""
+
+    pictures: tuple[Picture, ...]
+    flops: tuple[int, ...]
+    """Of each picture, forward and backward, encoder and projector."""
+    shares: tuple[tuple[int, ...], ...]
+    """[rank] -> numbers of its pictures, ascending; a rank may have none."""
+
+    @cached_property
+    def loads(self) -> tuple[int, ...]:
+        """FLOPs of each rank."""
+        return tuple(sum(self.flops[i] for i in share) for share in self.shares)
+
+    @property
+    def spared_flops(self) -> int:
+        """FLOPs that the busiest rank has less than if it took all pictures."""
+        return sum(self.loads) - max(self.loads)
+
+    @property
+    def idle_share(self) -> float:
+        """Part of all ranks' time in which they wait for the busiest."""
+        return 1.0 - sum(self.loads) / (max(self.loads) * len(self.loads)) if any(self.loads) else 0.0
+
+    @cached_property
+    def num_rows(self) -> tuple[int, ...]:
+        """Projector rows of each rank."""
+        return tuple(sum(self.pictures[i].rows for i in share) for share in self.shares)
+
+    @cached_property
+    def first_rows(self) -> tuple[int, ...]:
+        """Where each picture's rows begin when all stand in the pack's order; one more at the end: how many there are."""
+        return (0, *accumulate(picture.rows for picture in self.pictures))
+
+
+def deal_pictures(costs: Sequence[float], num_ranks: int) -> tuple[tuple[int, ...], ...]:
+    """[rank] -> indices of `costs`, ascending, so that the costliest rank is cheap.
+
+    Longest processing time first (Graham 1969, SIAM J. Appl. Math. 17(2)): at most 4/3 of the best. Ties go to the lower index and rank.
+    """
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    heap = [(0.0, rank) for rank in range(num_ranks)]
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        load, rank = heapq.heappop(heap)
+        shares[rank].append(item)
+        heapq.heappush(heap, (load + costs[item], rank))
+    return tuple(tuple(sorted(share)) for share in shares)
+
+
+class PictureDealer:
+    """Deals pictures of one model to `num_ranks` ranks.
+
+    `min_flops_per_byte` (parallel.encoder_min_flops_per_byte) leaves pictures undealt where that would not pay; None: always deal.
+    """
+
+    def __init__(self, model: ModelConfig, num_ranks: int, element_bytes: int, min_flops_per_byte: float | None = None) -> None:
+        self.model, self.num_ranks, self.min_flops_per_byte = model, num_ranks, min_flops_per_byte
+        # Rows go forward, and their gradients back.
+        self.row_bytes = 2 * element_bytes * model.language.hidden_size * (1 + len(model.vision.deepstack_layers))
+        self._flops = FlopsModel(model)
+        self._known: dict[VisionWork, int] = {}
+
+    def deal(
+        self, num_tiles: int, tile_grids: Sequence[tuple[int, int]] | None, tiles_per_picture: Sequence[int] | None
+    ) -> PictureDeal | None:
+        """The deal of a microbatch (fields of `PackedBatch`); None where every rank takes all pictures."""
+        pictures = self.pictures(num_tiles, tile_grids, tiles_per_picture)
+        flops = tuple(self.flops(picture) for picture in pictures)
+        deal = PictureDeal(pictures, flops, deal_pictures(flops, self.num_ranks))
+        if self.min_flops_per_byte is None:
+            return deal
+        return deal if deal.spared_flops >= max(self.min_flops_per_byte * deal.first_rows[-1] * self.row_bytes, 1) else None
+
+    def flops(self, picture: Picture) -> int:
+        """Forward and backward FLOPs of encoder and projector, everything training."""
+        if picture.work not in self._known:
+            self._known[picture.work] = self._flops.total((), picture.work, 0)
+        return self._known[picture.work]
+
+    def pictures(
+        self, num_tiles: int, tile_grids: Sequence[tuple[int, int]] | None, tiles_per_picture: Sequence[int] | None
+    ) -> tuple[Picture, ...]:
+        """What is dealt, in the pack's order."""
+        if tile_grids is not None:
+            return tuple(Picture(1, VisionWork.of([r * c]), self.model.visual_tokens(r, c)) for r, c in tile_grids)
+        patches, rows = self.model.vision.num_patches, self.model.visual_tokens_per_tile
+        filled = self.model.vision.canvas_tiles
+        if filled is None:
+            return (Picture(1, VisionWork.uniform(1, patches), rows),) * num_tiles
+        # Every picture is filled up to as many tiles, all of which see each other.
+        work = VisionWork(filled, filled * patches, (filled * patches) ** 2)
+        counts = tiles_per_picture if tiles_per_picture is not None else [1] * num_tiles
+        return tuple(Picture(tiles, work, filled * rows) for tiles in counts)
