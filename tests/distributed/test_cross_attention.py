@@ -21,6 +21,7 @@ from megavlm.parallel.context import enter_grid
 from megavlm.testing.pool import RankPool
 from megavlm.testing.recipes import ENCODER_FROZEN, tiny_recipe, tiny_stage, train_and_read
 from megavlm.testing.tiny import tiny_chunks, tiny_model_config
+from megavlm.topology.context import context_layout
 
 IMAGE = 3
 FLAMINGO = {"layers": [0, 3]}
@@ -70,7 +71,7 @@ def test_looks() -> None:
         prompts = [Prompt([5, IMAGE, 6], torch.zeros(1, 3, 16, 16, dtype=torch.uint8)), prompts_of(model)[2], prompts_of(model)[0]]
         each, batch = model.visual_tokens_per_tile, prompt_batch(prompts, IMAGE, model)
         assert picture_rows(model, batch) == [(each, each), (2 * each, 2 * each), (each, each), (each, each)]
-        sight = sight_of(model, batch, (0, 1))
+        sight = sight_of(model, batch, None)
         start = each
         if before:
             before = ((start, 4 * each),)
@@ -88,8 +89,10 @@ def test_looks() -> None:
             Look(5, (), False),
         ]
         assert [look.features for look in sight.last] == [((0, each),), (last,), ()]
-        halves = [sight_of(model, prompt_batch([prompts[1], prompts[1], prompts[1], prompts[1]], IMAGE, model), (r, 2)) for r in (0, 1)]
-        assert [sum(look.length for look in half.looks) for half in halves] == [18, 18]
+        four = prompt_batch([prompts[1]] * 4, IMAGE, model)
+        layout = context_layout(tuple(four.segment_lengths), "zigzag", 2)
+        halves = [sight_of(model, four, (layout, rank)) for rank in (0, 1)]
+        assert [sum(look.length for look in half.looks) for half in halves] == [20, 20], "each segment's 9 rows and 1 pad"
 
 
 def direct_layer(
