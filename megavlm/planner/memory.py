@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megavlm.config.schema import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, StageConfig, VisionConfig
+from megavlm.config.tensor_split import encoder_tensor_ranks, projector_tensor_ranks
 from megavlm.planner.parameters import ParameterBlock, parameter_blocks
 from megavlm.planner.projectors import projector_elements
 from megavlm.topology.grid import RankGrid
@@ -46,14 +47,16 @@ def estimate_memory(
     """One estimate a pipeline rank (ranks that differ on other axes need the same), for the fullest microbatch that budgets allow.
 
     Without a hard data.max_patches_per_pack a pack is taken to hold as many tiles as its tokens have room for (with policy=native
-    one picture as large as that; with policy=anyres tiles that keep all their features).
+    one picture as large as that; with policy=anyres tiles that keep all their features). Where pictures are always dealt to the ranks of
+    a microbatch a rank has its share of them.
 
     Raises:
         PipelineError: the layers cannot be split over the grid. GridError: the batch cannot. TrainingError: see planner.parameters.
     """
     num_microbatches = grid.num_microbatches(stage)
     split = PipelineSplit.of(model.language.num_layers, parallel)
-    blocks = list(parameter_blocks(model, stage, grid.tensor, grid.expert))
+    own = {"encoder_tensor": encoder_tensor_ranks(model, parallel), "projector_tensor": projector_tensor_ranks(model, parallel)}
+    blocks = list(parameter_blocks(model, stage, grid.tensor, grid.expert, **own))
     load = _Load.of(model, stage, data, grid, parallel, precision)
     return [_rank_memory(rank, blocks, split, load, model, num_microbatches) for rank in range(grid.pipeline)]
 
@@ -94,6 +97,8 @@ class _Load:
     """Tiles, or pictures in their own size."""
     patches: int
     tensor: int
+    encoder_tensor: int
+    projector_tensor: int
     sequence_split: int
     """Ranks over which rows outside attention and MLP are split: tensor with sequence parallelism, else 1."""
     recompute: bool
@@ -110,17 +115,23 @@ class _Load:
             "text": (data.seq_len_tokens, 0, 0),
             "vision_classification": (0, stage.images_per_pack, stage.images_per_pack * model.vision.num_patches),
         }[stage.objective]
+        if parallel.encoder_data_parallel is True:
+            tiles, patches = _dealt(tiles * stage.micro_batch_packs, patches * stage.micro_batch_packs, model, grid.tensor * grid.context)
+        else:
+            tiles, patches = tiles * stage.micro_batch_packs, patches * stage.micro_batch_packs
         return cls(
             tokens=math.ceil(tokens * stage.micro_batch_packs / grid.context),
-            tiles=tiles * stage.micro_batch_packs,
-            patches=patches * stage.micro_batch_packs,
+            tiles=tiles,
+            patches=patches,
             tensor=grid.tensor,
+            encoder_tensor=encoder_tensor_ranks(model, parallel),
+            projector_tensor=projector_tensor_ranks(model, parallel),
             sequence_split=grid.tensor if parallel.sequence else 1,
             # Recomputing only the core attention saves nothing where its scores are never stored.
             recompute=parallel.recompute == "full",
             precision=precision,
-            shards=grid.data * grid.context if parallel.distributed_optimizer else 1,
-            expert_shards=_expert_copies(grid) if parallel.distributed_optimizer else 1,
+            shards=grid.data * grid.context if parallel.zero else 1,
+            expert_shards=_expert_copies(grid) if parallel.zero else 1,
         )
 
     @property
@@ -142,6 +153,15 @@ class _Load:
 def _expert_copies(grid: RankGrid) -> int:
     """Ranks that hold the same experts."""
     return grid.data * grid.context * grid.tensor // grid.expert if grid.expert > 1 else grid.data * grid.context
+
+
+def _dealt(tiles: int, patches: int, model: ModelConfig, ranks: int) -> tuple[int, int]:
+    """(tiles, patches) of the rank that gets most of so many equal ones; tiles that see each other stay together."""
+    if not tiles:
+        return 0, 0
+    together = model.vision.canvas_tiles or 1
+    most = min(math.ceil(math.ceil(tiles / together) / ranks) * together, tiles)
+    return most, math.ceil(patches * most / tiles)
 
 
 def _most_pictures(model: ModelConfig, data: DataConfig) -> tuple[int, int]:
@@ -248,7 +268,7 @@ def _layer_elements(block: ParameterBlock, load: _Load, model: ModelConfig) -> f
         attention, before_activation, ffn, split = 4 * width, 2 if vision.gated_mlp else 1, vision.ffn_hidden_size, 1
     outside = (4 if block.trains else 2) * width / split
     inside = attention + (before_activation + int(block.trains)) * ffn
-    return rows * (outside + inside / load.tensor)
+    return rows * (outside + inside / (load.tensor if block.module == "language" else load.encoder_tensor))
 
 
 def _checkpoint_elements(block: ParameterBlock, load: _Load, model: ModelConfig) -> float:
@@ -261,7 +281,7 @@ def _checkpoint_elements(block: ParameterBlock, load: _Load, model: ModelConfig)
 
 def _projector_elements(load: _Load, model: ModelConfig) -> float:
     """Elements that the projector keeps."""
-    return projector_elements(model, load.features(model), load.tiles, load.tensor)
+    return projector_elements(model, load.features(model), load.tiles, load.projector_tensor)
 
 
 def _head(load: _Load, model: ModelConfig, embedding: ParameterBlock | None, blocks: Sequence[ParameterBlock]) -> int:

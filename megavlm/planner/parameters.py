@@ -70,10 +70,19 @@ def params(model: ModelConfig, stage: StageConfig | None = None) -> dict[str, Pa
     }
 
 
-def parameter_blocks(model: ModelConfig, stage: StageConfig | None = None, tensor: int = 1, expert: int = 1) -> Iterator[ParameterBlock]:
+def parameter_blocks(
+    model: ModelConfig,
+    stage: StageConfig | None = None,
+    tensor: int = 1,
+    expert: int = 1,
+    *,
+    encoder_tensor: int | None = None,
+    projector_tensor: int | None = None,
+) -> Iterator[ParameterBlock]:
     """Every block of the model that `stage` builds (None: the whole model, everything training), in the order of the forward pass.
 
-    `tensor` and `expert` are the ranks that share a layer and its experts.
+    `tensor` and `expert` are the ranks that share a layer and its experts; encoder and projector may be shared by others
+    (config/tensor_split.py), None meaning by as many.
 
     Raises:
         TrainingError: `last_layers` of a module exceeds its layers.
@@ -81,9 +90,9 @@ def parameter_blocks(model: ModelConfig, stage: StageConfig | None = None, tenso
     everything = ModuleTraining()
     objective = objective_of(model, stage)
     if objective != "text":
-        yield from _vision(model.encoders, stage.vision if stage else everything, tensor)
+        yield from _vision(model.encoders, stage.vision if stage else everything, encoder_tensor or tensor)
     if objective == "multimodal":
-        yield _projector(model, (stage.projector if stage else everything).train != "frozen", tensor)
+        yield _projector(model, (stage.projector if stage else everything).train != "frozen", projector_tensor or tensor)
     if objective == "vision_classification":
         size = model.feature_size * ((stage.num_classes if stage else None) or 0)
         yield ParameterBlock("vision_head", "head", None, size, size, True)
