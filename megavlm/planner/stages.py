@@ -16,6 +16,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from megavlm.config.schema import DataConfig, ModelConfig, ParallelConfig, StageConfig
+from megavlm.config.tensor_split import encoder_tensor_ranks
 from megavlm.planner.flops import FlopsModel, VisionWork, Work
 from megavlm.planner.schedule import Timeline, even_bubble_share, simulate
 from megavlm.topology.pipeline import PipelineError, PipelineSplit
@@ -36,13 +37,16 @@ class PackShape(NamedTuple):
     num_targets: int
 
 
-def microbatch_cost(flops: FlopsModel, packs: Iterable[PackShape], *, recompute: bool = False) -> list[Work]:
-    """What the packs of a microbatch cost together, by depth. `recompute`: layers run forward once more in the backward pass."""
+def microbatch_cost(flops: FlopsModel, packs: Iterable[PackShape], *, recompute: bool = False, encoder_copies: int = 1) -> list[Work]:
+    """What the packs of a microbatch cost together, by depth. `recompute`: layers run forward once more in the backward pass.
+    `encoder_copies`: ranks that each do all of the encoder's work."""
     total: list[Work] = []
     for pack in packs:
         cost = flops.by_depth(*pack)
         total = [a + b for a, b in zip(total, cost, strict=True)] if total else cost
-    return [Work(w.forward, w.backward + w.forward) if recompute and w.backward else w for w in total[:-1]] + total[-1:]
+    if recompute:
+        total[:-1] = [Work(w.forward, w.backward + w.forward) if w.backward else w for w in total[:-1]]
+    return [Work(total[0].forward * encoder_copies, total[0].backward * encoder_copies), *total[1:]]
 
 
 def mean_cost(microbatches: Sequence[Depths]) -> list[Work]:
@@ -94,11 +98,7 @@ def balanced_split(cost: Depths, pipeline: int, virtual_pipeline: int = 1, num_m
     num_layers, chunks = len(cost) - 2, pipeline * virtual_pipeline
     if chunks == 1:
         return PipelineSplit(num_layers)
-    if num_layers < max(chunks - 2, 1):
-        raise PipelineError(
-            f"model.language.num_layers={num_layers} cannot be spread over parallel.pipeline={pipeline} x "
-            f"parallel.virtual_pipeline={virtual_pipeline} = {chunks} chunks: only the first and the last may have no layer"
-        )
+    check_spread(num_layers, pipeline, virtual_pipeline)
     best = PipelineSplit(num_layers, pipeline, virtual_pipeline, _equal_chunks(tuple(w.total for w in cost), chunks))
     even = None if num_layers % chunks else PipelineSplit(num_layers, pipeline, virtual_pipeline)
     if virtual_pipeline == 1:
@@ -107,6 +107,16 @@ def balanced_split(cost: Depths, pipeline: int, virtual_pipeline: int = 1, num_m
     # As many microbatches as show the filling, the steady state and the draining.
     played = min(num_microbatches, 3 * pipeline)
     return _search(best, even, [cost] * max(pipeline, played // pipeline * pipeline))
+
+
+def check_spread(num_layers: int, pipeline: int, virtual_pipeline: int) -> None:
+    """Raises PipelineError when there are fewer layers than chunks that must have one."""
+    chunks = pipeline * virtual_pipeline
+    if num_layers < max(chunks - 2, 1):
+        raise PipelineError(
+            f"model.language.num_layers={num_layers} cannot be spread over parallel.pipeline={pipeline} x "
+            f"parallel.virtual_pipeline={virtual_pipeline} = {chunks} chunks: only the first and the last may have no layer"
+        )
 
 
 def chunk_totals(split: PipelineSplit, cost: Depths) -> list[float]:
@@ -133,9 +143,19 @@ def settled(
     if parallel.pipeline == 1:
         return parallel.model_copy(update={"split": "even"})
     flops = FlopsModel(model, stage)
-    costs = [microbatch_cost(flops, [pack], recompute=recomputes(parallel)) for pack in packs or [typical_pack(model, data)]]
+    again, copies = recomputes(parallel), encoder_copies(model, parallel)
+    shapes = packs or [typical_pack(model, data)]
+    costs = [microbatch_cost(flops, [pack], recompute=again, encoder_copies=copies) for pack in shapes]
     split = balanced_split(mean_cost(costs), parallel.pipeline, parallel.virtual_pipeline, num_microbatches)
     return parallel.model_copy(update={"split": "even", "layers_per_stage": list(split.counts)})
+
+
+def encoder_copies(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Of the tensor x context ranks that share a microbatch, how many do the same work in the encoder: context ranks all see every
+    picture, tensor ranks share each layer unless the encoder is whole on each. Dealt out pictures are no work done twice."""
+    if parallel.encoder_data_parallel is not False:
+        return 1
+    return parallel.context * parallel.tensor // encoder_tensor_ranks(model, parallel)
 
 
 def recomputes(parallel: ParallelConfig) -> bool:

@@ -53,12 +53,15 @@ class PipelineSplit:
 
     @classmethod
     def of(cls, num_layers: int, parallel: ParallelConfig) -> PipelineSplit:
-        """The split that a recipe's `parallel` block describes; a balanced one must have been settled (planner.stages.settled).
+        """The split that a recipe's `parallel` block describes.
 
         Raises:
-            PipelineError: as the class.
+            PipelineError: as the class; a balanced split over several stages that nobody has settled (planner.stages.settled).
         """
-        assert parallel.split == "even", "parallel.split=balanced depends on what packs cost: planner.stages.settled turns it into layers"
+        if parallel.pipeline > 1 and parallel.split != "even":
+            raise PipelineError(
+                f"parallel.split={parallel.split} depends on what packs cost: planner.stages.settled turns it into layers_per_stage"
+            )
         return cls(num_layers, parallel.pipeline, parallel.virtual_pipeline, tuple(parallel.layers_per_stage or ()))
 
     @property

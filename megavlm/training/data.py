@@ -72,6 +72,8 @@ class RunData:
         self.recipe = recipe
         self.held_out_tasks: list[str] = []
         """Tasks of the held-out packs, which the stage's own sources need not have."""
+        self._indexes: tuple[str, dict[str, SampleIndex]] | None = None
+        """Of the stage that runs, or is about to."""
         self.tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.data.image_token)
         rows = self.tokenizer.num_rows(text_only=recipe.model.text_only)
         if rows > recipe.model.language.num_tokens:
@@ -85,7 +87,9 @@ class RunData:
 
     def indexes(self, stage: StageConfig) -> dict[str, SampleIndex]:
         """Indexes of the stage's sources, the same on every rank; the first rank builds what is missing, the others read it."""
-        return build_on_rank_zero_first(self.recipe, stage, stage.sources, self.tokenizer)
+        if self._indexes is None or self._indexes[0] != stage.name:
+            self._indexes = stage.name, build_on_rank_zero_first(self.recipe, stage, stage.sources, self.tokenizer)
+        return self._indexes[1]
 
     def held_out(self, stage: StageConfig, ctx: ParallelContext) -> list[StepData]:
         """The same held-out packs every time; empty when nothing is to be measured or the stage does not train the whole model."""

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megavlm.checkpoint.hf.load import check_start
-from megavlm.config.schema import Recipe, StageConfig
+from megavlm.config.schema import ParallelConfig, Recipe, StageConfig
 from megavlm.data.index import SampleIndex, build_index
 from megavlm.data.plan import StepPlanner, check_tasks, step_table
 from megavlm.data.tokenizer import load_tokenizer
+from megavlm.data.types import StepPlan
 from megavlm.planner.attention import attention_table, check_attention
+from megavlm.planner.flops import FlopsModel
 from megavlm.planner.memory import estimate_memory, memory_table
 from megavlm.planner.parameters import params
+from megavlm.planner.stages import encoder_copies, microbatch_cost, recomputes, stage_table
 from megavlm.topology.grid import RankGrid
+from megavlm.topology.pipeline import PipelineSplit
 from megavlm.topology.table import human_count, text_table
-from megavlm.training.layout import check_layouts, stage_layout
+from megavlm.training.layout import check_layouts, settled_layout, shape_of, stage_layout
 
 
 def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object]) -> None:
@@ -36,11 +40,12 @@ def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object]) -> N
             echo(grid.table() + "\n")
         echo(f"stage {stage.name}: {stage.objective}, {stage.steps} steps of {stage.packs_per_step} packs")
         echo(_parameter_table(recipe, stage) + "\n")
-        echo(memory_table(estimate_memory(recipe.model, stage, recipe.data, grid, layout, recipe.precision)) + "\n")
         indexes: dict[str, SampleIndex] = {
             name: build_index(recipe.data.sources[name], recipe.data, recipe.model, stage.objective, tokenizer) for name in stage.sources
         }
         check_tasks(stage, (task for index in indexes.values() for task in index.task_names))
+        layout = settled_layout(recipe, number, layout, world_size, indexes)
+        echo(memory_table(estimate_memory(recipe.model, stage, recipe.data, grid, layout, recipe.precision)) + "\n")
         planner = StepPlanner(
             indexes,
             stage,
@@ -52,7 +57,19 @@ def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object]) -> N
         )
         if planner.early_end is not None:
             echo(f"warning: {planner.early_end}\n")
-        echo(step_table(planner.next()) + "\n")
+        plan = planner.next()
+        if grid.pipeline > 1:
+            echo(_stages_table(recipe, stage, layout, plan) + "\n")
+        echo(step_table(plan) + "\n")
+
+
+def _stages_table(recipe: Recipe, stage: StageConfig, layout: ParallelConfig, plan: StepPlan) -> str:
+    flops, again = FlopsModel(recipe.model, stage), recomputes(layout)
+    copies = encoder_copies(recipe.model, layout)
+    ranks = [
+        [microbatch_cost(flops, map(shape_of, packs), recompute=again, encoder_copies=copies) for packs in rank] for rank in plan.assignment
+    ]
+    return stage_table(PipelineSplit.of(recipe.model.language.num_layers, layout), ranks)
 
 
 def _parameter_table(recipe: Recipe, stage: StageConfig) -> str:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from megavlm.config.schema import ModelConfig, ParallelConfig, Recipe, StageConfig
 from megavlm.config.tensor_split import encoder_tensor_ranks
+from megavlm.data.plan import Index, StepPlanner
+from megavlm.data.types import PackPlan
+from megavlm.planner.stages import PackShape, check_spread, settled
 from megavlm.topology.grid import RankGrid
 from megavlm.topology.pipeline import PipelineSplit
 
@@ -36,10 +41,38 @@ def check_layouts(recipe: Recipe, world_size: int) -> None:
         grid.num_microbatches(stage)
         if stage.objective == "vision_classification":
             continue
-        PipelineSplit.of(recipe.model.language.num_layers, layout)
+        if layout.split == "balanced":
+            check_spread(recipe.model.language.num_layers, layout.pipeline, layout.virtual_pipeline)
+        else:
+            PipelineSplit.of(recipe.model.language.num_layers, layout)
         _check_sequence_split(recipe, stage, layout)
         if held_out := held_out_stage(recipe, stage):
             grid.num_microbatches(held_out)
+
+
+def settled_layout(recipe: Recipe, number: int, layout: ParallelConfig, world_size: int, indexes: Mapping[str, Index]) -> ParallelConfig:
+    """The layout of stage `number` with parallel.split=balanced turned into layers for each pipeline stage, by the packs of the stage's
+    first step: the same on every rank, and the same again when the stage is resumed."""
+    if layout.split != "balanced":
+        return layout
+    stage = recipe.stages[number]
+    packs = first_packs(recipe, number, indexes) if layout.pipeline > 1 else []
+    num_microbatches = RankGrid.from_config(layout, world_size).num_microbatches(stage)
+    return settled(layout, recipe.model, stage, recipe.data, num_microbatches, packs)
+
+
+def first_packs(recipe: Recipe, number: int, indexes: Mapping[str, Index]) -> list[PackShape]:
+    """Packs of the first step of stage `number`, whatever the layout."""
+    stage = recipe.stages[number]
+    num_microbatches = stage.packs_per_step // stage.micro_batch_packs
+    seed = recipe.run.seed + number
+    planner = StepPlanner(indexes, stage, recipe.data, recipe.model, seed=seed, dp_size=1, num_microbatches=num_microbatches)
+    return [shape_of(pack) for rank in planner.next().assignment for microbatch in rank for pack in microbatch]
+
+
+def shape_of(pack: PackPlan) -> PackShape:
+    """What of a planned pack costs anything."""
+    return PackShape(pack.lengths_tokens, pack.vision, pack.num_targets)
 
 
 def held_out_stage(recipe: Recipe, stage: StageConfig) -> StageConfig | None:

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from megavlm.config.load import dump_recipe
 from megavlm.config.schema import Recipe, StageConfig
@@ -27,7 +28,7 @@ from megavlm.training.accounting import Accountant
 from megavlm.training.build import StageModel
 from megavlm.training.checkpointing import Checkpointer, prepare_model
 from megavlm.training.data import RunData, StageStream
-from megavlm.training.layout import stage_layout
+from megavlm.training.layout import settled_layout, stage_layout
 from megavlm.training.loss_scale import scale_of
 from megavlm.training.optimizer import set_learning_rate
 from megavlm.training.pictures import log_sample_pictures
@@ -62,6 +63,8 @@ def _run_stage(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker,
         return 0
     state.stage_names = [s.name for s in recipe.stages[: state.stage_index + 1]]
     layout = stage_layout(recipe.parallel, stage, recipe.model)
+    if layout.split == "balanced":
+        layout = settled_layout(recipe, state.stage_index, layout, dist.get_world_size(), data.indexes(stage))
     ctx = enter_grid(layout, device, recipe.run.seed)
     streams: list[StageStream] = []
     try:
@@ -73,6 +76,8 @@ def _run_stage(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker,
             # Only now: a resume that is refused must leave the run's recipe as it was.
             dump_recipe(recipe, Path(recipe.run.dir) / "recipe.yaml")
         tracker.stage_begins(stage.name, stage.steps, state.stage_step)
+        if layout.pipeline > 1 and recipe.parallel.split == "balanced":
+            tracker.message(f"layers of the pipeline's chunks, from the bottom of the model: {layout.layers_per_stage}")
         if stream.early_end is not None:
             tracker.message(f"warning: {stream.early_end}")
         held_out = data.held_out(stage, ctx)
