@@ -26,6 +26,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2xVPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
     "PP2 encoder alone": (2, {"pipeline": 2, "layers_per_stage": [0, 4]}),
     "PP3 head alone": (3, {"pipeline": 3, "layers_per_stage": [1, 3, 0]}),
+    "PP3 balanced": (3, {"pipeline": 3, "split": "balanced"}),
     "PP2xVPP2 unequal": (2, {"pipeline": 2, "virtual_pipeline": 2, "layers_per_stage": [0, 1, 3, 0]}),
     "DP2": (2, {}),
     "DP2+distopt": (2, {"distributed_optimizer": True}),
