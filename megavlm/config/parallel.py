@@ -8,8 +8,8 @@ from pydantic import model_validator
 
 from megavlm.config.blocks import Block, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-
 ContextSplit = Literal["zigzag", "contiguous", "pack"]
+ContextComm = Literal["auto", "keys", "p2p", "all_gather", "a2a"]
 
 
 class ParallelConfig(Block):
@@ -36,6 +36,12 @@ class ParallelConfig(Block):
     have the same causal work. contiguous: each segment in `context` chunks; the last rank has the most work. pack: the pack as a whole in
     2 x context chunks, whatever segments it holds. Pads that make chunks equal are rows of a rank only: plans, batches, positions and
     losses are those of one rank. `megavlm train --dry-run` shows pads, balance and keys that travel."""
+    context_comm: ContextComm = "auto"
+    """How keys and values travel between context ranks. keys: each rank is sent those that its queries see, in one exchange, and any kernel
+    of precision.attention follows. Transformer Engine's own ways, on GPUs and with context_split=zigzag: p2p passes them around a ring
+    while attention computes (no sliding windows), all_gather collects them first, a2a exchanges rows for heads (which the context ranks
+    must divide). auto: p2p in layers where it can be, else keys. Another name is that way in every layer or an error that says why not;
+    `megavlm doctor` lists what this machine has."""
     expert: PositiveInt = 1
     """Ranks that share the experts of a mixture-of-experts layer, each whole on one of them: neighbours on the tensor, context and data
     axes, which add no ranks. With 1 every rank holds all experts, and tensor parallelism splits each."""
@@ -92,5 +98,7 @@ class ParallelConfig(Block):
         if self.zero >= 2 and self.overlap_grad_reduce:
             raise ValueError(f"zero={self.zero} always overlaps the reduction of gradients: leave overlap_grad_reduce out")
         if self.zero >= 2 and self.expert > 1:
-            raise ValueError(f"zero={self.zero} splits over ranks that hold the same weights, and expert={self.expert} gives each its own experts: use zero=1")
+            raise ValueError(
+                f"zero={self.zero} splits over ranks that hold the same weights, and expert={self.expert} gives each its own experts: use zero=1"
+            )
         return self

@@ -67,6 +67,7 @@ def cross(style: str) -> Case:
 CASES: dict[str, Callable[[], Case]] = {
     "tiles and padding": lambda: pictures(tiny_model_config(qk_norm=True), seq_len_tokens=99),
     "no picture": lambda: text((9, 14, 6)),
+    "no pads": lambda: text((8, 16, 24)),
     "one segment": lambda: text((37,)),
     "one row": lambda: text((2, 1)),  # the second has no target
     "shorter than 2 x context": lambda: text((3, 2, 5, 4, 3)),

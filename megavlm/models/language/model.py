@@ -154,6 +154,7 @@ def language_style(language: LanguageConfig) -> LayerStyle:
         softcap=language.attention_softcap,
         window_tokens=language.sliding_window_tokens,
         window_layers=frozenset(layer + 1 for layer in language.sliding_layers),
+        masked=language.bidirectional != "none",
         rotary_by_window=language.rope_local_theta is not None,
     )
     post = post_of(norm=language.norm if language.sandwich_norm else None)

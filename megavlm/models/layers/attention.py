@@ -18,11 +18,15 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megavlm.models.layers.context import ContextPart
 from megavlm.models.layers.packing import Packing, apply_rotary
+from megavlm_kernels.context_attention import SharedCall, choose_comm
+from megavlm_kernels.context_attention.op import ContextAttention
 from megavlm_kernels.packed_attention import Call, Segments, choose, machine_of, packed_attention
 from megavlm_kernels.packed_attention.machine import DTYPE_NAMES
 
@@ -40,6 +44,8 @@ class AttentionStyle:
     """Sliding window (itself included) of the layers `window_layers`."""
     window_layers: frozenset[int] = frozenset()
     """Numbers from 1, over all pipeline stages."""
+    masked: bool = False
+    """In some packs rows see each other both ways."""
     rotary_by_window: bool = False
     """Layers with a window use the rotary table "local" instead of "global"."""
 
@@ -75,6 +81,7 @@ class PackedAttention(MegatronModule):
         self.backend = backend_of(config)
         self._check_backend(config)
         self.context_group = pg_collection.cp if pg_collection is not None and config.context_parallel_size > 1 else None
+        self.ring = None if self.context_group is None else ring_of(self, config, style, self.context_group)
 
     def forward(
         self,
@@ -101,17 +108,26 @@ class PackedAttention(MegatronModule):
         if packing.cache is not None:
             out = packing.cache.attend(self.layer_number, query, key, value, packing, self.scale, **options)
             return out.reshape(query.shape[0], -1)
-        part = packing.context
-        if part is not None:
-            assert self.context_group is not None, "a pack that context ranks share needs a config with their number"
-            key, value = part.exchange.bring(key, value, self.context_group)
-            query = part.without_pads(query)
-        if part is not None and not packing.pieces:
+        if packing.context is not None:
+            return self._attend_shared(query, key, value, packing, packing.context, options)
+        out = attend_packed(query, key, value, packing, causal=self.is_causal, scale=self.scale, **options)
+        return out.reshape(query.shape[0], -1)
+
+    def _attend_shared(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, part: ContextPart, options: dict[str, Any]
+    ) -> torch.Tensor:
+        """Attention of this context rank's rows to those of all."""
+        assert self.context_group is not None, "a pack that context ranks share needs a config with their number"
+        if self.ring is not None:
+            return self.ring(query, key, value, part.bounds, part.is_pad_L).reshape(query.shape[0], -1)
+        key, value = part.exchange.bring(key, value, self.context_group)
+        query = part.without_pads(query)
+        if packing.pieces:
+            out = attend_packed(query, key, value, packing, causal=self.is_causal, scale=self.scale, **options)
+        else:
             # This rank has pads only, but the others wait for its part in the backward pass.
             out = 0.0 * query + 0.0 * (key.sum() + value.sum())
-        else:
-            out = attend_packed(query, key, value, packing, causal=self.is_causal, scale=self.scale, **options)
-        out = out if part is None else part.with_pads(out)
+        out = part.with_pads(out)
         return out.reshape(out.shape[0], -1)
 
     def _check_backend(self, config: TransformerConfig) -> None:
@@ -119,6 +135,21 @@ class PackedAttention(MegatronModule):
         device = "cpu" if config.use_cpu_initialization else "cuda"
         call = Call(DTYPE_NAMES[config.params_dtype], config.kv_channels, self.window is not None, self.softcap is not None)
         choose(call, machine_of(device), self.backend)
+
+
+def ring_of(layer: PackedAttention, config: TransformerConfig, style: AttentionStyle, group: dist.ProcessGroup) -> ContextAttention | None:
+    """Transformer Engine's way of parallel.context_comm for a layer; None: keys are brought, and precision.attention's kernel follows.
+
+    Raises CommError where the way that was asked for cannot be.
+    """
+    heads, key_heads = (number // config.tensor_model_parallel_size for number in (config.num_attention_heads, config.num_query_groups))
+    call = Call(DTYPE_NAMES[config.params_dtype], config.kv_channels, layer.window is not None, layer.softcap is not None, style.masked)
+    shared = SharedCall(call, config.context_parallel_size, heads, key_heads, getattr(config, "context_split", "zigzag"))
+    machine = machine_of("cpu" if config.use_cpu_initialization else "cuda")
+    comm = choose_comm(shared, machine, getattr(config, "context_comm", "auto"), layer.backend).comm
+    if comm == "keys":
+        return None
+    return ContextAttention(heads, key_heads, config.kv_channels, scale=layer.scale, window=layer.window, comm=comm, group=group)
 
 
 def backend_of(config: TransformerConfig) -> str:

@@ -22,6 +22,10 @@ class LayerConfig(TransformerConfig):
 
     packed_attention: str = "auto"
     """precision.attention."""
+    context_split: str = "zigzag"
+    """parallel.context_split."""
+    context_comm: str = "auto"
+    """parallel.context_comm."""
 
 
 def _leave_unset(weight: torch.Tensor) -> torch.Tensor:
@@ -83,6 +87,8 @@ def language_transformer_config(
         virtual_pipeline_model_parallel_size=virtual,
         pipeline_model_parallel_layout=PipelineSplit.of(language.num_layers, parallel).modules() if parallel.pipeline > 1 else None,
         context_parallel_size=parallel.context,
+        context_split=parallel.context_split,
+        context_comm=parallel.context_comm,
         sequence_parallel=parallel.sequence,
         # With two virtual chunks and two stages, batched point-to-point messages to the same peer arrive in the wrong
         # order over gloo and activations are taken for gradients: send them one by one (docs/architecture.md, traps).

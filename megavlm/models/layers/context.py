@@ -8,12 +8,14 @@ Shape legend: S rows of the sequence, L rows of this rank with its pads, R witho
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import all_to_all
 
 from megavlm.topology.context import ContextLayout
+from megavlm_kernels.context_attention.op import ContextBounds
 
 
 @dataclass
@@ -81,6 +83,8 @@ class ContextPart:
     place_S: torch.Tensor
     """Row of this rank that holds each row of the sequence, -1 where another rank does."""
     exchange: KeyExchange
+    bounds: ContextBounds
+    """Of segments, as Transformer Engine wants them; with another split than zigzag nobody asks for them."""
 
     @classmethod
     def of(cls, layout: ContextLayout, rank: int, device: torch.device, whole: frozenset[int] | None = frozenset()) -> ContextPart:
@@ -101,6 +105,7 @@ class ContextPart:
             places_R=torch.nonzero(~is_pad).squeeze(1).to(device) if has_pads else None,
             place_S=places.to(device),
             exchange=KeyExchange.of(layout, rank, device, whole),
+            bounds=_bounds(layout, device),
         )
 
     def without_pads(self, x_L: torch.Tensor) -> torch.Tensor:
@@ -118,3 +123,11 @@ class ContextPart:
         places = self.place_S[positions_Q]
         mine = torch.nonzero(places >= 0).squeeze(1)
         return places[mine], mine
+
+
+def _bounds(layout: ContextLayout, device: torch.device) -> ContextBounds:
+    found = [(length, padded) for length, padded in zip(layout.lengths, layout.padded_lengths, strict=True) if padded]
+    has_pads = any(length != padded for length, padded in found)
+    plain = torch.tensor([0, *accumulate(length for length, _ in found)], dtype=torch.int32, device=device)
+    with_pads = torch.tensor([0, *accumulate(padded for _, padded in found)], dtype=torch.int32, device=device)
+    return ContextBounds(plain, with_pads if has_pads else plain, max((padded for _, padded in found), default=0))
