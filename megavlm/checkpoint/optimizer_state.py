@@ -15,6 +15,8 @@ import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
+from megavlm.parallel.sharded import compute_dtype, gathered, is_sharded, write_part
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
 
@@ -42,7 +44,12 @@ def collect(optimizer: Any, *, for_loading: bool) -> list[StateTensor]:
         if isinstance(part, DistributedOptimizer):
             found += _gathered(part, for_loading)
         else:
-            found += _plain(part)
+            for state in _plain(part):
+                # All ranks of a sharded parameter's group hold a part of it, and each gathers the whole.
+                tensor = state.tensor
+                if is_sharded(tensor):
+                    tensor = torch.zeros(tensor.shape, dtype=tensor.dtype) if for_loading else gathered(tensor)
+                found.append(state._replace(tensor=tensor))
     return found
 
 
@@ -55,6 +62,10 @@ def put_back(optimizer: Any, loaded: Sequence[StateTensor], step: int) -> None:
             for parameter, main, start, end in _shards(part):
                 for name, target in _targets(part.optimizer, parameter, main).items():
                     target.copy_(by_place[name, id(parameter)].flatten()[start:end])
+        else:
+            for name, parameter, target in _plain(part):
+                if is_sharded(target):
+                    write_part(target, by_place[name, id(parameter)])
         _set_step(part.optimizer, step)
 
 
@@ -126,9 +137,9 @@ def _steps(adam: torch.optim.Optimizer) -> Iterator[int]:
 
 
 def _targets(adam: torch.optim.Optimizer, parameter: torch.nn.Parameter, main: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The optimizer's own tensors of one parameter; the master only where it holds more than the parameter."""
+    """The optimizer's own tensors of one parameter; the master only where it holds more than what is computed with."""
     tensors = {name: adam.state[main][name] for name in MOMENTS}
-    return tensors if parameter.dtype == torch.float32 else tensors | {MASTER: main.data}
+    return tensors if compute_dtype(parameter) == torch.float32 else tensors | {MASTER: main.data}
 
 
 def _plain(part: Any) -> list[StateTensor]:

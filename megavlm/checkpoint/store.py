@@ -33,6 +33,7 @@ from megavlm.models.weights import sharding_metadata
 from megavlm.parallel.context import ParallelContext
 from megavlm.parallel.mcore_fixes import in_process_save_strategy, install
 from megavlm.parallel.reductions import union_over_ranks
+from megavlm.parallel.sharded import whole_parameters
 
 __all__ = ["CheckpointError", "load", "module_folders", "newest", "prune", "read_state", "save"]
 _OPTIMIZER = "optimizer."
@@ -60,12 +61,14 @@ def save(
     unfinished = path.with_name(path.name + folders.UNFINISHED)
     with watchdog(f"saving {path}", timeout_s):
         _on_rank_zero(lambda: _fresh_folder(unfinished))
-        bases = _model_bases(chunks, ctx)
+        with whole_parameters(chunks, write_back=False) as twins:
+            bases = _model_bases(chunks, ctx)
         tensors = [t for base in bases.values() for t in _pieces(base)]
         step = 0
         if optimizer is not None:
             step = optimizer_state.read_step(optimizer)
-            tensors += _optimizer_pieces(optimizer_state.collect(optimizer, for_loading=False), bases)
+            states = optimizer_state.collect(optimizer, for_loading=False)
+            tensors += _optimizer_pieces(states, bases, twins)
         held = sorted(union_over_ranks(base.key.split(".", 1)[0] for base in bases.values()))
         strategy = FullyParallelSaveStrategyWrapper(in_process_save_strategy(), ctx.data_context_group)
         _everywhere(lambda: save_sharded(dict(enumerate(tensors)), str(unfinished), strategy), f"saving {path}")
@@ -107,15 +110,16 @@ def load(
     if verify:
         mine = folders.manifest_files(path)[dist.get_rank() :: dist.get_world_size()]
         _everywhere(lambda: folders.verify(path, mine), f"loading {path}")
-    bases = _model_bases(chunks, ctx)
-    wanted = {key: base for key, base in bases.items() if modules is None or base.key.split(".", 1)[0] in modules}
-    tensors = [t for base in wanted.values() for t in _pieces(base)]
     states: list[optimizer_state.StateTensor] = []
-    if optimizer is not None:
-        states = optimizer_state.collect(optimizer, for_loading=True)
-        tensors += _optimizer_pieces(states, bases)
-    _everywhere(lambda: _check_present(path, tensors, state, modules), f"loading {path}")
-    _everywhere(lambda: _read_into(path, tensors), f"loading {path}")
+    with whole_parameters(chunks, write_back=True) as twins:
+        bases = _model_bases(chunks, ctx)
+        wanted = {key: base for key, base in bases.items() if modules is None or base.key.split(".", 1)[0] in modules}
+        tensors = [t for base in wanted.values() for t in _pieces(base)]
+        if optimizer is not None:
+            states = optimizer_state.collect(optimizer, for_loading=True)
+            tensors += _optimizer_pieces(states, bases, twins)
+        _everywhere(lambda: _check_present(path, tensors, state, modules), f"loading {path}")
+        _everywhere(lambda: _read_into(path, tensors), f"loading {path}")
     if optimizer is not None:
         optimizer_state.put_back(optimizer, states, int(state["optimizer_step"]))
     return state
@@ -142,10 +146,12 @@ def _pieces(base: Any) -> list[ShardedTensor]:
     return found
 
 
-def _optimizer_pieces(states: Sequence[optimizer_state.StateTensor], bases: dict[int, Any]) -> list[ShardedTensor]:
+def _optimizer_pieces(
+    states: Sequence[optimizer_state.StateTensor], bases: dict[int, Any], twins: dict[int, torch.nn.Parameter]
+) -> list[ShardedTensor]:
     found: list[ShardedTensor] = []
     for name, parameter, tensor in states:
-        base = bases[id(parameter)]
+        base = bases[id(twins.get(id(parameter), parameter))]
         fields: dict[str, Any] = {"key": f"{_OPTIMIZER}{name}.{base.key}", "data": tensor}
         if isinstance(base, ShardedTensor):
             fields["dtype"] = tensor.dtype

@@ -9,14 +9,18 @@ Shape legend: S packed sequence, L this rank's rows, N visual tokens, D width, Q
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 
 from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
-from megavlm.config.vision import ROTARY_POSITIONS
+from megavlm.config.tensor_split import encoder_tensor_ranks, projector_tensor_ranks
 from megavlm.data.types import PackedBatch
 from megavlm.models.handover import Sides, deepstack_side, join, pad, part, side_rows
 from megavlm.models.language import LanguageModel
@@ -28,7 +32,10 @@ from megavlm.models.layers.masks import groups_of
 from megavlm.models.layers.packing import Packing, pack
 from megavlm.models.layers.run import AfterLayer
 from megavlm.models.projectors import build_projector
-from megavlm.models.vision import CanvasEncoder, VisionEncoder, build_encoder
+from megavlm.models.projectors.arrange import Collect, all_here
+from megavlm.models.vision import VisionEncoder, build_encoder
+from megavlm.models.vision.distributed import DealtPictures, build_in_layout, pixels_of
+from megavlm.models.vision.untouched import untouched_zero
 from megavlm.parallel.context import ParallelContext
 from megavlm.topology.context import ContextLayout, context_layout
 from megavlm.topology.pipeline import PipelineSplit
@@ -65,11 +72,19 @@ class VisionLanguageModel(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.model, self.ctx, self.context_split = model, ctx, parallel.context_split
         self.layers_of_first_chunk = PipelineSplit.of(model.language.num_layers, parallel).counts[0]
-        # Without overlap an image-less microbatch simply has no encoder gradient; with it the encoder must be touched.
-        self.touch_encoder = parallel.overlap_grad_reduce
+        # Where ranks reduce and gather while they compute, an image-less microbatch must take its part in the encoder's.
+        self.touch_encoder = parallel.overlap_grad_reduce or parallel.zero >= 2
         has_encoder = self.pre_process and not (text_only or model.text_only)
-        self.vision = build_encoder(model, precision, parallel, ctx.device) if has_encoder else None
-        self.projector = build_projector(model, precision, parallel, ctx.device) if has_encoder else None
+        self.vision, self.projector, self.dealt = None, None, None
+        self.whole_modules: tuple[str, ...] = ()
+        if has_encoder:
+            ranks = {"vision": encoder_tensor_ranks(model, parallel), "projector": projector_tensor_ranks(model, parallel)}
+            self.whole_modules = tuple(f"{name}." for name, number in ranks.items() if number != ctx.grid.tensor)
+            build = partial(build_in_layout, parallel=parallel, ctx=ctx)
+            self.vision = build(ranks["vision"], build=lambda own: build_encoder(model, precision, own, ctx.device))
+            self.projector = build(ranks["projector"], build=lambda own: build_projector(model, precision, own, ctx.device))
+            if parallel.encoder_data_parallel is not False and ctx.grid.tensor * ctx.grid.context > 1:
+                self.dealt = DealtPictures(model, parallel, ctx, self.config.params_dtype)
         self.language = language
 
     def set_input_tensor(self, tensor: torch.Tensor | list[torch.Tensor]) -> None:
@@ -79,6 +94,28 @@ class VisionLanguageModel(MegatronModule):
     def shared_embedding_or_output_weight(self) -> torch.Tensor:
         """The weight that embedding and head share; megatron-core sums its gradients over first and last stage."""
         return self.language.shared_embedding_or_output_weight()
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> ShardedStateDict:
+        """Of modules that are whole on every tensor rank the first one's copy is the one to be stored."""
+        state: ShardedStateDict = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for base in nested_values(state):
+            if base.key.removeprefix(prefix).startswith(self.whole_modules or ("-",)):
+                first, _, copy = base.replica_id
+                base.replica_id = (first, self.ctx.tensor_rank, copy)
+        return state
+
+    def summed_over_tensor(self) -> Iterator[torch.nn.Parameter]:
+        """Parameters of which each tensor rank has the gradient of its own pictures only (parallel/encoder_layout.py)."""
+        if self.dealt is None:
+            return
+        for name, parameter in self.named_parameters():
+            # The end of a row is put in where all pictures are together again: every tensor rank has its whole gradient.
+            if name.startswith(("vision.", "projector.")) and name != "projector.image_newline":
+                yield parameter
+
+    def keep_own_pictures(self, batch: PackedBatch) -> PackedBatch:
+        """The batch without the pixels that other ranks encode."""
+        return batch if self.dealt is None or not batch.num_tiles else self.dealt.keep_own(batch)
 
     def forward(self, batch: PackedBatch, message_rows: int = 0) -> torch.Tensor | TargetLoss:
         """Losses on the last stage; before it what the next stage needs (R, 1, D), padded to `message_rows` where these are more."""
@@ -126,7 +163,9 @@ class VisionLanguageModel(MegatronModule):
         """(token embeddings (S, 1, D) with visual features in the place of their placeholders, side rows for the layers)."""
         x = self.language.embed(batch.tokens_S)
         if batch.num_tiles == 0:
-            return x + self._untouched_encoder() if self.touch_encoder and self.vision is not None else x, self._no_sides(batch)
+            if self.touch_encoder and self.vision is not None and self.projector is not None:
+                x = x + untouched_zero(self.vision, self.projector, x.device).to(x.dtype)
+            return x, self._no_sides(batch)
         if self.vision is None or self.projector is None:
             raise ValueError(f"this batch has {batch.num_tiles} image tiles, but the stage's objective is text: use samples without images")
         features_ND, sides = self._visual_tokens(batch, self.vision, self.projector)
@@ -155,16 +194,17 @@ class VisionLanguageModel(MegatronModule):
         empty = torch.empty(0, 1, width, dtype=self.config.params_dtype, device=self.ctx.device)
         return dict.fromkeys(side_rows(self.model, batch, 0), empty)
 
-    @staticmethod
-    def _visual_tokens(batch: PackedBatch, vision: VisionEncoder, projector: MegatronModule) -> tuple[torch.Tensor, Sides]:
+    def _visual_tokens(self, batch: PackedBatch, vision: VisionEncoder, projector: MegatronModule) -> tuple[torch.Tensor, Sides]:
         """(N, D), by whichever policy of data.image made the batch; and side rows, of which there are N for each DeepStack layer."""
-        pixels, grids = (batch.pixels_X, batch.tile_grids) if batch.tile_grids is not None else (batch.tiles_TCHW, None)
-        assert pixels is not None, "the first pipeline stage needs the pixels of its batch"
-        features = vision(pixels, batch.picture_tiles if isinstance(vision, CanvasEncoder) else grids)
-        if batch.instruction_ids_W is not None and batch.instruction_lengths is not None:
-            features.instructions = (batch.instruction_ids_W, batch.instruction_lengths)
-        tokens_ND: torch.Tensor = projector(features, batch.feature_rows_N)
-        deep = projector.deep(features, batch.feature_rows_N) if features.deep else []
+        collect: Collect = all_here
+        if self.dealt is not None:
+            own, collect = self.dealt.own(batch)
+        else:
+            own = pixels_of(batch, by_picture=self.model.vision.canvas is not None)
+        features = vision(own.pixels, own.grids)
+        features.instructions = own.instructions
+        tokens_ND: torch.Tensor = projector(features, batch.feature_rows_N, collect)
+        deep = projector.deep(features, batch.feature_rows_N, collect) if features.deep else []
         return tokens_ND, {deepstack_side(i): rows_ND.unsqueeze(1) for i, rows_ND in enumerate(deep)}
 
     def _deepstack(self, batch: PackedBatch, packing: Packing) -> AfterLayer | None:
@@ -180,23 +220,6 @@ class VisionLanguageModel(MegatronModule):
             return self.language.add_rows(x_LBD, batch.image_positions_N, rows_NBD, batch.num_tokens, packing)
 
         return add
-
-    def _untouched_encoder(self) -> torch.Tensor:
-        """A zero that depends on every weight of encoder and projector, by way of one grey tile.
-
-        Overlapped gradient reduction counts gradients as they arrive: a microbatch without an image would leave the
-        encoder's buckets waiting, and the job hanging, on this rank only.
-        """
-        assert self.vision is not None and self.projector is not None
-        vision, block_px = self.model.vision, self.model.vision.patch_size_px * self.model.projector.pixel_shuffle
-        # Encoders with rotary positions take pictures of any size: the smallest will do.
-        side = block_px if vision.positions in ROTARY_POSITIONS else vision.image_size_px
-        tile = torch.full((1, vision.num_channels, side, side), 127, dtype=torch.uint8, device=self.ctx.device)
-        features = self.vision(tile)
-        if self.model.projector.qformer is not None and self.model.projector.qformer.instruction is not None:
-            features.instructions = (torch.zeros(1, dtype=torch.int64, device=self.ctx.device), [1])
-        deep = self.projector.deep(features) if features.deep else []
-        return 0.0 * sum((rows.sum() for rows in deep), start=self.projector(features).sum())
 
     def _axes(self, batch: PackedBatch) -> torch.Tensor | None:
         """(3, S): time, row and column of each token, where the LLM tells these apart and there are pictures."""

@@ -15,6 +15,7 @@ from megavlm.config.schema import DataConfig, ModelConfig, ParallelConfig, Preci
 from megavlm.config.tensor_split import encoder_tensor_ranks, projector_tensor_ranks
 from megavlm.planner.parameters import ParameterBlock, parameter_blocks
 from megavlm.planner.projectors import projector_elements
+from megavlm.topology.context import most_rows
 from megavlm.topology.grid import RankGrid
 from megavlm.topology.pipeline import PipelineSplit
 from megavlm.topology.table import human_bytes, human_count, text_table
@@ -42,13 +43,19 @@ class RankMemory:
 
 
 def estimate_memory(
-    model: ModelConfig, stage: StageConfig, data: DataConfig, grid: RankGrid, parallel: ParallelConfig, precision: PrecisionConfig
+    model: ModelConfig,
+    stage: StageConfig,
+    data: DataConfig,
+    grid: RankGrid,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    segments: int = 0,
 ) -> list[RankMemory]:
     """One estimate a pipeline rank (ranks that differ on other axes need the same), for the fullest microbatch that budgets allow.
 
     Without a hard data.max_patches_per_pack a pack is taken to hold as many tiles as its tokens have room for (with policy=native
     one picture as large as that; with policy=anyres tiles that keep all their features). Where pictures are always dealt to the ranks of
-    a microbatch a rank has its share of them.
+    a microbatch a rank has its share of them. `segments` of a microbatch have pads where context ranks share it.
 
     Raises:
         PipelineError: the layers cannot be split over the grid. GridError: the batch cannot. TrainingError: see planner.parameters.
@@ -57,7 +64,7 @@ def estimate_memory(
     split = PipelineSplit.of(model.language.num_layers, parallel)
     own = {"encoder_tensor": encoder_tensor_ranks(model, parallel), "projector_tensor": projector_tensor_ranks(model, parallel)}
     blocks = list(parameter_blocks(model, stage, grid.tensor, grid.expert, **own))
-    load = _Load.of(model, stage, data, grid, parallel, precision)
+    load = _Load.of(model, stage, data, grid, parallel, precision, segments)
     return [_rank_memory(rank, blocks, split, load, model, num_microbatches) for rank in range(grid.pipeline)]
 
 
@@ -108,7 +115,14 @@ class _Load:
 
     @classmethod
     def of(
-        cls, model: ModelConfig, stage: StageConfig, data: DataConfig, grid: RankGrid, parallel: ParallelConfig, precision: PrecisionConfig
+        cls,
+        model: ModelConfig,
+        stage: StageConfig,
+        data: DataConfig,
+        grid: RankGrid,
+        parallel: ParallelConfig,
+        precision: PrecisionConfig,
+        segments: int = 0,
     ) -> _Load:
         tokens, tiles, patches = {
             "multimodal": (data.seq_len_tokens, *_most_pictures(model, data)),
@@ -120,7 +134,7 @@ class _Load:
         else:
             tiles, patches = tiles * stage.micro_batch_packs, patches * stage.micro_batch_packs
         return cls(
-            tokens=math.ceil(tokens * stage.micro_batch_packs / grid.context),
+            tokens=most_rows(tokens * stage.micro_batch_packs, segments, parallel),
             tiles=tiles,
             patches=patches,
             tensor=grid.tensor,

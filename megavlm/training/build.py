@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megavlm.config.schema import ParallelConfig, Recipe, StageConfig
 from megavlm.models.classifier import VisionClassifier
 from megavlm.models.freezing import apply_freezing
+from megavlm.models.units import layer_units
 from megavlm.models.vlm import VisionLanguageModel
-from megavlm.parallel.context import ParallelContext
+from megavlm.parallel.context import ParallelContext, entered_data_group
+from megavlm.parallel.encoder_layout import finalize_gradients
+from megavlm.parallel.sharded import ShardedDataParallel
 from megavlm.training.optimizer import build_optimizer
 
 
@@ -20,7 +23,7 @@ from megavlm.training.optimizer import build_optimizer
 class StageModel:
     """A stage's model in training form."""
 
-    chunks: list[DistributedDataParallel]
+    chunks: list[DistributedDataParallel] | list[ShardedDataParallel]
     """One per virtual pipeline chunk of this rank."""
     optimizer: MegatronOptimizer
 
@@ -49,12 +52,16 @@ def wrap_for_training(modules: list[torch.nn.Module], recipe: Recipe, stage: Sta
         grad_reduce_in_fp32=recipe.precision.grad_reduce_in_fp32,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
-        use_distributed_optimizer=parallel.distributed_optimizer,
+        use_distributed_optimizer=parallel.zero == 1,
     )
-    chunks = [DistributedDataParallel(m.config, ddp_config, m, disable_bucketing=i > 0) for i, m in enumerate(modules)]
+    chunks = (
+        _sharded(modules, ddp_config, parallel)
+        if parallel.zero >= 2
+        else [DistributedDataParallel(m.config, ddp_config, m, disable_bucketing=i > 0) for i, m in enumerate(modules)]
+    )
     for chunk in chunks:
-        chunk.config.finalize_model_grads_func = finalize_model_grads
-        if parallel.overlap_grad_reduce:
+        chunk.config.finalize_model_grads_func = finalize_gradients
+        if parallel.overlap_grad_reduce or parallel.zero >= 2:
             no_sync = [c.no_sync for c in chunks]
             chunk.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     optimizer = build_optimizer(chunks, stage, recipe.precision, parallel)
@@ -62,3 +69,14 @@ def wrap_for_training(modules: list[torch.nn.Module], recipe: Recipe, stage: Sta
         # megatron-core's schedules multiply the loss by this before the backward pass.
         chunk.config.grad_scale_func = optimizer.scale_loss if recipe.precision.dtype == "fp16" else None
     return StageModel(chunks, optimizer)
+
+
+def _sharded(
+    modules: list[torch.nn.Module], ddp_config: DistributedDataParallelConfig, parallel: ParallelConfig
+) -> list[ShardedDataParallel]:
+    group = entered_data_group()
+    device = next(parameter.device for module in modules for parameter in module.parameters())
+    return [
+        ShardedDataParallel(m.config, ddp_config, m, layer_units(m), group=group, device=device, keeps_gathered=parallel.zero == 2)
+        for m in modules
+    ]

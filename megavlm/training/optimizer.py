@@ -53,14 +53,15 @@ def build_optimizer(
         adam_beta2=settings.beta2,
         adam_eps=settings.eps,
         clip_grad=settings.clip_grad_norm or NO_CLIPPING,
-        bf16=precision.dtype == "bf16",
+        # Sharded parameters are their own fp32 masters.
+        bf16=precision.dtype == "bf16" and parallel.zero < 2,
         fp16=precision.dtype == "fp16",
         initial_loss_scale=precision.loss_scale.initial,
         min_loss_scale=precision.loss_scale.minimum,
         loss_scale_window=precision.loss_scale.window_steps,
         hysteresis=precision.loss_scale.hysteresis,
-        params_dtype=DTYPES[precision.dtype],
-        use_distributed_optimizer=parallel.distributed_optimizer,
+        params_dtype=DTYPES[precision.dtype] if parallel.zero < 2 else torch.float32,
+        use_distributed_optimizer=parallel.zero == 1,
         overlap_param_gather=parallel.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=_group_overrides(stage))

@@ -17,9 +17,10 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megavlm.data.types import PackedBatch
-from megavlm.models.vlm import TargetLoss
+from megavlm.models.vlm import TargetLoss, VisionLanguageModel
 from megavlm.parallel.context import ParallelContext
 from megavlm.parallel.reductions import sum_over_data, sum_over_data_then_share
+from megavlm.parallel.sharded import ShardedDataParallel
 from megavlm.training.build import StageModel
 
 
@@ -36,7 +37,7 @@ class StepLoss:
 
 
 def forward_backward(
-    chunks: Sequence[DistributedDataParallel | torch.nn.Module],
+    chunks: Sequence[torch.nn.Module],
     microbatches: Sequence[PackedBatch],
     tasks: Sequence[str],
     ctx: ParallelContext,
@@ -44,7 +45,7 @@ def forward_backward(
     forward_only: bool = False,
 ) -> StepLoss:
     """Run the schedule. Gradients are left in the chunks, reduced and normalised, unless `forward_only`."""
-    batches = scale_weights([b.to(ctx.device) for b in microbatches], ctx)
+    batches = scale_weights([_own_pictures(chunks[0], b).to(ctx.device) for b in microbatches], ctx)
     rows = _message_rows(chunks[0], batches, ctx)
     task_number = {task: i for i, task in enumerate(tasks)}
 
@@ -73,11 +74,17 @@ def forward_backward(
     return _to_loss(sum_over_data_then_share(sums, ctx).tolist(), tasks)
 
 
-def _message_rows(chunk: DistributedDataParallel | torch.nn.Module, batches: Sequence[PackedBatch], ctx: ParallelContext) -> int:
+def _own_pictures(chunk: torch.nn.Module, batch: PackedBatch) -> PackedBatch:
+    """The batch without pixels that other ranks encode: they need not be copied to the device."""
+    module = getattr(chunk, "module", chunk)
+    return module.keep_own_pictures(batch) if isinstance(module, VisionLanguageModel) else batch
+
+
+def _message_rows(chunk: torch.nn.Module, batches: Sequence[PackedBatch], ctx: ParallelContext) -> int:
     """Rows of every message between pipeline stages: those that the step's largest microbatch needs; 0 where there are no messages."""
     if ctx.grid.pipeline == 1:
         return 0
-    module: Any = chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
+    module: Any = chunk.module if isinstance(chunk, DistributedDataParallel | ShardedDataParallel) else chunk
     return max(module.message_rows(batch) for batch in batches)
 
 

@@ -1,0 +1,192 @@
+"""Sharded data parallelism (ZeRO-2 and ZeRO-3, https://arxiv.org/abs/1910.02054) for megatron-core's schedules and optimizers, over torch's FSDP2.
+
+megatron-core has two of its own. Megatron-FSDP needs CUDA streams, events and devices of its own at every step; its wrapper of FSDP2 names a CUDA mesh, reduces in the
+parameters' format, and divides gradients by the number of ranks, which together with a division by the number of targets
+(`calculate_per_token_loss`) makes them too small. So the wrapping is done here, and everything else stays megatron-core's: schedules,
+`finalize_model_grads`, gradient norm and clipping, Adam.
+
+Every trained parameter is kept in fp32, split over data and context ranks along its first dimension; so are its gradient and its
+moments. Layers gather their parameters in the format of computation when they run. Sums, not means, are reduced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.distributed.data_parallel_base import _BaseDataParallel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+_COMPUTE_DTYPE = "compute_dtype"
+"""Mark on a sharded parameter."""
+
+
+class ShardedDataParallel(_BaseDataParallel):
+    """A model chunk whose parameters, gradients and optimizer state are split over data-parallel ranks.
+
+    `units` gather their parameters when they run; the rest of the chunk does so at its beginning, until the end of its backward pass.
+    Every rank must run the same units in every microbatch (see `touch`). With `keeps_gathered` (ZeRO-2) parameters stay whole from the
+    first microbatch of a step to its last.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        ddp_config: DistributedDataParallelConfig,
+        module: torch.nn.Module,
+        units: Iterable[torch.nn.Module],
+        *,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        keeps_gathered: bool,
+        offloads: bool = False,
+    ) -> None:
+        super().__init__(config=config, module=module)
+        self.ddp_config, self.keeps_gathered = ddp_config, keeps_gathered
+        computes = config.params_dtype
+        reduces = torch.float32 if ddp_config.grad_reduce_in_fp32 else computes
+        is_fp32 = computes == torch.float32
+        policy = MixedPrecisionPolicy(
+            param_dtype=None if is_fp32 else computes, reduce_dtype=None if is_fp32 else reduces, cast_forward_inputs=False
+        )
+        options: dict[str, Any] = {
+            "mesh": DeviceMesh.from_group(group, device.type),
+            "mp_policy": policy,
+            "reshard_after_forward": not keeps_gathered,
+            "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if offloads else OffloadPolicy(),
+        }
+        for unit in units:
+            _shard(unit, computes, options)
+        _shard(module, computes, options | {"reshard_after_forward": False})
+        for part in self._parts():
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+            # All ranks reduce the same parameters, whatever their microbatch has reached; Adam then sees zeros, not nothing.
+            part.set_reduce_scatter_unused_params(True, recurse=False)
+
+    def _parts(self) -> list[FSDPModule]:
+        return [m for m in self.module.modules() if isinstance(m, FSDPModule)]
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """The chunk's forward pass."""
+        output = self.module(*inputs, **kwargs)
+        if not torch.is_grad_enabled():
+            self.reshard()
+        return output
+
+    def reshard(self) -> None:
+        """Keep only this rank's part of every parameter; the module's parameters are those parts then."""
+        for part in self._parts():
+            part.reshard()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Around all microbatches of a step but the last; gradients are reduced in each of them, or they would have to be kept whole."""
+        root = self.module
+        assert isinstance(root, FSDPModule)
+        root.set_is_last_backward(False)
+        if self.keeps_gathered:
+            root.set_reshard_after_backward(False)
+        try:
+            yield
+        finally:
+            root.set_is_last_backward(True)
+            root.set_reshard_after_backward(True)
+
+    def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
+        """FSDP2 has reduced all gradients by the end of the backward pass. Only pending copies are waited for."""
+        self.reshard()
+
+    def scale_gradients(self, scaling_factor: float | torch.Tensor) -> None:
+        """Multiply all gradients."""
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                _local(parameter.grad).mul_(scaling_factor)
+
+
+def _shard(module: torch.nn.Module, computes: torch.dtype, options: dict[str, Any]) -> None:
+    """FSDP2 over what is not sharded yet below `module`; megatron-core's marks on parameters are kept."""
+    marks = {}
+    for name, parameter in module.named_parameters():
+        if not isinstance(parameter, DTensor):
+            marks[name] = dict(vars(parameter)) | {_COMPUTE_DTYPE: computes}
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    fully_shard(module, **options)
+    for name, parameter in module.named_parameters():
+        for mark, value in marks.get(name, {}).items():
+            setattr(parameter, mark, value)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def compute_dtype(parameter: torch.Tensor) -> torch.dtype:
+    """The format that a parameter is computed with; a sharded one may be kept in another."""
+    dtype: torch.dtype = getattr(parameter, _COMPUTE_DTYPE, parameter.dtype)
+    return dtype
+
+
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Does this rank hold a part of the parameter only?"""
+    return isinstance(parameter, DTensor)
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a sharded tensor on the CPU; all ranks of its group must call this."""
+    assert isinstance(tensor, DTensor)
+    whole: torch.Tensor = tensor.detach().full_tensor()
+    return whole.cpu()
+
+
+@torch.no_grad()
+def write_part(target: torch.Tensor, whole: torch.Tensor) -> None:
+    """Copy this rank's part of `whole` into the sharded tensor `target`."""
+    assert isinstance(target, DTensor)
+    local = target.to_local()
+    each = -(-whole.shape[0] // target.device_mesh.size())
+    start = min(target.device_mesh.get_local_rank() * each, whole.shape[0])
+    local.copy_(whole[start : start + local.shape[0]])
+
+
+@contextmanager
+def whole_parameters(chunks: Sequence[torch.nn.Module], *, write_back: bool) -> Iterator[dict[int, torch.nn.Parameter]]:
+    """Whole parameters on the CPU, in the format of computation, in the place of sharded ones; id of the sharded one -> the whole one.
+
+    With `write_back` they are empty, and this rank's parts of what is put into them are kept. Chunks that are not sharded stay as they are.
+    """
+    twins: dict[int, torch.nn.Parameter] = {}
+    places: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
+    for chunk in chunks:
+        module: Any = chunk.module if isinstance(chunk, ShardedDataParallel) else chunk
+        if isinstance(module, FSDPModule):
+            for part in module.modules():
+                if isinstance(part, FSDPModule):
+                    part.reshard()
+            places += [(owner, name, p) for owner in module.modules() for name, p in owner._parameters.items() if isinstance(p, DTensor)]
+            for owner, name, parameter in places:
+                if id(parameter) not in twins:
+                    dtype = module.config.params_dtype
+                    data = torch.zeros(parameter.shape, dtype=dtype) if write_back else gathered(parameter).to(dtype)
+                    twin = torch.nn.Parameter(data, requires_grad=parameter.requires_grad)
+                    for mark, value in vars(parameter).items():
+                        setattr(twin, mark, value)
+                    twins[id(parameter)] = twin
+    for owner, name, parameter in places:
+        owner._parameters[name] = twins[id(parameter)]
+    try:
+        yield twins
+        if write_back:
+            for _, _, parameter in places:
+                write_part(parameter, twins[id(parameter)].data)
+    finally:
+        for owner, name, parameter in places:
+            owner._parameters[name] = parameter
