@@ -23,14 +23,15 @@ class VisionClassifier(MegatronModule):
     """`vision` is the encoder as the VLM has it; `vision_head` is dropped after the stage."""
 
     def __init__(
-        self, model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, ctx: ParallelContext, num_classes: int
+        self, model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, ctx: ParallelContext, num_classes: int,
+        z_loss: float = 0.0,
     ) -> None:
         vision = build_encoder(model, precision, parallel, ctx.device)
         super().__init__(config=vision.config)
         self.pre_process = self.post_process = True
         self.share_embeddings_and_output_weights = False
         self.model_type = ModelType.encoder_or_decoder
-        self.vision = vision
+        self.vision, self.z_loss = vision, z_loss
         self.vision_head = torch.nn.Linear(model.feature_size, num_classes, bias=False, dtype=DTYPES[precision.dtype], device=ctx.device)
 
     def set_input_tensor(self, tensor: torch.Tensor | list[torch.Tensor]) -> None:
@@ -44,4 +45,5 @@ class VisionClassifier(MegatronModule):
             features_ND = features_ND.view(batch.num_tiles, -1, features_ND.shape[-1])[:, 1:].flatten(0, 1)
         hidden_QD = features_ND[batch.target_positions_Q]
         weight = weight_of(self.vision_head)
-        return TargetLoss(*linear_cross_entropy(hidden_QD, weight, batch.target_ids_Q, batch.target_weights_Q), slice(None))
+        found = linear_cross_entropy(hidden_QD, weight, batch.target_ids_Q, batch.target_weights_Q, z_loss=self.z_loss)
+        return TargetLoss(*found, slice(None))

@@ -45,9 +45,11 @@ class TargetLoss(NamedTuple):
     """What the last stage returns."""
 
     total: torch.Tensor
-    """Sum of loss x weight over this rank's targets; carries the gradient."""
+    """Sum of (loss + z-loss) x weight over this rank's targets; carries the gradient."""
     loss_Q: torch.Tensor
-    """Loss of each of this rank's targets, without gradient."""
+    """Cross-entropy of each of this rank's targets, without gradient."""
+    z_total: torch.Tensor
+    """What of the sum is z-loss, without gradient."""
     mine: torch.Tensor | slice
     """Which of the batch's targets these are: all of them, unless context parallelism splits the sequence."""
 
@@ -64,13 +66,14 @@ class VisionLanguageModel(MegatronModule):
         chunk: int = 0,
         *,
         text_only: bool = False,
+        z_loss: float = 0.0,
     ) -> None:
         language = LanguageModel(model.language, precision, parallel, ctx, chunk)
         super().__init__(config=language.config)
         self.pre_process, self.post_process, self.vp_stage = ctx.chunk_position(chunk)
         self.share_embeddings_and_output_weights = model.language.tie_embeddings
         self.model_type = ModelType.encoder_or_decoder
-        self.model, self.ctx, self.context_split = model, ctx, parallel.context_split
+        self.model, self.ctx, self.context_split, self.z_loss = model, ctx, parallel.context_split, z_loss
         self.layers_of_first_chunk = PipelineSplit.of(model.language.num_layers, parallel).counts[0]
         # Where ranks reduce and gather while they compute, an image-less microbatch must take its part in the encoder's.
         self.touch_encoder = parallel.overlap_grad_reduce or parallel.zero >= 2
@@ -124,8 +127,8 @@ class VisionLanguageModel(MegatronModule):
         if not self.post_process:
             return pad(hidden, max(message_rows, hidden.shape[0]))
         rows, mine = local_targets(batch.target_positions_Q, packing)
-        total, loss = self.language.target_loss(hidden, rows, batch.target_ids_Q[mine], batch.target_weights_Q[mine])
-        return TargetLoss(total, loss, mine)
+        found = self.language.target_loss(hidden, rows, batch.target_ids_Q[mine], batch.target_weights_Q[mine], self.z_loss)
+        return TargetLoss(*found, mine)
 
     def transform(self, batch: PackedBatch, packing: Packing) -> torch.Tensor:
         """Hidden states (L, 1, D) after this chunk's layers; before the last stage with the side rows that the next ones need (R, 1, D)."""

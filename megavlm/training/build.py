@@ -37,10 +37,10 @@ def build_chunks(recipe: Recipe, stage: StageConfig, parallel: ParallelConfig, c
     """The stage's bare model on this rank, weights unset."""
     if stage.objective == "vision_classification":
         assert stage.num_classes is not None
-        return [VisionClassifier(recipe.model, recipe.precision, parallel, ctx, stage.num_classes)]
+        return [VisionClassifier(recipe.model, recipe.precision, parallel, ctx, stage.num_classes, stage.loss.z_loss)]
     text_only = stage.objective == "text"
     return [
-        VisionLanguageModel(recipe.model, recipe.precision, parallel, ctx, chunk, text_only=text_only)
+        VisionLanguageModel(recipe.model, recipe.precision, parallel, ctx, chunk, text_only=text_only, z_loss=stage.loss.z_loss)
         for chunk in range(parallel.virtual_pipeline)
     ]
 

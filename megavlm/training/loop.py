@@ -186,6 +186,7 @@ class _StageRun:
                 "stage": self.stage.name,
                 "stage_step": self.state.stage_step,
                 "loss": loss.loss,
+                **({"z_loss": loss.z_loss} if self.stage.loss.z_loss else {}),
                 **({} if grad_norm is None else {"grad_norm": grad_norm}),
                 **scaling,
                 "lr": rates,

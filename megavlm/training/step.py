@@ -29,11 +29,13 @@ class StepLoss:
     """Losses of a global batch, equal on every rank."""
 
     loss: float
-    """Weighted mean over targets: what the gradients belong to."""
+    """Weighted mean of the cross-entropy over targets: with `z_loss` what the gradients belong to."""
     num_targets: int
     """Targets with a weight above 0."""
     by_task: dict[str, float]
     """Plain mean over each task's targets, for tasks that occurred."""
+    z_loss: float = 0.0
+    """What is added to `loss` for the gradients (LossConfig.z_loss), a weighted mean too."""
 
 
 def forward_backward(
@@ -68,7 +70,7 @@ def forward_backward(
         micro_batch_size=1,
         forward_only=forward_only,
     )
-    sums = torch.zeros(2 + 2 * len(tasks), dtype=torch.float64, device=ctx.device)
+    sums = torch.zeros(3 + 2 * len(tasks), dtype=torch.float64, device=ctx.device)
     for report in reports:
         sums += report
     return _to_loss(sum_over_data_then_share(sums, ctx).tolist(), tasks)
@@ -101,23 +103,24 @@ def scale_weights(batches: Sequence[PackedBatch], ctx: ParallelContext) -> list[
 
 
 def _report(batch: PackedBatch, output: TargetLoss, task_number: dict[str, int], ctx: ParallelContext) -> tuple[torch.Tensor, torch.Tensor]:
-    """Number of targets for megatron-core, and [loss sum, targets, then sum and count of each task] for people."""
+    """Number of targets for megatron-core, and [loss sum, targets, z-loss sum, then sum and count of each task] for people."""
     weights, segments = batch.target_weights_Q[output.mine], batch.target_segments_Q[output.mine]
     counted = weights > 0
     number = counted.sum()
-    sums = torch.zeros(2 + 2 * len(task_number), dtype=torch.float64, device=ctx.device)
-    sums[0], sums[1] = output.total.detach(), number
+    sums = torch.zeros(3 + 2 * len(task_number), dtype=torch.float64, device=ctx.device)
+    sums[0], sums[1], sums[2] = output.total.detach() - output.z_total, number, output.z_total
     task_of_segment = torch.tensor([task_number.get(t, -1) for t in batch.segment_tasks], device=ctx.device)
     if segments.numel():
         task = task_of_segment[segments[counted]]
-        sums[2::2].index_add_(0, task, output.loss_Q[counted].double())
-        sums[3::2].index_add_(0, task, torch.ones_like(task, dtype=torch.float64))
+        sums[3::2].index_add_(0, task, output.loss_Q[counted].double())
+        sums[4::2].index_add_(0, task, torch.ones_like(task, dtype=torch.float64))
     return number.to(torch.int), sums
 
 
 def _to_loss(sums: list[float], tasks: Sequence[str]) -> StepLoss:
-    by_task = {task: sums[2 + 2 * i] / sums[3 + 2 * i] for i, task in enumerate(tasks) if sums[3 + 2 * i]}
-    return StepLoss(sums[0] / max(sums[1], 1.0), int(sums[1]), by_task)
+    by_task = {task: sums[3 + 2 * i] / sums[4 + 2 * i] for i, task in enumerate(tasks) if sums[4 + 2 * i]}
+    number = max(sums[1], 1.0)
+    return StepLoss(sums[0] / number, int(sums[1]), by_task, sums[2] / number)
 
 
 def train_step(

@@ -27,7 +27,7 @@ from megavlm.models.layers.run import AfterLayer, run_layers
 from megavlm.models.layers.specs import LayerStyle, block_spec, layer_spec, post_of
 from megavlm.parallel.context import ParallelContext
 from megavlm.topology.pipeline import PipelineSplit
-from megavlm_kernels.linear_cross_entropy import linear_cross_entropy
+from megavlm_kernels.linear_cross_entropy import HeadLoss, linear_cross_entropy
 
 
 class LanguageModel(GPTModel):
@@ -116,9 +116,9 @@ class LanguageModel(GPTModel):
         return weight_of(self.output_layer)
 
     def target_loss(
-        self, x_LBD: torch.Tensor, rows_Q: torch.Tensor, target_Q: torch.Tensor, loss_weight_Q: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(weighted sum, loss of each target) of rows that are local to this context rank."""
+        self, x_LBD: torch.Tensor, rows_Q: torch.Tensor, target_Q: torch.Tensor, loss_weight_Q: torch.Tensor, z_loss: float = 0.0
+    ) -> HeadLoss:
+        """Weighted sum and loss of each target, of rows that are local to this context rank."""
         if self.config.sequence_parallel:
             hidden_QD = gather_from_sequence_parallel_region(x_LBD)[rows_Q, 0]  # backward sums the tensor ranks' parts
         else:
@@ -133,6 +133,7 @@ class LanguageModel(GPTModel):
             vocab_start=self.ctx.tensor_rank * weight.shape[0],
             group=self.ctx.tensor_group,
             softcap=self.language.logit_softcap,
+            z_loss=z_loss,
         )
 
     def logits(self, x_LBD: torch.Tensor, rows_Q: torch.Tensor | None = None) -> torch.Tensor:

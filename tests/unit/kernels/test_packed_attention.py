@@ -74,7 +74,7 @@ def test_other_segments_do_not_change_by_a_bit(lengths: list[int], window: int |
         return packed_attention(*a, segments, causal=True, window=window, softcap=softcap)
 
     before = forward_and_gradients(run, x, upstream)
-    for number, (start, end) in enumerate(pairwise(bounds)):
+    for start, end in pairwise(bounds):
         if start == end:
             continue
         other = [y.detach().clone() for y in x]
