@@ -23,7 +23,12 @@ class VisionClassifier(MegatronModule):
     """`vision` is the encoder as the VLM has it; `vision_head` is dropped after the stage."""
 
     def __init__(
-        self, model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, ctx: ParallelContext, num_classes: int,
+        self,
+        model: ModelConfig,
+        precision: PrecisionConfig,
+        parallel: ParallelConfig,
+        ctx: ParallelContext,
+        num_classes: int,
         z_loss: float = 0.0,
     ) -> None:
         vision = build_encoder(model, precision, parallel, ctx.device)
