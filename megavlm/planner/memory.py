@@ -15,6 +15,7 @@ from megavlm.config.schema import DataConfig, ModelConfig, ParallelConfig, Preci
 from megavlm.config.tensor_split import encoder_tensor_ranks, projector_tensor_ranks
 from megavlm.planner.parameters import ParameterBlock, parameter_blocks
 from megavlm.planner.projectors import projector_elements
+from megavlm.planner.schedule import most_in_flight, pass_order
 from megavlm.topology.context import most_rows
 from megavlm.topology.grid import RankGrid
 from megavlm.topology.pipeline import PipelineSplit
@@ -228,38 +229,25 @@ def _lives_on(block: ParameterBlock, rank: int, split: PipelineSplit) -> bool:
     return rank == 0
 
 
-def chunk_passes_in_flight(rank: int, pipeline: int, virtual_pipeline: int, num_microbatches: int) -> int:
-    """Most forward passes of a chunk whose backward is still to come on one pipeline rank.
-
-    1F1B: the warm-up passes and one more. Interleaved: as megatron-core's `schedules.get_pp_rank_microbatches` counts the warm-up.
-    """
-    if virtual_pipeline == 1:
-        return min(num_microbatches, pipeline - rank)
-    warm_up = 2 * (pipeline - rank - 1) + (virtual_pipeline - 1) * pipeline
-    return min(num_microbatches * virtual_pipeline, warm_up + 1)
-
-
 def _activations(
     rank: int, blocks: Sequence[ParameterBlock], split: PipelineSplit, load: _Load, model: ModelConfig, num_microbatches: int
 ) -> int:
-    """Bytes that wait for their backward pass on one rank."""
-    elements = 0.0
-    passes = chunk_passes_in_flight(rank, split.pipeline, split.virtual_pipeline, num_microbatches)
+    """Most bytes that wait for their backward pass on one rank: each chunk keeps its own for every microbatch in flight."""
     below = False
     kept: list[tuple[float, ParameterBlock]] = []
     for block in blocks:
         below = below or block.trains
         if block.part == "layer" and _lives_on(block, rank, split) and below:
             kept.append((_layer_elements(block, load, model), block))
-    # A chunk pass keeps this rank's LLM layers / chunks; the encoder stands before the first chunk only.
-    encoder_passes = math.ceil(passes / split.virtual_pipeline)
+    per_chunk = [0.0] * split.virtual_pipeline
     for layer_elements, block in kept:
-        share = passes / split.virtual_pipeline if block.module == "language" else encoder_passes
-        elements += share * (_checkpoint_elements(block, load, model) if load.recompute else layer_elements)
+        chunk = split.owner(block.layer)[1] if block.module == "language" and block.layer is not None else 0
+        per_chunk[chunk] += _checkpoint_elements(block, load, model) if load.recompute else layer_elements
+    if rank == 0 and any(b.module == "projector" and b.trains for b in blocks):
+        per_chunk[0] += _projector_elements(load, model)
+    elements = most_in_flight(pass_order(rank, split.pipeline, split.virtual_pipeline, num_microbatches), per_chunk)
     if load.recompute and kept:
         elements += max(layer_elements for layer_elements, _ in kept)
-    if rank == 0 and any(b.module == "projector" and b.trains for b in blocks):
-        elements += encoder_passes * _projector_elements(load, model)
     return math.ceil(elements * load.element_bytes)
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megavlm.config.schema import (
@@ -15,7 +14,7 @@ from megavlm.config.schema import (
     StageConfig,
     VisionConfig,
 )
-from megavlm.planner.memory import HEAD_CHUNK_ELEMENTS, chunk_passes_in_flight, estimate_memory, memory_table, state_bytes
+from megavlm.planner.memory import HEAD_CHUNK_ELEMENTS, estimate_memory, memory_table, state_bytes
 from megavlm.planner.parameters import params
 from megavlm.topology.grid import RankGrid
 from megavlm_kernels.linear_cross_entropy import op as head_op
@@ -80,18 +79,26 @@ def test_each_way_of_sharding_saves_where_it_should():
     assert text.activations_bytes + images.activations_bytes > 0 and images.head_bytes == 0
 
 
-@pytest.mark.parametrize(("pipeline", "virtual"), [(2, 2), (4, 2), (4, 3)])
-def test_passes_in_flight_are_the_schedules(pipeline, virtual, monkeypatch):
-    from megatron.core import parallel_state
+def test_unequal_pipeline_stages_hold_and_keep_their_own():
+    def stages(counts):
+        return estimate(len(counts), parallel=ParallelConfig(pipeline=len(counts), layers_per_stage=counts))
 
-    monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_world_size", lambda: pipeline)
-    monkeypatch.setattr(parallel_state, "get_virtual_pipeline_model_parallel_world_size", lambda: virtual)
-    for rank in range(pipeline):
-        monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_rank", lambda rank=rank: rank)
-        warm_up = get_pp_rank_microbatches(8 * pipeline, virtual, pipeline)[2]
-        assert chunk_passes_in_flight(rank, pipeline, virtual, 8 * pipeline) == warm_up + 1
-    assert chunk_passes_in_flight(0, pipeline, virtual, pipeline) <= pipeline * virtual
-    assert [chunk_passes_in_flight(rank, 4, 1, 8) for rank in range(4)] == [4, 3, 2, 1]
+    whole = sum(count.total for count in params(MODEL).values())
+    for counts in ([1, 3], [0, 4], [4, 0], [0, 4, 0], [2, 1, 1]):
+        assert sum(rank.num_parameters for rank in stages(counts)) == whole
+    layer = stages([1, 3])[0].num_parameters - stages([0, 4])[0].num_parameters
+    assert stages([2, 2])[0].num_parameters - stages([1, 3])[0].num_parameters == layer > 0
+    # Two microbatches wait on the first of two stages, one on the last.
+    kept = [[rank.activations_bytes for rank in stages(counts)] for counts in ([0, 4], [1, 3], [2, 2])]
+    assert kept[1][0] - kept[0][0] == kept[2][0] - kept[1][0] == 2 * (kept[0][1] - kept[1][1]) > 0
+
+
+def test_a_chunk_without_layers_keeps_nothing_of_them():
+    def first(counts):
+        return estimate(2, parallel=ParallelConfig(pipeline=2, virtual_pipeline=2, layers_per_stage=counts))[0].activations_bytes
+
+    # Chunk 0 of the first rank has more microbatches in flight than chunk 1: a layer there costs more.
+    assert first([0, 1, 2, 1]) < first([1, 1, 1, 1]) < first([2, 1, 1, 0])
 
 
 def test_activations_are_what_autograd_keeps():

@@ -9,7 +9,6 @@ import pytest
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 
-from megavlm.planner.memory import chunk_passes_in_flight
 from megavlm.planner.schedule import Pass, even_bubble_share, most_in_flight, pass_order, simulate
 
 GRIDS = [(2, 1, 2), (2, 1, 7), (4, 1, 3), (4, 1, 8), (2, 2, 4), (4, 2, 8), (4, 3, 4), (3, 4, 9), (8, 2, 16)]
@@ -100,7 +99,10 @@ def test_forward_only_has_no_backward_and_a_shorter_bubble() -> None:
 def test_passes_in_flight(pipeline: int, virtual: int, microbatches: int) -> None:
     for rank in range(pipeline):
         order = pass_order(rank, pipeline, virtual, microbatches)
-        assert most_in_flight(order, [1.0] * virtual) == chunk_passes_in_flight(rank, pipeline, virtual, microbatches)
+        filling = next(i for i, work in enumerate(order) if not work.forward)
+        assert most_in_flight(order, [1.0] * virtual) == filling
+        expected = pipeline - rank if virtual == 1 else 2 * (pipeline - rank - 1) + (virtual - 1) * pipeline + 1
+        assert filling == min(expected, virtual * microbatches)
 
 
 def test_unequal_chunks_in_flight_count_for_what_they_hold() -> None:
