@@ -18,13 +18,14 @@ Shape legend: S rows of the packed sequence, L rows of one rank with its pads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
-from megavlm.config.parallel import ContextSplit
+from megavlm.config.parallel import ContextSplit, ParallelConfig
 
 
 class Span(NamedTuple):
@@ -115,16 +116,9 @@ def context_layout(lengths: tuple[int, ...], split: ContextSplit, size: int, mul
 
     Raises ValueError for a negative length, or a size or multiple below 1.
     """
-    if size < 1 or multiple < 1 or min(lengths, default=0) < 0:
-        raise ValueError(f"segments of {list(lengths)} rows cannot be split over {size} context ranks with rows a multiple of {multiple}")
     bounds = [0, *accumulate(lengths)]
-    per_rank = 1 if split == "contiguous" else 2
+    per_rank, chunks = _chunks(lengths, split, size, multiple)
     blocks = list(zip(bounds, lengths, strict=False)) if split != "pack" else [(0, bounds[-1])]
-    chunks = [-(-length // (per_rank * size)) for _, length in blocks]
-    longest = max(range(len(blocks)), key=lambda i: blocks[i][1], default=None)
-    if longest is not None:
-        while per_rank * sum(chunks) % multiple:
-            chunks[longest] += 1
     spans = tuple(tuple(_spans(rank, size, split, blocks, chunks, bounds)) for rank in range(size))
     num_rows = per_rank * sum(chunks)
     if split == "pack":
@@ -132,6 +126,36 @@ def context_layout(lengths: tuple[int, ...], split: ContextSplit, size: int, mul
     else:
         padded = tuple(per_rank * size * chunk for chunk in chunks)
     return ContextLayout(lengths, split, size, num_rows, padded, spans)
+
+
+def rows_of_rank(lengths: Sequence[int], split: ContextSplit, size: int, multiple: int = 1) -> int:
+    """L of `context_layout`, without the layout."""
+    per_rank, chunks = _chunks(lengths, split, size, multiple)
+    return per_rank * sum(chunks)
+
+
+def most_rows(num_tokens: int, num_segments: int, parallel: ParallelConfig) -> int:
+    """Rows of a context rank for any microbatch of so many tokens in so many segments, pads included."""
+    if parallel.context == 1:
+        return num_tokens
+    chunks = parallel.context if parallel.context_split == "contiguous" else 2 * parallel.context
+    padded = num_tokens + (chunks - 1) * (1 if parallel.context_split == "pack" else num_segments)
+    unit = math.lcm(1 if parallel.context_split == "contiguous" else 2, parallel.tensor if parallel.sequence else 1)
+    return math.ceil(padded / parallel.context / unit) * unit
+
+
+def _chunks(lengths: Sequence[int], split: ContextSplit, size: int, multiple: int) -> tuple[int, list[int]]:
+    """(chunks that a rank has of each block, rows of a chunk of each block); blocks are the segments, or the whole pack."""
+    if size < 1 or multiple < 1 or min(lengths, default=0) < 0:
+        raise ValueError(f"segments of {list(lengths)} rows cannot be split over {size} context ranks with rows a multiple of {multiple}")
+    per_rank = 1 if split == "contiguous" else 2
+    blocks = [sum(lengths)] if split == "pack" else lengths
+    chunks = [-(-length // (per_rank * size)) for length in blocks]
+    longest = max(range(len(blocks)), key=lambda number: blocks[number], default=None)
+    if longest is not None:
+        while per_rank * sum(chunks) % multiple:
+            chunks[longest] += 1
+    return per_rank, chunks
 
 
 def _spans(

@@ -11,6 +11,7 @@ from megavlm.data.plan import StepPlanner, check_tasks, step_table
 from megavlm.data.tokenizer import load_tokenizer
 from megavlm.data.types import StepPlan
 from megavlm.planner.attention import attention_table, check_attention
+from megavlm.planner.context import check_context, segments_of, split_cost
 from megavlm.planner.flops import FlopsModel
 from megavlm.planner.memory import estimate_memory, memory_table
 from megavlm.planner.parameters import params
@@ -30,6 +31,7 @@ def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object]) -> N
     """
     check_layouts(recipe, world_size)
     check_attention(recipe)
+    check_context(recipe)
     check_start(recipe.init)
     echo(attention_table(recipe) + "\n")
     tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.data.image_token)
@@ -45,7 +47,6 @@ def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object]) -> N
         }
         check_tasks(stage, (task for index in indexes.values() for task in index.task_names))
         layout = settled_layout(recipe, number, layout, world_size, indexes)
-        echo(memory_table(estimate_memory(recipe.model, stage, recipe.data, grid, layout, recipe.precision)) + "\n")
         planner = StepPlanner(
             indexes,
             stage,
@@ -55,12 +56,17 @@ def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object]) -> N
             dp_size=grid.data,
             num_microbatches=grid.num_microbatches(stage),
         )
+        plan = planner.next()
+        microbatches = [segments_of(packs, recipe.data.seq_len_tokens) for rank in plan.assignment for packs in rank]
+        segments = max(map(len, microbatches)) if layout.context > 1 else 0
+        echo(memory_table(estimate_memory(recipe.model, stage, recipe.data, grid, layout, recipe.precision, segments)) + "\n")
         if planner.early_end is not None:
             echo(f"warning: {planner.early_end}\n")
-        plan = planner.next()
         if grid.pipeline > 1:
             echo(_stages_table(recipe, stage, layout, plan) + "\n")
         echo(step_table(plan) + "\n")
+        if layout.context > 1:
+            echo(split_cost(recipe.model, stage, microbatches, layout).line() + "\n")
 
 
 def _stages_table(recipe: Recipe, stage: StageConfig, layout: ParallelConfig, plan: StepPlan) -> str:

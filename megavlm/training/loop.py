@@ -190,7 +190,7 @@ class _StageRun:
                 **({} if grad_norm is None else {"grad_norm": grad_norm}),
                 **scaling,
                 "lr": rates,
-                **self.accountant.record(data.plan, seconds, data.wait_s, pack_tokens),
+                **self.accountant.record(data.plan, seconds, data.wait_s, pack_tokens, self.ctx.grid.context),
                 "images": self.stream.count_images(data.plan),
                 "task_loss": loss.by_task,
                 "source_samples": self.stream.count_sources(data.plan),

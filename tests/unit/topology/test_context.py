@@ -8,8 +8,8 @@ from typing import get_args
 
 import pytest
 
-from megavlm.config.parallel import ContextSplit
-from megavlm.topology.context import ContextLayout, context_layout
+from megavlm.config.parallel import ContextSplit, ParallelConfig
+from megavlm.topology.context import ContextLayout, context_layout, most_rows, rows_of_rank
 
 SPLITS = get_args(ContextSplit)
 PACKS: dict[str, tuple[int, ...]] = {
@@ -36,6 +36,10 @@ def test_every_row_has_one_place(pack: str, split: ContextSplit, size: int, mult
     lengths = PACKS[pack]
     layout, segments = context_layout(lengths, split, size, multiple), segment_of(lengths)
     assert layout.num_rows % multiple == 0
+    assert rows_of_rank(lengths, split, size, multiple) == layout.num_rows
+    if size > 1:
+        parallel = ParallelConfig(context=size, context_split=split, tensor=multiple, sequence=multiple > 1)
+        assert layout.num_rows <= most_rows(sum(lengths), len(lengths), parallel)
     found: list[int] = []
     for rank in range(size):
         place = 0
