@@ -12,8 +12,10 @@ from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
-from megavlm.config.schema import ModelConfig
+from megavlm.config.schema import ModelConfig, ParallelConfig
+from megavlm.config.tensor_split import encoder_tensor_ranks, projector_tensor_ranks
 from megavlm.planner.flops import FlopsModel, VisionWork
+from megavlm.topology.table import text_table
 
 
 class Picture(NamedTuple):
@@ -89,6 +91,15 @@ class PictureDealer:
         self._flops = FlopsModel(model)
         self._known: dict[VisionWork, int] = {}
 
+    @classmethod
+    def of(cls, model: ModelConfig, parallel: ParallelConfig, element_bytes: int) -> PictureDealer | None:
+        """As the recipe says; None where pictures are never dealt."""
+        ranks = parallel.tensor * parallel.context
+        if parallel.encoder_data_parallel is False or ranks == 1:
+            return None
+        limit = parallel.encoder_min_flops_per_byte if parallel.encoder_data_parallel == "auto" else None
+        return cls(model, ranks, element_bytes, limit)
+
     def deal(
         self, num_tiles: int, tile_grids: Sequence[tuple[int, int]] | None, tiles_per_picture: Sequence[int] | None
     ) -> PictureDeal | None:
@@ -120,3 +131,27 @@ class PictureDealer:
         work = VisionWork(filled, filled * patches, (filled * patches) ** 2)
         counts = tiles_per_picture if tiles_per_picture is not None else [1] * num_tiles
         return tuple(Picture(tiles, work, filled * rows) for tiles in counts)
+
+
+def encoder_layout_table(model: ModelConfig, parallel: ParallelConfig, deals: Sequence[PictureDeal | None]) -> str:
+    """How encoder and projector lie on the ranks that share a microbatch, as text for --dry-run; `deals` are those of a step's
+    microbatches with pictures, empty where none are ever dealt."""
+    ranks = parallel.tensor * parallel.context
+    lies = [
+        f"{name} {'whole on every rank' if own == 1 else f'split over {own} tensor ranks'}"
+        for name, own in (("encoder", encoder_tensor_ranks(model, parallel)), ("projector", projector_tensor_ranks(model, parallel)))
+    ]
+    title = f"{ranks} ranks share a microbatch: {', '.join(lies)}"
+    if parallel.encoder_data_parallel is False:
+        return f"{title}; every one of them works on all pictures"
+    dealt = [deal for deal in deals if deal is not None]
+    longest, work = sum(max(deal.loads) for deal in dealt), sum(sum(deal.loads) for deal in dealt)
+    row = (
+        len(deals),
+        len(dealt),
+        f"{sum(len(deal.pictures) for deal in dealt) / max(len(dealt), 1):.1f}",
+        f"{100 * longest / max(work, 1):.0f} %",
+        f"{100 * (1 - work / max(longest * ranks, 1)):.0f} %",
+    )
+    header = ("microbatches with pictures", "dealt", "pictures in each", "busiest rank encodes", "ranks idle")
+    return text_table(header, [row], title)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from megavlm.checkpoint.hf.load import check_start
 from megavlm.config.schema import ParallelConfig, Recipe, StageConfig
@@ -15,6 +15,7 @@ from megavlm.planner.context import check_context, segments_of, split_cost
 from megavlm.planner.flops import FlopsModel
 from megavlm.planner.memory import estimate_memory, memory_table
 from megavlm.planner.parameters import params
+from megavlm.planner.pictures import PictureDeal, PictureDealer, encoder_layout_table
 from megavlm.planner.stages import encoder_copies, microbatch_cost, recomputes, stage_table
 from megavlm.topology.grid import RankGrid
 from megavlm.topology.pipeline import PipelineSplit
@@ -67,6 +68,22 @@ def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object]) -> N
         echo(step_table(plan) + "\n")
         if layout.context > 1:
             echo(split_cost(recipe.model, stage, microbatches, layout).line() + "\n")
+        if stage.objective == "multimodal" and layout.tensor * layout.context > 1:
+            echo(encoder_layout_table(recipe.model, layout, _deals(recipe, layout, plan, indexes)) + "\n")
+
+
+def _deals(recipe: Recipe, layout: ParallelConfig, plan: StepPlan, indexes: Mapping[str, SampleIndex]) -> list[PictureDeal | None]:
+    """Of every microbatch with pictures: which rank encodes which."""
+    dealer = PictureDealer.of(recipe.model, layout, 4 if recipe.precision.dtype == "fp32" else 2)
+    if dealer is None:
+        return []
+    native, found = recipe.data.image.policy == "native", []
+    for microbatch in (microbatch for rank in plan.assignment for microbatch in rank):
+        grids = [grid for pack in microbatch for sample in pack.samples for grid in indexes[sample.source].grids(sample.row)]
+        if grids:
+            tiles, sizes = [grid.work.tiles for grid in grids], [(grid.rows, grid.cols) for grid in grids]
+            found.append(dealer.deal(sum(tiles), sizes if native else None, tiles))
+    return found
 
 
 def _stages_table(recipe: Recipe, stage: StageConfig, layout: ParallelConfig, plan: StepPlan) -> str:

@@ -132,3 +132,10 @@ def vision_transformer_config(
         add_qkv_bias=vision.qkv_bias,
         **_common(precision, parallel, device),
     )
+
+
+def projector_transformer_config(
+    vision: VisionConfig, precision: PrecisionConfig, parallel: ParallelConfig, device: torch.device
+) -> TransformerConfig:
+    """megatron-core's configuration of the projector's linear layers: the encoder's, whose heads need not divide here."""
+    return vision_transformer_config(vision.model_copy(update={"num_attention_heads": parallel.tensor}), precision, parallel, device)

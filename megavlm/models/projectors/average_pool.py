@@ -11,7 +11,7 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 
 from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
-from megavlm.models.layers.configs import DTYPES, vision_transformer_config
+from megavlm.models.layers.configs import DTYPES, projector_transformer_config
 from megavlm.models.layers.norms import RMSNorm
 from megavlm.models.projectors.arrange import Collect, all_here, arranged
 from megavlm.models.projectors.shuffle import shuffled
@@ -22,7 +22,7 @@ class AveragePoolProjector(MegatronModule):
     """Features -> (R, H); whole on every tensor rank, each of which computes its whole gradient."""
 
     def __init__(self, model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, device: torch.device) -> None:
-        config = vision_transformer_config(model.vision, precision, parallel, device)
+        config = projector_transformer_config(model.vision, precision, parallel, device)
         config.layernorm_zero_centered_gamma = model.language.zero_centered_norm
         super().__init__(config=config)
         self.factor, width = model.projector.pixel_shuffle, model.feature_size

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megavlm.models.layers.activations import ACTIVATIONS
-from megavlm.models.layers.configs import DTYPES, vision_transformer_config
+from megavlm.models.layers.configs import DTYPES, projector_transformer_config
 from megavlm.models.layers.norms import NORMS, LayerNorm
 from megavlm.models.projectors.arrange import Collect, all_here, arranged
 from megavlm.models.projectors.shuffle import shuffled
@@ -88,7 +88,7 @@ class MLPProjector(Merger):
     `image_newline` at the end of each. With vision.deepstack_layers one more merger for each of these layers, normed after merging."""
 
     def __init__(self, model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, device: torch.device) -> None:
-        config, projector = vision_transformer_config(model.vision, precision, parallel, device), model.projector
+        config, projector = projector_transformer_config(model.vision, precision, parallel, device), model.projector
         own = {"input_size": model.feature_size, "patch_norm": projector.patch_norm, "input_norm": projector.input_norm}
         super().__init__(model, config, device, **own)  # type: ignore[arg-type]
         deep = {"input_size": model.vision.hidden_size, "patch_norm": None, "input_norm": True}

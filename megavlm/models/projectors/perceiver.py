@@ -19,7 +19,7 @@ from megavlm.config.projector import ResamplerConfig
 from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megavlm.models.layers.activations import ACTIVATIONS
 from megavlm.models.layers.attention import attend_packed, backend_of
-from megavlm.models.layers.configs import DTYPES, vision_transformer_config
+from megavlm.models.layers.configs import DTYPES, projector_transformer_config
 from megavlm.models.layers.masks import Piece
 from megavlm.models.layers.norms import RMSNorm
 from megavlm.models.layers.packing import Packing
@@ -35,7 +35,7 @@ class PerceiverProjector(MegatronModule):
     """
 
     def __init__(self, model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, device: torch.device) -> None:
-        config = vision_transformer_config(model.vision, precision, parallel, device)
+        config = projector_transformer_config(model.vision, precision, parallel, device)
         super().__init__(config=config)
         projector, resampler, width = model.projector, model.projector.resampler, model.language.hidden_size
         assert resampler is not None, "the config sees to it"

@@ -23,7 +23,7 @@ from megavlm.config.projector import QFormerConfig
 from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megavlm.models.layers.activations import ACTIVATIONS
 from megavlm.models.layers.attention import attend_packed, backend_of
-from megavlm.models.layers.configs import DTYPES, vision_transformer_config
+from megavlm.models.layers.configs import DTYPES, projector_transformer_config
 from megavlm.models.layers.norms import LayerNorm
 from megavlm.models.layers.packing import Packing, pack
 from megavlm.models.projectors.arrange import Collect, all_here, arranged
@@ -35,7 +35,7 @@ class QFormerProjector(MegatronModule):
     """Features -> `num_queries` visual tokens a picture, tensor-parallel over heads and inner widths, pictures of unequal size packed."""
 
     def __init__(self, model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, device: torch.device) -> None:
-        config = vision_transformer_config(model.vision, precision, parallel, device)
+        config = projector_transformer_config(model.vision, precision, parallel, device)
         super().__init__(config=config)
         qformer = model.projector.qformer
         assert qformer is not None, "the config sees to it"

@@ -55,8 +55,9 @@ class DealtPictures:
     """Deals the pictures of microbatches to the ranks that share them."""
 
     def __init__(self, model: ModelConfig, parallel: ParallelConfig, ctx: ParallelContext, dtype: torch.dtype) -> None:
-        limit = parallel.encoder_min_flops_per_byte if parallel.encoder_data_parallel == "auto" else None
-        self.dealer = PictureDealer(model, ctx.grid.tensor * ctx.grid.context, dtype.itemsize, limit)
+        dealer = PictureDealer.of(model, parallel, dtype.itemsize)
+        assert dealer is not None, "the recipe deals no pictures"
+        self.dealer = dealer
         self.model, self.ctx = model, ctx
         self.number = ctx.context_rank * ctx.grid.tensor + ctx.tensor_rank
 
