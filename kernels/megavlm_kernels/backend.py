@@ -17,13 +17,13 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+@lru_cache(maxsize=1)
 def interprets() -> bool:
-    """True when Triton's kernels are interpreted on the CPU in this process; to be set before Triton is imported."""
+    """True when Triton's kernels are interpreted on the CPU in this process; the variable counts when Triton is imported."""
     return has_triton() and os.environ.get(INTERPRETER_VARIABLE, "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def uses_triton(x: torch.Tensor) -> bool:
     """True when kernels run for `x`: on CUDA, or anywhere under the interpreter. Never in fp64, which they do not accumulate in."""
-    if x.dtype == torch.float64:
-        return False
-    return (x.is_cuda and has_triton()) or (x.device.type == "cpu" and interprets())
+    runs = has_triton() if x.is_cuda else interprets() and x.device.type == "cpu"
+    return runs and x.dtype != torch.float64
