@@ -21,7 +21,7 @@ from megavlm.topology.grid import RankGrid
 from megavlm.topology.pipeline import PipelineSplit
 from megavlm.topology.table import human_bytes, human_count, text_table
 
-HEAD_CHUNK_ELEMENTS = 1 << 24
+HEAD_CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}
 """Logits that exist at a time: the chunk of megavlm_kernels.linear_cross_entropy (a test holds the two equal; no torch here)."""
 
 
@@ -51,12 +51,14 @@ def estimate_memory(
     parallel: ParallelConfig,
     precision: PrecisionConfig,
     segments: int = 0,
+    device: str = "cuda",
 ) -> list[RankMemory]:
     """One estimate a pipeline rank (ranks that differ on other axes need the same), for the fullest microbatch that budgets allow.
 
     Without a hard data.max_patches_per_pack a pack is taken to hold as many tiles as its tokens have room for (with policy=native
     one picture as large as that; with policy=anyres tiles that keep all their features). Where pictures are always dealt to the ranks of
-    a microbatch a rank has its share of them. `segments` of a microbatch have pads where context ranks share it.
+    a microbatch a rank has its share of them. `segments` of a microbatch have pads where context ranks share it. On a `device` cpu the
+    head takes fewer logits at a time.
 
     Raises:
         PipelineError: the layers cannot be split over the grid. GridError: the batch cannot. TrainingError: see planner.parameters.
@@ -65,7 +67,7 @@ def estimate_memory(
     split = PipelineSplit.of(model.language.num_layers, parallel)
     own = {"encoder_tensor": encoder_tensor_ranks(model, parallel), "projector_tensor": projector_tensor_ranks(model, parallel)}
     blocks = list(parameter_blocks(model, stage, grid.tensor, grid.expert, **own))
-    load = _Load.of(model, stage, data, grid, parallel, precision, segments)
+    load = _Load.of(model, stage, data, grid, parallel, precision, segments, device)
     return [_rank_memory(rank, blocks, split, load, model, num_microbatches) for rank in range(grid.pipeline)]
 
 
@@ -113,6 +115,7 @@ class _Load:
     precision: PrecisionConfig
     shards: int
     expert_shards: int
+    device: str
 
     @classmethod
     def of(
@@ -124,6 +127,7 @@ class _Load:
         parallel: ParallelConfig,
         precision: PrecisionConfig,
         segments: int = 0,
+        device: str = "cuda",
     ) -> _Load:
         tokens, tiles, patches = {
             "multimodal": (data.seq_len_tokens, *_most_pictures(model, data)),
@@ -147,6 +151,7 @@ class _Load:
             precision=precision,
             shards=grid.data * grid.context if parallel.zero else 1,
             expert_shards=_expert_copies(grid) if parallel.zero else 1,
+            device=device,
         )
 
     @property
@@ -287,11 +292,11 @@ def _projector_elements(load: _Load, model: ModelConfig) -> float:
 
 
 def _head(load: _Load, model: ModelConfig, embedding: ParameterBlock | None, blocks: Sequence[ParameterBlock]) -> int:
-    """Hidden states of the targets and their gradient, one chunk of logits in fp32 (and in the model's format), and the fp32 gradient
-    of the head's weight with its scaled copy. Every row is taken to be a target."""
+    """Hidden states of the targets and their gradient, one chunk of logits, and the fp32 gradient of the head's weight with its scaled
+    copy. On a GPU gradients take the logits' place; on a CPU logits exist in fp32 too. Every row is taken to be a target."""
     head = next((b for b in blocks if b.module == "language" and b.part == "head"), embedding)
     assert head is not None
     columns, width = head.local // model.language.hidden_size, model.language.hidden_size
-    chunk = min(load.tokens, max(HEAD_CHUNK_ELEMENTS // columns, 1)) * columns
-    logits = chunk * (4 if load.precision.dtype == "fp32" else 6)
+    chunk = min(load.tokens, max(HEAD_CHUNK_ELEMENTS[load.device] // columns, 1)) * columns
+    logits = chunk * (load.element_bytes if load.device == "cuda" or load.precision.dtype == "fp32" else load.element_bytes + 4)
     return 2 * load.tokens * width * load.element_bytes + logits + (2 * 4 * head.local if head.trains else 0)
