@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
+from matplotlib.axes import Axes
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import schedules
 
 from megavlm.planner.schedule import Pass, even_bubble_share, most_in_flight, pass_order, simulate
+from megavlm.planner.schedule_picture import draw_schedules
 
 GRIDS = [(2, 1, 2), (2, 1, 7), (4, 1, 3), (4, 1, 8), (2, 2, 4), (4, 2, 8), (4, 3, 4), (3, 4, 9), (8, 2, 16)]
 
@@ -130,3 +135,21 @@ def test_impossible_schedules_are_refused(
 def test_ranks_outside_are_refused() -> None:
     with pytest.raises(ValueError, match="rank 2 is outside"):
         pass_order(2, 2, 1, 4)
+
+
+def test_picture_shows_every_pass(tmp_path: Path) -> None:
+    even, unequal = simulate([[1.0] * 4] * 4, [[2.0] * 4] * 4, pipeline=2), simulate([[1.0, 3.0]] * 2, [[0.0, 6.0]] * 2, pipeline=2)
+    seen: list[tuple[float, float, float]] = []
+    drawn = Axes.barh
+
+    def barh(axis: Any, y: float, width: float, left: float, **kwargs: Any) -> Any:
+        seen.append((y, left, width))
+        return drawn(axis, y, width, left=left, **kwargs)
+
+    with patch.object(Axes, "barh", barh):
+        path = draw_schedules({"interleaved": even, "unequal": unequal}, tmp_path / "schedules.png", unit="s")
+    assert path.stat().st_size > 10_000
+    expected = [(i.rank, i.start, i.stop - i.start) for timeline in (even, unequal) for i in timeline.intervals if i.stop > i.start]
+    assert seen == expected and len(seen) == 32 + 6
+    with pytest.raises(ValueError, match="no timeline"):
+        draw_schedules({}, tmp_path / "none.png")
