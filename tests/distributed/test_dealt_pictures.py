@@ -85,7 +85,16 @@ def test_every_kind(
 
 
 SPARSE = tiny_stage(steps=4) | {"mixture": {"pages": 0.06, "text": 0.94}}
-OVERLAP = {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+OVERLAP = {"zero": 1, "overlap_grad_reduce": True, "overlap_param_gather": True}
+
+
+SHARED: dict[str, dict[str, Any]] = {
+    "tensor": {"tensor": 2, **OVERLAP},
+    "context": {"context": 2, **OVERLAP},
+    "tensor, ZeRO-2": {"tensor": 2, "zero": 2},
+    "tensor, ZeRO-3": {"tensor": 2, "zero": 3},
+    "context, ZeRO-3": {"context": 2, "zero": 3},
+}
 
 
 def test_few_pictures_or_none(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
@@ -93,8 +102,8 @@ def test_few_pictures_or_none(pool: RankPool, data_dir: Path, tmp_path: Path) ->
     packs = [pack for plan in first_plans(data_dir, SPARSE, dp_size=2) for rank in plan.assignment for mb in rank for pack in mb]
     assert {pack.num_tiles for pack in packs} >= {0, 1}
     reference = pool.run(train_and_read, tiny_recipe(tmp_path / "one", data_dir, [SPARSE]))[0]
-    for name, parallel in {"tensor": {"tensor": 2}, "context": {"context": 2}}.items():
-        recipe = tiny_recipe(tmp_path / name, data_dir, [SPARSE], parallel=parallel | OVERLAP | DEALT)
+    for name, parallel in SHARED.items():
+        recipe = tiny_recipe(tmp_path / name, data_dir, [SPARSE], parallel=parallel | DEALT)
         assert_same(pool.run(train_and_read, recipe, world_size=4)[0], reference)
 
 

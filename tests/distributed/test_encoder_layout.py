@@ -30,6 +30,8 @@ from megavlm.testing.recipes import (
 )
 from megavlm.testing.tiny import tiny_chunks, tiny_model_config
 from megavlm.topology.grid import RankGrid
+from megavlm.tracking.metrics import EVALUATION_FILE, read_metrics
+from megavlm.training.dryrun import dry_run
 from megavlm.training.layout import stage_layout
 from tests.distributed.test_checkpoint_resume import load_and_go_on, save_then_go_on
 
@@ -95,7 +97,7 @@ def test_bf16_with_the_distributed_optimizer(training: str, pool: RankPool, data
     """Gradients in fp32 or as they are computed; bf16 rounds what layouts add up in another order."""
     for number, precision in enumerate(({"dtype": "bf16"}, {"dtype": "bf16", "grad_reduce_in_fp32": False})):
         reference = run(pool, tmp_path / f"one{number}", data_dir, 1, stage_of(training), precision=precision)
-        parallel = {"tensor": 2, "context": 2, "distributed_optimizer": True} | DEALT
+        parallel = {"tensor": 2, "context": 2, "zero": 1} | DEALT
         records = run(pool, tmp_path / f"four{number}", data_dir, 4, stage_of(training), precision=precision, parallel=parallel)
         for record, expected in zip(records, reference, strict=True):
             assert record["loss"] == pytest.approx(expected["loss"], rel=2e-2)
@@ -144,8 +146,8 @@ CHECKPOINTS: dict[str, tuple[int, dict[str, Any]]] = {
     "1": (1, {}),
     "split": (2, {"tensor": 2}),
     "whole": (2, {"tensor": 2, **WHOLE}),
-    "dealt": (4, {"tensor": 2, "context": 2, "distributed_optimizer": True, **DEALT}),
-    "dealt, data": (4, {"tensor": 2, "distributed_optimizer": True, "overlap_grad_reduce": True, **DEALT}),
+    "dealt": (4, {"tensor": 2, "context": 2, "zero": 1, **DEALT}),
+    "dealt, data": (4, {"tensor": 2, "zero": 1, "overlap_grad_reduce": True, **DEALT}),
 }
 
 
@@ -200,10 +202,26 @@ def test_encoder_pretraining_uses_tensor_ranks_for_data(pool: RankPool, data_dir
         "optimizer": PARITY_OPTIMIZER,
     }
     stages = [encoder, tiny_stage(steps=2)]
-    recipe = tiny_recipe(tmp_path / "two", data_dir, stages, parallel={"tensor": 2, **DEALT})
+    held_out = {"sources": ["held_out"], "every_steps": 2, "packs": 4}
+    recipe = tiny_recipe(tmp_path / "two", data_dir, stages, parallel={"tensor": 2, **DEALT}, evaluation=held_out)
     assert stage_layout(recipe.parallel, recipe.stages[0], recipe.model).tensor == 1
-    reference = pool.run(train_and_read, tiny_recipe(tmp_path / "one", data_dir, stages))[0]
+    reference = pool.run(train_and_read, tiny_recipe(tmp_path / "one", data_dir, stages, evaluation=held_out))[0]
     assert_same(pool.run(train_and_read, recipe, world_size=2)[0], reference)
+    losses = [[r["loss"] for r in read_metrics(tmp_path / name, EVALUATION_FILE)] for name in ("one", "two")]
+    assert losses[0] and losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_the_dry_run_shows_it(data_dir: Path, tmp_path: Path) -> None:
+    """Pictures of the first step's own microbatches, in their own size."""
+    lines: list[str] = []
+    native = {"model": {"vision": {"image_size_px": 24}}, "data": {"image": {"policy": "native", "max_tokens_per_sample": 60}}}
+    stage = stage_of("all", mixture={"pages": 0.5, "multi": 0.5})
+    dry_run(tiny_recipe(tmp_path, data_dir, [stage], parallel={"tensor": 2, **DEALT}, **native), 2, lambda text: lines.append(str(text)))
+    table = next(text for text in lines if "ranks share a microbatch" in text).splitlines()
+    assert "encoder whole on every rank" in table[0]
+    with_pictures, dealt, in_each, busiest, _, idle, _ = table[-1].split()
+    assert int(with_pictures) == int(dealt) > 0 and float(in_each) > 1
+    assert 50 <= int(busiest) < 100 and 0 <= int(idle) < 50
 
 
 def rank_parameters(layout: dict[str, Any], model: ModelConfig) -> int:
