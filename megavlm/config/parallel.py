@@ -31,11 +31,13 @@ class ParallelConfig(Block):
     embedding alone) and the last (norm, head and loss alone). Checkpoints go from any split to any other."""
     context: PositiveInt = 1
     """Ranks that share each sequence."""
-    context_split: ContextSplit = "zigzag"
-    """How context ranks share a pack. zigzag: each segment in 2 x context chunks, of which a rank has one and its mirror image, so that all
-    have the same causal work. contiguous: each segment in `context` chunks; the last rank has the most work. pack: the pack as a whole in
-    2 x context chunks, whatever segments it holds. Pads that make chunks equal are rows of a rank only: plans, batches, positions and
-    losses are those of one rank. `megavlm train --dry-run` shows pads, balance and keys that travel."""
+    context_split: ContextSplit = "pack"
+    """How context ranks share a pack. pack: the pack as a whole in 2 x context chunks, whatever segments it holds; a rank has one chunk and
+    its mirror image. Samples shorter than a chunk stay whole, so few keys travel, and the LLM's work is even to 1-3 % in packs of many
+    samples. zigzag: each segment in 2 x context chunks in the same way. The work is even in every pack, and nearly all keys travel: for
+    samples about as long as the pack, and what Transformer Engine's ring wants. contiguous: each segment in `context` chunks; the last rank
+    has the most work. Pads that make chunks equal are rows of a rank only: plans, batches, positions and losses are those of one rank.
+    `megavlm train --dry-run` compares the three on the first step's packs; benchmarks/context_split.py is where the default comes from."""
     context_comm: ContextComm = "auto"
     """How keys and values travel between context ranks. keys: each rank is sent those that its queries see, in one exchange, and any kernel
     of precision.attention follows. Transformer Engine's own ways, on GPUs and with context_split=zigzag: p2p passes them around a ring
@@ -99,6 +101,7 @@ class ParallelConfig(Block):
             raise ValueError(f"zero={self.zero} always overlaps the reduction of gradients: leave overlap_grad_reduce out")
         if self.zero >= 2 and self.expert > 1:
             raise ValueError(
-                f"zero={self.zero} splits over ranks that hold the same weights, and expert={self.expert} gives each its own experts: use zero=1"
+                f"zero={self.zero} splits weights over ranks that hold the same ones, and with expert={self.expert} ranks hold experts of "
+                "their own: use zero=1"
             )
         return self

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, get_args
 
 from megavlm.config.parallel import ContextSplit
 from megavlm.config.schema import ModelConfig, ParallelConfig, Recipe, StageConfig
 from megavlm.planner.attention import attention_calls
 from megavlm.planner.flops import FlopsModel, VisionWork
 from megavlm.topology.context import ContextLayout, context_layout, rows_of_rank
+from megavlm.topology.table import text_table
 from megavlm_kernels.context_attention.selection import CommError, SharedCall, choose_comm, unmet_comm
 from megavlm_kernels.packed_attention.selection import Machine
 
@@ -66,15 +67,6 @@ class SplitCost:
     travelling: float
     """Rows of keys and values that ranks are sent, over those of an all-gather."""
 
-    def line(self) -> str:
-        """For --dry-run."""
-        return (
-            f"context split {self.split} over {self.ranks} ranks: {self.rows} rows and {self.pads} pads "
-            f"({100 * self.pads / max(self.rows, 1):.2f} %); the busiest rank has {self.attention:.3f} x the mean of attention "
-            f"({self.attention_at_worst:.3f} at worst), {self.language:.3f} x that of the LLM; {100 * self.travelling:.0f} % of the keys "
-            "and values of an all-gather travel"
-        )
-
 
 def split_cost(
     model: ModelConfig, stage: StageConfig | None, microbatches: Sequence[tuple[int, ...]], parallel: ParallelConfig
@@ -96,6 +88,25 @@ def split_cost(
         language=sum(map(max, busiest)) * ranks / max(sum(map(sum, busiest)), 1),
         travelling=sum(sum(work.received) for work in works) / max(gathered, 1),
     )
+
+
+def split_table(model: ModelConfig, stage: StageConfig | None, microbatches: Sequence[tuple[int, ...]], parallel: ParallelConfig) -> str:
+    """Every split of these microbatches, for --dry-run: so that a recipe's can be compared with the others."""
+    rows = []
+    for split in get_args(ContextSplit):
+        cost = split_cost(model, stage, microbatches, parallel.model_copy(update={"context_split": split}))
+        rows.append(
+            (
+                split,
+                f"{cost.pads} ({100 * cost.pads / max(cost.rows, 1):.2f} %)",
+                f"{cost.attention:.3f} ({cost.attention_at_worst:.3f})",
+                f"{cost.language:.3f}",
+                f"{100 * cost.travelling:.0f} %",
+                "this recipe" if split == parallel.context_split else "",
+            )
+        )
+    header = ("split", "pads", "attention of the busiest rank / mean (worst)", "LLM of the busiest rank / mean", "keys that travel", "")
+    return text_table(header, rows, f"context splits of {len(microbatches)} microbatches over {parallel.context} ranks")
 
 
 def _of_rows_and_pairs(flops: FlopsModel) -> tuple[float, float]:

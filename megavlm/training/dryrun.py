@@ -11,7 +11,7 @@ from megavlm.data.plan import StepPlanner, check_tasks, step_table
 from megavlm.data.tokenizer import load_tokenizer
 from megavlm.data.types import StepPlan
 from megavlm.planner.attention import attention_table, check_attention
-from megavlm.planner.context import check_context, segments_of, split_cost
+from megavlm.planner.context import check_context, segments_of, split_table
 from megavlm.planner.flops import FlopsModel
 from megavlm.planner.memory import estimate_memory, memory_table
 from megavlm.planner.parameters import params
@@ -60,15 +60,14 @@ def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object]) -> N
         plan = planner.next()
         microbatches = [segments_of(packs, recipe.data.seq_len_tokens) for rank in plan.assignment for packs in rank]
         segments = max(map(len, microbatches)) if layout.context > 1 else 0
-        device = "cpu" if recipe.run.device == "cpu" else "cuda"
-        echo(memory_table(estimate_memory(recipe.model, stage, recipe.data, grid, layout, recipe.precision, segments, device)) + "\n")
+        echo(memory_table(estimate_memory(recipe.model, stage, recipe.data, grid, layout, recipe.precision, segments)) + "\n")
         if planner.early_end is not None:
             echo(f"warning: {planner.early_end}\n")
         if grid.pipeline > 1:
             echo(_stages_table(recipe, stage, layout, plan) + "\n")
         echo(step_table(plan) + "\n")
         if layout.context > 1:
-            echo(split_cost(recipe.model, stage, microbatches, layout).line() + "\n")
+            echo(split_table(recipe.model, stage, microbatches, layout) + "\n")
         if stage.objective == "multimodal" and layout.tensor * layout.context > 1:
             echo(encoder_layout_table(recipe.model, layout, _deals(recipe, layout, plan, indexes)) + "\n")
 

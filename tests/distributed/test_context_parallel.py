@@ -174,16 +174,19 @@ def test_cases_are_what_they_say() -> None:
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "CP2 contiguous": (2, {"context": 2, "context_split": "contiguous"}),
-    "CP2 pack": (2, {"context": 2, "context_split": "pack"}),
+    "CP2 zigzag": (2, {"context": 2, "context_split": "zigzag"}),
     "CP4": (4, {"context": 4}),
+    "CP4 zigzag": (4, {"context": 4, "context_split": "zigzag"}),
     "CP2xTP2+SP": (4, {"context": 2, "tensor": 2, "sequence": True}),
+    "CP2xTP2+SP zigzag": (4, {"context": 2, "tensor": 2, "sequence": True, "context_split": "zigzag"}),
     "CP2xTP2+SP contiguous": (4, {"context": 2, "tensor": 2, "sequence": True, "context_split": "contiguous"}),
     "CP2xPP2xVPP2": (4, {"context": 2, "pipeline": 2, "virtual_pipeline": 2}),
+    "CP2xPP2xVPP2 zigzag": (4, {"context": 2, "pipeline": 2, "virtual_pipeline": 2, "context_split": "zigzag"}),
     "CP2xDP2+overlap": (
         4,
         {"context": 2, "distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
     ),
-    "CP2 recompute": (2, {"context": 2, "recompute": "full"}),
+    "CP2 zigzag recompute": (2, {"context": 2, "recompute": "full", "context_split": "zigzag"}),
     "CP2 selective": (2, {"context": 2, "recompute": "selective"}),
 }
 ODD = {"seq_len_tokens": 253}

@@ -161,7 +161,7 @@ BROUGHT = ("prefix, window, soft-cap", "pictures seen both ways")
 def through_transformer_engine(parallel: dict[str, Any], names: tuple[str, ...]) -> tuple[dict[str, Found], list[dict[str, Any]]]:
     CALLS.clear()
     with a_hopper_with_transformer_engine():
-        found = losses_and_gradients({"context": dist.get_world_size()} | parallel, names)
+        found = losses_and_gradients({"context": dist.get_world_size(), "context_split": "zigzag"} | parallel, names)
     return found, list(CALLS)
 
 
@@ -191,7 +191,7 @@ def test_auto_brings_keys_to_what_transformer_engine_cannot(pool: RankPool, one_
 def refusal(parallel: dict[str, Any], name: str) -> str:
     with a_hopper_with_transformer_engine():
         try:
-            losses_and_gradients({"context": 2} | parallel, (name,))
+            losses_and_gradients({"context": 2, "context_split": "zigzag"} | parallel, (name,))
         except CommError as error:
             return str(error)
     return ""
@@ -213,7 +213,7 @@ def test_what_cannot_be_is_refused(parallel: dict[str, Any], case: str, message:
 def test_a_cpu_refuses_the_ring(pool: RankPool) -> None:
     def on_this_machine() -> str:
         try:
-            losses_and_gradients({"context": 2, "context_comm": "p2p"}, ("one segment",))
+            losses_and_gradients({"context": 2, "context_split": "zigzag", "context_comm": "p2p"}, ("one segment",))
         except CommError as error:
             return str(error)
         return ""

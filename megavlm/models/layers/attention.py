@@ -144,7 +144,7 @@ def ring_of(layer: PackedAttention, config: TransformerConfig, style: AttentionS
     """
     heads, key_heads = (number // config.tensor_model_parallel_size for number in (config.num_attention_heads, config.num_query_groups))
     call = Call(DTYPE_NAMES[config.params_dtype], config.kv_channels, layer.window is not None, layer.softcap is not None, style.masked)
-    shared = SharedCall(call, config.context_parallel_size, heads, key_heads, getattr(config, "context_split", "zigzag"))
+    shared = SharedCall(call, config.context_parallel_size, heads, key_heads, getattr(config, "context_split", "pack"))
     machine = machine_of("cpu" if config.use_cpu_initialization else "cuda")
     comm = choose_comm(shared, machine, getattr(config, "context_comm", "auto"), layer.backend).comm
     if comm == "keys":

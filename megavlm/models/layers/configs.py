@@ -22,7 +22,7 @@ class LayerConfig(TransformerConfig):
 
     packed_attention: str = "auto"
     """precision.attention."""
-    context_split: str = "zigzag"
+    context_split: str = "pack"
     """parallel.context_split."""
     context_comm: str = "auto"
     """parallel.context_comm."""

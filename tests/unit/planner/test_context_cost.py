@@ -11,7 +11,7 @@ import pytest
 from megavlm.config.parallel import ContextSplit
 from megavlm.config.schema import ParallelConfig
 from megavlm.data.types import PackPlan, StepPlan
-from megavlm.planner.context import check_context, pad_rows, segments_of, split_cost
+from megavlm.planner.context import check_context, pad_rows, segments_of, split_cost, split_table
 from megavlm.planner.flops import FlopsModel, VisionWork, pack_flops
 from megavlm.planner.memory import estimate_memory
 from megavlm.testing.recipes import tiny_recipe, tiny_stage
@@ -53,8 +53,11 @@ def test_cost_is_that_of_each_ranks_rows_and_pairs(split: ContextSplit) -> None:
     assert cost.rows == 320 and cost.pads == sum(pad_rows(lengths, parallel) for lengths in PACKS)
     assert 1.0 <= cost.attention <= cost.attention_at_worst
     assert 0 < cost.travelling <= 1
-    for number in (cost.rows, cost.pads, f"{cost.attention:.3f}", f"{100 * cost.travelling:.0f} %"):
-        assert str(number) in cost.line()
+    shown = split_table(model, None, PACKS, parallel)
+    assert "context splits of 2 microbatches over 2 ranks" in shown
+    (row,) = [line for line in shown.splitlines() if split in line]
+    for number in (cost.pads, f"{cost.attention:.3f}", f"{cost.language:.3f}", f"{100 * cost.travelling:.0f} %", "this recipe"):
+        assert str(number) in row
 
 
 def test_one_context_rank_has_no_pads() -> None:
@@ -62,7 +65,7 @@ def test_one_context_rank_has_no_pads() -> None:
 
 
 def test_pads_are_physical_tokens_and_not_useful_ones() -> None:
-    recipe = tiny_recipe("run", "data", parallel={"context": 2})
+    recipe = tiny_recipe("run", "data", parallel={"context": 2, "context_split": "zigzag"})
     pack = PackPlan((), (100, 51), VisionWork(), 3, 1e9)
     plan = StepPlan(1, (((pack,), (pack,)),), {})
     shared, alone = (Accountant(recipe, 2, None).record(plan, 1.0, 0.0, 256, context) for context in (2, 1))
@@ -73,7 +76,7 @@ def test_pads_are_physical_tokens_and_not_useful_ones() -> None:
 
 
 def test_memory_has_room_for_pads() -> None:
-    recipe = tiny_recipe("run", "data", parallel={"context": 4})
+    recipe = tiny_recipe("run", "data", parallel={"context": 4, "context_split": "zigzag"})
     grid = RankGrid.from_config(recipe.parallel, 4)
     few, many = (
         estimate_memory(recipe.model, recipe.stages[0], recipe.data, grid, recipe.parallel, recipe.precision, segments)[0].activations_bytes
@@ -87,15 +90,23 @@ def test_memory_has_room_for_pads() -> None:
     ("parallel", "model", "message"),
     [
         ({"context_comm": "keys"}, {}, "context_comm=keys, but parallel.context=1: there are no context ranks"),
-        ({"context": 2, "context_comm": "p2p", "context_split": "pack"}, {}, "wants parallel.context_split=zigzag, not pack"),
-        ({"context": 2, "context_comm": "p2p"}, {"attention_softcap": 5.0}, "cannot serve model.language: .* no soft cap"),
+        ({"context": 2, "context_comm": "p2p"}, {}, "wants parallel.context_split=zigzag, not pack"),
         (
-            {"context": 2, "context_comm": "p2p"},
+            {"context": 2, "context_comm": "p2p", "context_split": "zigzag"},
+            {"attention_softcap": 5.0},
+            "cannot serve model.language: .* no soft cap",
+        ),
+        (
+            {"context": 2, "context_comm": "p2p", "context_split": "zigzag"},
             {"sliding_window_tokens": 7, "sliding_layers": [1]},
             "cannot serve model.language, sliding layers: the ring has no sliding window",
         ),
-        ({"context": 4, "context_comm": "a2a"}, {}, "4 context ranks, which do not divide a tensor rank's 4 query heads and 2 key heads"),
-        ({"context": 2, "context_comm": "a2a"}, {}, "it needs a CUDA device"),
+        (
+            {"context": 4, "context_comm": "a2a", "context_split": "zigzag"},
+            {},
+            "4 context ranks, which do not divide a tensor rank's 4 query heads and 2 key heads",
+        ),
+        ({"context": 2, "context_comm": "a2a", "context_split": "zigzag"}, {}, "it needs a CUDA device"),
     ],
 )
 def test_what_no_machine_has_is_refused_before_the_start(parallel: dict[str, object], model: dict[str, object], message: str) -> None:
@@ -105,5 +116,5 @@ def test_what_no_machine_has_is_refused_before_the_start(parallel: dict[str, obj
 
 
 def test_what_is_there_everywhere_is_not_refused() -> None:
-    for parallel in ({}, {"context": 2}, {"context": 2, "context_comm": "keys", "context_split": "pack"}):
+    for parallel in ({}, {"context": 2}, {"context": 2, "context_comm": "keys", "context_split": "zigzag"}):
         check_context(tiny_recipe("run", "data", parallel=parallel))
