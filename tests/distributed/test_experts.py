@@ -26,6 +26,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "EP2+overlap": (2, {"expert": 2, "distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}),
     "TP2+SP": (2, {"tensor": 2, "sequence": True}),
     "PP2": (2, {"pipeline": 2}),
+    "PP2 unequal": (2, {"pipeline": 2, "layers_per_stage": [1, 3]}),
     "CP2xEP2": (2, {"context": 2, "expert": 2}),
     "EP2+recompute": (2, {"expert": 2, "recompute": "full"}),
     "EP4": (4, {"expert": 4}),

@@ -19,6 +19,7 @@ from megavlm.testing.recipes import (
     train_and_read,
 )
 
+OVERLAP = {"zero": 1, "overlap_grad_reduce": True, "overlap_param_gather": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2": (2, {"tensor": 2}),
     "TP2+SP": (2, {"tensor": 2, "sequence": True}),
@@ -31,6 +32,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "DP2": (2, {}),
     "DP2+distopt": (2, {"distributed_optimizer": True}),
     "DP2+overlap": (2, {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "PP2xVPP2xDP2+overlap": (4, {"pipeline": 2, "virtual_pipeline": 2} | OVERLAP),
     "CP2": (2, {"context": 2}),
     "TP2xPP2": (4, {"tensor": 2, "pipeline": 2}),
     "TP2xPP2xDP2": (8, {"tensor": 2, "pipeline": 2}),
@@ -116,7 +118,7 @@ def sparse_reference(pool: RankPool, data_dir: Path, tmp_path_factory: pytest.Te
     return run(pool, tmp_path_factory.mktemp("sparse"), data_dir, 1, SPARSE)
 
 
-@pytest.mark.parametrize("layout", ["DP2", "DP2+overlap", "PP2", "TP2xPP2xDP2"])
+@pytest.mark.parametrize("layout", ["DP2", "DP2+overlap", "PP2", "PP2 encoder alone", "PP2xVPP2xDP2+overlap", "TP2xPP2xDP2"])
 def test_ranks_without_any_picture(
     layout: str, pool: RankPool, data_dir: Path, tmp_path: Path, sparse_reference: list[dict[str, Any]]
 ) -> None:
@@ -182,7 +184,7 @@ def one_rank_pictures(pool: RankPool, data_dir: Path, tmp_path_factory: pytest.T
 
 
 @pytest.mark.parametrize("policy", PICTURES)
-@pytest.mark.parametrize("layout", ["TP2", "TP2+SP", "PP2", "DP2", "DP2+overlap", "CP2"])
+@pytest.mark.parametrize("layout", ["TP2", "TP2+SP", "PP2", "PP2xVPP2 unequal", "DP2", "DP2+overlap", "CP2"])
 def test_picture_policies(
     layout: str, policy: str, pool: RankPool, data_dir: Path, tmp_path: Path, one_rank_pictures: dict[str, list[dict[str, Any]]]
 ) -> None:
