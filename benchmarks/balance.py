@@ -31,6 +31,7 @@ from megavlm.config.schema import ModelConfig
 from megavlm.data.packing import Budget
 from megavlm.planner.balance import deal
 from megavlm.planner.flops import FlopsModel, VisionWork
+from megavlm.planner.schedule import simulate
 from megavlm.tracking.environment import environment_report
 
 Dealt = list[list[list[int]]]
@@ -82,35 +83,11 @@ def lpt(costs: npt.NDArray[np.float64], ranks: int, microbatches: int) -> Dealt:
 WAYS: dict[str, Callable[[npt.NDArray[np.float64], int, int], Dealt]] = {"in turn": in_turn, "LPT over ranks": lpt, "megavlm": deal}
 
 
-def one_f_one_b(forward: Sequence[Sequence[float]], backward: Sequence[Sequence[float]]) -> float:
-    """End of a 1F1B schedule; times are [microbatch][stage]."""
-    count, stages = len(forward), len(forward[0])
-    todo = []
-    for stage in range(stages):
-        warm = min(stages - 1 - stage, count)
-        steady = [op for i in range(count) for op in ([("F", warm + i)] if warm + i < count else []) + [("B", i)]]
-        todo.append([("F", i) for i in range(warm)] + steady)
-    ends: dict[tuple[str, int, int], float] = {}
-    free, at = [0.0] * stages, [0] * stages
-    while any(at[s] < len(todo[s]) for s in range(stages)):
-        for stage in range(stages):
-            while at[stage] < len(todo[stage]):
-                kind, i = todo[stage][at[stage]]
-                first, last = kind == "F" and stage == 0, kind == "B" and stage == stages - 1
-                needs = ("F", stage, i) if last else (kind, stage + (1 if kind == "B" else -1), i)
-                if not first and needs not in ends:
-                    break
-                start = max(free[stage], 0.0 if first else ends[needs])
-                free[stage] = ends[kind, stage, i] = start + (forward if kind == "F" else backward)[i][stage]
-                at[stage] += 1
-    return max(free)
-
-
 def pipeline_excess(work: Sequence[float], stages: int = 4) -> float:
     """How much longer 1F1B takes than with equal microbatches; a third of the work is forward."""
-    forward, backward = ([[share * w / stages] * stages for w in work] for share in (1 / 3, 2 / 3))
+    forward, backward = ([[share * w / stages for w in work]] * stages for share in (1 / 3, 2 / 3))
     equal = (len(work) + stages - 1) * sum(work) / len(work) / stages
-    return one_f_one_b(forward, backward) / equal - 1
+    return simulate(forward, backward, pipeline=stages).step_time / equal - 1
 
 
 def idle(work: npt.NDArray[np.float64]) -> tuple[float, float]:
