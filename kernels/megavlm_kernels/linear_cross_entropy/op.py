@@ -194,7 +194,7 @@ def _reduced(x: torch.Tensor, settings: _Settings, op: Any = dist.ReduceOp.SUM) 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a @ b, where total may be in a wider format than a and b; summed in that format where the device can."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        torch.addmm(total, a, b, out=total)  # not addmm_, which FLOP counters do not know
     elif a.is_cuda and _has_wide_product(a.dtype, a.device):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
