@@ -77,8 +77,8 @@ def load_for_inference(
         ctx = _enter(layout, run)
     if dtype is None and is_hf:
         dtype = "bf16" if ctx.device.type == "cuda" else "fp32"
-    if dtype is not None:
-        recipe = recipe.model_copy(update={"precision": PrecisionConfig(dtype=dtype)})
+    precision = recipe.precision.without_fp8() if dtype is None else PrecisionConfig(dtype=dtype)
+    recipe = recipe.model_copy(update={"precision": precision})
     tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.data.image_token)
     # Before the weights: what it refuses should not take minutes to be told.
     texts = brought if is_hf else _texts_it_began_with(folder, recipe)

@@ -11,12 +11,15 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megavlm.config.schema import ParallelConfig, Recipe, StageConfig
 from megavlm.models.classifier import VisionClassifier
 from megavlm.models.freezing import apply_freezing
+from megavlm.models.layers.fp8 import apply_fp8
 from megavlm.models.units import layer_units
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.context import ParallelContext, entered_data_group
 from megavlm.parallel.encoder_layout import finalize_gradients
 from megavlm.parallel.sharded import ShardedDataParallel
+from megavlm.planner.precision import choose_fp8
 from megavlm.training.optimizer import build_optimizer
+from megavlm_kernels.packed_attention import machine_of
 
 
 @dataclass
@@ -34,15 +37,29 @@ class StageModel:
 
 
 def build_chunks(recipe: Recipe, stage: StageConfig, parallel: ParallelConfig, ctx: ParallelContext) -> list[torch.nn.Module]:
-    """The stage's bare model on this rank, weights unset."""
+    """The stage's bare model on this rank, weights unset, its products in the recipe's precision.
+
+    Raises PrecisionError where this machine or the model cannot have that.
+    """
+    precision = recipe.precision
+    backend = choose_fp8(recipe.model, precision, parallel, machine_of(ctx.device.type))
+    if backend is not None:
+        precision = precision.model_copy(update={"fp8_backend": backend})
+    chunks: list[torch.nn.Module]
     if stage.objective == "vision_classification":
         assert stage.num_classes is not None
-        return [VisionClassifier(recipe.model, recipe.precision, parallel, ctx, stage.num_classes, stage.loss.z_loss)]
-    text_only = stage.objective == "text"
-    return [
-        VisionLanguageModel(recipe.model, recipe.precision, parallel, ctx, chunk, text_only=text_only, z_loss=stage.loss.z_loss)
-        for chunk in range(parallel.virtual_pipeline)
-    ]
+        chunks = [VisionClassifier(recipe.model, precision, parallel, ctx, stage.num_classes, stage.loss.z_loss)]
+    else:
+        text_only = stage.objective == "text"
+        chunks = [
+            VisionLanguageModel(recipe.model, precision, parallel, ctx, chunk, text_only=text_only, z_loss=stage.loss.z_loss)
+            for chunk in range(parallel.virtual_pipeline)
+        ]
+    if backend is not None:
+        for chunk in chunks:
+            # Where parameters are gathered layer by layer (ZeRO-3), weights kept in FP8 would undo that.
+            apply_fp8(chunk, precision, backend, caches=parallel.zero < 3)
+    return chunks
 
 
 def wrap_for_training(modules: list[torch.nn.Module], recipe: Recipe, stage: StageConfig, parallel: ParallelConfig) -> StageModel:

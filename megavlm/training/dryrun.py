@@ -16,6 +16,7 @@ from megavlm.planner.flops import FlopsModel
 from megavlm.planner.memory import estimate_memory, memory_table
 from megavlm.planner.parameters import params
 from megavlm.planner.pictures import PictureDeal, PictureDealer, encoder_layout_table
+from megavlm.planner.precision import check_fp8, precision_table
 from megavlm.planner.stages import encoder_copies, microbatch_cost, recomputes, stage_table
 from megavlm.topology.grid import RankGrid
 from megavlm.topology.pipeline import PipelineSplit
@@ -33,8 +34,10 @@ def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object]) -> N
     check_layouts(recipe, world_size)
     check_attention(recipe)
     check_context(recipe)
+    check_fp8(recipe)
     check_start(recipe.init)
     echo(attention_table(recipe) + "\n")
+    echo(precision_table(recipe) + "\n")
     tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.data.image_token)
     for number, stage in enumerate(recipe.stages):
         layout = stage_layout(recipe.parallel, stage, recipe.model)

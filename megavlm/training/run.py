@@ -12,6 +12,7 @@ from megavlm.config.schema import Recipe
 from megavlm.parallel.context import choose_device, start_process_group, stop_process_group
 from megavlm.planner.attention import check_attention
 from megavlm.planner.context import check_context
+from megavlm.planner.precision import check_fp8
 from megavlm.tracking.tracker import Tracker
 from megavlm.training.checkpointing import resume_point
 from megavlm.training.data import RunData
@@ -29,6 +30,7 @@ def train(recipe: Recipe) -> int:
         check_layouts(recipe, dist.get_world_size())
         check_attention(recipe)
         check_context(recipe)
+        check_fp8(recipe)
         _make_run_dir(recipe)
         state = resume_point(recipe)
         shows_mfu = device.type == "cuda" or recipe.tracking.peak_tflops_per_rank is not None

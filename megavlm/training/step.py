@@ -17,10 +17,13 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megavlm.data.types import PackedBatch
+from megavlm.models.layers.fp8 import constant_weights
 from megavlm.models.vlm import TargetLoss, VisionLanguageModel
 from megavlm.parallel.context import ParallelContext
 from megavlm.parallel.reductions import sum_over_data, sum_over_data_then_share
 from megavlm.parallel.sharded import ShardedDataParallel
+from megavlm.parallel.step_parts import turn_on_gradient
+from megavlm.tracking.timers import part
 from megavlm.training.build import StageModel
 
 
@@ -47,29 +50,33 @@ def forward_backward(
     forward_only: bool = False,
 ) -> StepLoss:
     """Run the schedule. Gradients are left in the chunks, reduced and normalised, unless `forward_only`."""
-    batches = scale_weights([_own_pictures(chunks[0], b).to(ctx.device) for b in microbatches], ctx)
-    rows = _message_rows(chunks[0], batches, ctx)
+    with part("copy"):
+        batches = scale_weights([_own_pictures(chunks[0], b).to(ctx.device) for b in microbatches], ctx)
+        rows = _message_rows(chunks[0], batches, ctx)
     task_number = {task: i for i, task in enumerate(tasks)}
 
-    def forward_step(iterator: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[Any, Any]:
-        batch = next(iterator)
-        output = model(batch, rows) if rows else model(batch)
+    def forward_step(iterator: Iterator[tuple[int, PackedBatch]], model: torch.nn.Module) -> tuple[Any, Any]:
+        number, batch = next(iterator)
+        with part("language", number):
+            output = model(batch, rows) if rows else model(batch)
+        turn_on_gradient(output.total if isinstance(output, TargetLoss) else output, "language_backward", number)
         if not isinstance(output, TargetLoss):
             return output, None
         return output.total, lambda total: (total, *_report(batch, output, task_number, ctx))
 
-    iterators = [iter(batches) for _ in chunks]
+    iterators = [enumerate(batches) for _ in chunks]
     config: Any = chunks[0].config
-    reports = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators if len(chunks) > 1 else iterators[0],
-        model=list(chunks) if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(batches),
-        # megatron-core divides it by these ranks again.
-        seq_length=rows * ctx.grid.context * (ctx.grid.tensor if config.sequence_parallel else 1),
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
+    with constant_weights(chunks):
+        reports = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=list(chunks) if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(batches),
+            # megatron-core divides it by these ranks again.
+            seq_length=rows * ctx.grid.context * (ctx.grid.tensor if config.sequence_parallel else 1),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
     sums = torch.zeros(3 + 2 * len(tasks), dtype=torch.float64, device=ctx.device)
     for report in reports:
         sums += report
@@ -134,8 +141,9 @@ def train_step(
         chunk.zero_grad_buffer()
     model.optimizer.zero_grad()
     loss = forward_backward(model.chunks, microbatches, tasks, ctx)
-    updated, grad_norm, _ = model.optimizer.step()
-    return loss, float(grad_norm) if updated else None
+    with part("optimizer"):
+        updated, grad_norm, _ = model.optimizer.step()
+        return loss, float(grad_norm) if updated else None
 
 
 @torch.no_grad()

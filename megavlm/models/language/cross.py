@@ -250,11 +250,11 @@ class _QuietCrossAttentionLayer(CrossAttentionLayer):
     mlp_without_picture = False
 
 
-def cross_layer_spec(language: LanguageConfig) -> ModuleSpec:
-    """A cross-attention layer."""
+def cross_layer_spec(language: LanguageConfig, *, local: bool = False) -> ModuleSpec:
+    """A cross-attention layer; `local` as for `layer_spec`."""
     style = language.cross_attention
     assert style is not None
-    spec = layer_spec(LayerStyle(causal=True, norm=language.norm, post=TanhGate))
+    spec = layer_spec(LayerStyle(causal=True, norm=language.norm, post=TanhGate), local=local)
     keys = {ours: key for ours, key in spec.submodules.sharded_state_dict_keys_map.items() if ours != "input_layernorm."}
     submodules = replace(
         spec.submodules,

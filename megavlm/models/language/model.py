@@ -44,7 +44,7 @@ class LanguageModel(GPTModel):
     ) -> None:
         first, last, vp_stage = ctx.chunk_position(chunk)
         config = language_transformer_config(language, precision, parallel, device or ctx.device)
-        layers = language_layers(language)
+        layers = language_layers(language, local=precision.wants_local_layers)
         self.language, self.ctx = language, ctx
         self.layers_of_model = PipelineSplit.of(language.num_layers, parallel).layers(ctx.pipeline_rank, chunk)
         """This chunk's layers, counted from 0 over all stages; an end of the pipeline may have none."""
@@ -162,15 +162,15 @@ def language_style(language: LanguageConfig) -> LayerStyle:
     return LayerStyle(causal=True, norm=language.norm, qk_norm=language.qk_norm, post=post, attention=attention)
 
 
-def language_layers(language: LanguageConfig) -> ModuleSpec | list[ModuleSpec]:
-    """One spec for all layers, or one for each."""
+def language_layers(language: LanguageConfig, *, local: bool = False) -> ModuleSpec | list[ModuleSpec]:
+    """One spec for all layers, or one for each; `local` as for `layer_spec`."""
     style = language_style(language)
     if language.cross_attention is not None:
-        plain, reads = layer_spec(style), cross_layer_spec(language)
+        plain, reads = layer_spec(style, local=local), cross_layer_spec(language, local=local)
         return [reads if layer in language.cross_attention.layers else plain for layer in range(language.num_layers)]
     if language.moe is None:
-        return layer_spec(style)
-    dense, sparse = layer_spec(style), layer_spec(replace(style, mlp=experts_spec()))
+        return layer_spec(style, local=local)
+    dense, sparse = (layer_spec(s, local=local) for s in (style, replace(style, mlp=experts_spec())))
     return [dense if layer in language.moe.dense_layers else sparse for layer in range(language.num_layers)]
 
 

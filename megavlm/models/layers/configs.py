@@ -26,6 +26,14 @@ class LayerConfig(TransformerConfig):
     """parallel.context_split."""
     context_comm: str = "auto"
     """parallel.context_comm."""
+    local_layers: bool = False
+    """megatron-core's own layers also where Transformer Engine is there."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # The name of the switch by which an MLP takes the activation of its spec (`GatedActivation`). Set afterwards, because
+        # megatron-core checks there that Transformer Engine knows the function.
+        self.use_te_activation_func = self.gated_linear_unit
 
 
 def _leave_unset(weight: torch.Tensor) -> torch.Tensor:
@@ -59,7 +67,24 @@ def _common(precision: PrecisionConfig, parallel: ParallelConfig, device: torch.
         "gradient_accumulation_fusion": False,
         "packed_attention": precision.attention,
         "calculate_per_token_loss": True,
+        "local_layers": precision.wants_local_layers,
         **recompute,
+        **_transformer_engine_fp8(precision, parallel),
+    }
+
+
+def _transformer_engine_fp8(precision: PrecisionConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    """What megatron-core makes Transformer Engine's FP8 recipe of. On every module's config, also of those that stay in bf16: by it the
+    schedule tells layers, with the first microbatch of a step, that weights have changed."""
+    if precision.fp8 == "none" or precision.fp8_backend != "transformer_engine":
+        return {}
+    return {
+        "fp8": precision.fp8_format,
+        "fp8_recipe": "tensorwise" if precision.fp8 == "current" else precision.fp8,
+        "fp8_amax_history_len": precision.fp8_amax_history_len,
+        "fp8_amax_compute_algo": precision.fp8_amax_compute_algo,
+        # Sharded parameters are not wrapped by what hears of first microbatches: cast anew each time.
+        "disable_parameter_transpose_cache": parallel.zero >= 2,
     }
 
 

@@ -6,6 +6,7 @@ Shape legend: L rows, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -36,17 +37,18 @@ def run_layers(
     layers: Sequence[Any] = list(block.layers)[:num_layers]
     recomputes = block.config.recompute_granularity == "full" and block.training and torch.is_grad_enabled()
     kept = {0: x_LBD} if 0 in taps else {}
-    for layer in layers:
-        number = layer.layer_number
-        own = packing(number) if callable(packing) else packing
-        if recomputes:
-            x_LBD = checkpoint(_layer, layer, x_LBD, own, use_reentrant=False)
-        else:
-            x_LBD = _layer(layer, x_LBD, own)
-        if after is not None:
-            x_LBD = after(number, x_LBD)
-        if number in taps:
-            kept[number] = x_LBD
+    with getattr(block, "quantised_pass", nullcontext)():  # see fp8.py: delayed scales
+        for layer in layers:
+            number = layer.layer_number
+            own = packing(number) if callable(packing) else packing
+            if recomputes:
+                x_LBD = checkpoint(_layer, layer, x_LBD, own, use_reentrant=False)
+            else:
+                x_LBD = _layer(layer, x_LBD, own)
+            if after is not None:
+                x_LBD = after(number, x_LBD)
+            if number in taps:
+                kept[number] = x_LBD
     return x_LBD, [kept[tap] for tap in taps]
 
 

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules, get_transformer_layer_offset
 
+from megavlm.models.layers.activations import GatedActivation
 from megavlm.models.layers.attention import AttentionStyle, PackedAttention
 from megavlm.models.layers.linear import PostRowParallelLinear, post_transformer_engine_linear
 from megavlm.models.layers.norms import NORMS, LayerScale
@@ -61,9 +62,9 @@ def has_transformer_engine() -> bool:
     return True
 
 
-def layer_spec(style: LayerStyle) -> ModuleSpec:
-    """One pre-norm transformer layer."""
-    parts = _transformer_engine_parts(style) if has_transformer_engine() else _local_parts(style)
+def layer_spec(style: LayerStyle, *, local: bool = False) -> ModuleSpec:
+    """One pre-norm transformer layer; `local`: of megatron-core's own parts, also where Transformer Engine is there."""
+    parts = _transformer_engine_parts(style) if has_transformer_engine() and not local else _local_parts(style)
     mask = AttnMaskType.padding_causal if style.causal else AttnMaskType.padding
     return ModuleSpec(
         module=TransformerLayer,
@@ -82,7 +83,7 @@ def layer_spec(style: LayerStyle) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=parts.norm_before if style.mlp is None else parts.norm,
-            mlp=style.mlp or ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row)),
+            mlp=style.mlp or ModuleSpec(module=MLP, submodules=MLPSubmodules(parts.column, parts.row, GatedActivation)),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=parts.key_map,
         ),
@@ -122,7 +123,7 @@ def block_spec(
     config: TransformerConfig, layer: ModuleSpec | Sequence[ModuleSpec], *, norm: str, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline chunk and the norm after the last one. `layer` is one for all, or one for each layer of the model."""
-    if has_transformer_engine():
+    if has_transformer_engine() and not getattr(config, "local_layers", False):
         from megatron.core.extensions.transformer_engine import TENorm
 
         final: Any = TENorm

@@ -66,7 +66,9 @@ class CanvasEncoder(VisionEncoder):
         )
         self.global_decoder = TransformerBlock(
             config=config,
-            spec=block_spec(config, layer_spec(replace(vision_style(vision), post=TanhGate)), norm=vision.norm),
+            spec=block_spec(
+                config, layer_spec(replace(vision_style(vision), post=TanhGate), local=precision.wants_local_layers), norm=vision.norm
+            ),
             pre_process=True,
             post_process=True,
             post_layer_norm=False,

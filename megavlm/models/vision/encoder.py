@@ -60,7 +60,7 @@ class VisionEncoder(MegatronModule):
         self.pre_norm = norm(config, width, vision.norm_eps).to(device) if vision.pre_norm else None
         self.decoder = TransformerBlock(
             config=config,
-            spec=block_spec(config, layer_spec(vision_style(vision)), norm=vision.norm),
+            spec=block_spec(config, layer_spec(vision_style(vision), local=precision.wants_local_layers), norm=vision.norm),
             pre_process=True,
             post_process=True,
             post_layer_norm=False,
