@@ -1,11 +1,11 @@
-"""Sharded data parallelism (ZeRO-2 and ZeRO-3, https://arxiv.org/abs/1910.02054) for megatron-core's schedules and optimizers, over torch's FSDP2.
+"""Sharded data parallelism (ZeRO-2 and ZeRO-3, https://arxiv.org/abs/1910.02054) over torch's FSDP2, under megatron-core's schedules.
 
-megatron-core has two of its own. Megatron-FSDP needs CUDA streams, events and devices of its own at every step; its wrapper of FSDP2 names a CUDA mesh, reduces in the
-parameters' format, and divides gradients by the number of ranks, which together with a division by the number of targets
-(`calculate_per_token_loss`) makes them too small. So the wrapping is done here, and everything else stays megatron-core's: schedules,
-`finalize_model_grads`, gradient norm and clipping, Adam.
+megatron-core has two of its own. Megatron-FSDP drives CUDA streams, events and memory pools itself and stores checkpoints in a format of
+its own. Its wrapper of FSDP2 names a CUDA mesh, reduces gradients in the parameters' format, and divides them by the number of ranks,
+which together with the division by the number of targets (`calculate_per_token_loss`) makes them too small. So the wrapping is done here,
+and all else stays megatron-core's: schedules, `finalize_model_grads`, gradient norm and clipping, Adam.
 
-Every trained parameter is kept in fp32, split over data and context ranks along its first dimension; so are its gradient and its
+Every parameter that trains is kept in fp32, split over data and context ranks along its first dimension; so are its gradient and its
 moments. Layers gather their parameters in the format of computation when they run. Sums, not means, are reduced.
 """
 
@@ -21,7 +21,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 _COMPUTE_DTYPE = "compute_dtype"
@@ -46,7 +46,6 @@ class ShardedDataParallel(_BaseDataParallel):
         group: dist.ProcessGroup,
         device: torch.device,
         keeps_gathered: bool,
-        offloads: bool = False,
     ) -> None:
         super().__init__(config=config, module=module)
         self.ddp_config, self.keeps_gathered = ddp_config, keeps_gathered
@@ -60,7 +59,6 @@ class ShardedDataParallel(_BaseDataParallel):
             "mesh": DeviceMesh.from_group(group, device.type),
             "mp_policy": policy,
             "reshard_after_forward": not keeps_gathered,
-            "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if offloads else OffloadPolicy(),
         }
         for unit in units:
             _shard(unit, computes, options)
@@ -172,7 +170,7 @@ def whole_parameters(chunks: Sequence[torch.nn.Module], *, write_back: bool) -> 
                 if isinstance(part, FSDPModule):
                     part.reshard()
             places += [(owner, name, p) for owner in module.modules() for name, p in owner._parameters.items() if isinstance(p, DTensor)]
-            for owner, name, parameter in places:
+            for _, _, parameter in places:
                 if id(parameter) not in twins:
                     dtype = module.config.params_dtype
                     data = torch.zeros(parameter.shape, dtype=dtype) if write_back else gathered(parameter).to(dtype)

@@ -16,6 +16,7 @@ from megavlm.config.tensor_split import encoder_tensor_ranks, projector_tensor_r
 from megavlm.planner.parameters import ParameterBlock, parameter_blocks
 from megavlm.planner.projectors import projector_elements
 from megavlm.planner.schedule import most_in_flight, pass_order
+from megavlm.planner.state import element_bytes, gathered_bytes, state_bytes
 from megavlm.topology.context import most_rows
 from megavlm.topology.grid import RankGrid
 from megavlm.topology.pipeline import PipelineSplit
@@ -37,10 +38,13 @@ class RankMemory:
     optimizer_bytes: int
     activations_bytes: int
     head_bytes: int
+    gathered_bytes: int = 0
+    """With parallel.zero of 2 or 3: parameters that are whole for a while, and gradients on their way."""
 
     @property
     def total_bytes(self) -> int:
-        return self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes + self.head_bytes
+        state = self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes
+        return state + self.gathered_bytes + self.activations_bytes + self.head_bytes
 
 
 def estimate_memory(
@@ -73,28 +77,18 @@ def estimate_memory(
 
 def memory_table(estimates: Sequence[RankMemory]) -> str:
     """The estimates as text for --dry-run."""
-    header = ("pipeline rank", "parameters", "training", "weights", "gradients", "optimizer", "activations", "head", "total")
+    header = ("pipeline rank", "parameters", "training", "weights", "gradients", "optimizer", "gathered", "activations", "head", "total")
     rows = [
         (
             e.pipeline_rank,
             human_count(e.num_parameters),
             human_count(e.num_trainable),
-            *map(human_bytes, (e.parameters_bytes, e.gradients_bytes, e.optimizer_bytes, e.activations_bytes, e.head_bytes, e.total_bytes)),
+            *map(human_bytes, (e.parameters_bytes, e.gradients_bytes, e.optimizer_bytes, e.gathered_bytes)),
+            *map(human_bytes, (e.activations_bytes, e.head_bytes, e.total_bytes)),
         )
         for e in estimates
     ]
     return text_table(header, rows, "memory of a rank (estimate; allow 10-20 % for workspaces and fragmentation)")
-
-
-def state_bytes(precision: PrecisionConfig, shards: int = 1) -> tuple[int, int, float]:
-    """(weight, gradient, optimizer) bytes of a trainable parameter; `shards` > 1: distributed optimizer over that many ranks.
-
-    The table of megatron-core's docs, api-guide/dist_optimizer: fp32 4 + 4 + 8/shards; bf16 with fp32 gradients 2 + 4 + 12/shards;
-    bf16 with bf16 gradients 2 + 2 + 16/shards (fp32 master weight, its fp32 gradient, two moments).
-    """
-    if precision.dtype == "fp32":
-        return 4, 4, 8 / shards
-    return (2, 4, 12 / shards) if precision.grad_reduce_in_fp32 else (2, 2, 16 / shards)
 
 
 @dataclass(frozen=True)
@@ -113,6 +107,7 @@ class _Load:
     """Ranks over which rows outside attention and MLP are split: tensor with sequence parallelism, else 1."""
     recompute: bool
     precision: PrecisionConfig
+    zero: int
     shards: int
     expert_shards: int
     device: str
@@ -149,14 +144,15 @@ class _Load:
             # Recomputing only the core attention saves nothing where its scores are never stored.
             recompute=parallel.recompute == "full",
             precision=precision,
-            shards=grid.data * grid.context if parallel.zero else 1,
-            expert_shards=_expert_copies(grid) if parallel.zero else 1,
+            zero=parallel.zero,
+            shards=grid.data * grid.context,
+            expert_shards=_expert_copies(grid),
             device=device,
         )
 
     @property
     def element_bytes(self) -> int:
-        return 4 if self.precision.dtype == "fp32" else 2
+        return element_bytes(self.precision)
 
     def encoder_rows(self, vision: VisionConfig) -> int:
         """Patches, class and register tokens."""
@@ -211,17 +207,22 @@ def _rank_memory(
         trainable += embedding.local if embedding.trains else 0
     # Experts are copied over fewer ranks than the rest, so each rank has more of their optimizer state.
     experts = sum(b.local for b in mine if b.trains and b.part == "experts")
-    weight, gradient, optimizer = state_bytes(load.precision, load.shards)
-    expert_optimizer = state_bytes(load.precision, load.expert_shards)[2]
+    weight, gradient, optimizer = state_bytes(load.precision, load.shards, load.zero)
+    expert_optimizer = state_bytes(load.precision, load.expert_shards, load.zero).optimizer
+    # What is frozen is kept in the format of computation, and split with the rest.
+    frozen = load.element_bytes / (load.shards if load.zero >= 2 else 1)
+    layers = [(b.local, b.local if b.trains else 0) for b in mine if b.part == "layer"]
+    outside = (parameters - sum(n for n, _ in layers), trainable - sum(n for _, n in layers))
     return RankMemory(
         pipeline_rank=rank,
         num_parameters=parameters,
         num_trainable=trainable,
-        parameters_bytes=parameters * weight,
-        gradients_bytes=trainable * gradient,
+        parameters_bytes=math.ceil(trainable * weight + (parameters - trainable) * frozen),
+        gradients_bytes=math.ceil(trainable * gradient),
         optimizer_bytes=math.ceil((trainable - experts) * optimizer + experts * expert_optimizer),
         activations_bytes=_activations(rank, blocks, split, load, model, num_microbatches),
         head_bytes=_head(load, model, embedding, blocks) if load.tokens and split.is_last(rank) else 0,
+        gathered_bytes=gathered_bytes(load.zero, load.precision, layers, outside),
     )
 
 

@@ -14,8 +14,9 @@ from megavlm.config.schema import (
     StageConfig,
     VisionConfig,
 )
-from megavlm.planner.memory import HEAD_CHUNK_ELEMENTS, estimate_memory, memory_table, state_bytes
+from megavlm.planner.memory import HEAD_CHUNK_ELEMENTS, estimate_memory, memory_table
 from megavlm.planner.parameters import params
+from megavlm.planner.state import state_bytes
 from megavlm.topology.grid import RankGrid
 from megavlm_kernels.linear_cross_entropy import op as head_op
 
@@ -64,7 +65,7 @@ def test_frozen_weights_cost_their_bytes_only():
 
 def test_each_way_of_sharding_saves_where_it_should():
     (one,) = estimate(2)
-    (zero,) = estimate(2, parallel=ParallelConfig(distributed_optimizer=True))
+    (zero,) = estimate(2, parallel=ParallelConfig(zero=1))
     assert zero.optimizer_bytes * 2 == one.optimizer_bytes and zero.parameters_bytes == one.parameters_bytes
     (tensor,) = estimate(2, parallel=ParallelConfig(tensor=2))
     (sequence,) = estimate(2, parallel=ParallelConfig(tensor=2, sequence=True))
