@@ -80,7 +80,11 @@ class CheckpointWriter:
             self._number, self._end = self._number + 1, 0
         stream = self._opened()
         with _without_crc():
-            torch.save(tensor.detach(), stream)
+            try:
+                torch.save(tensor.detach(), stream)
+            except RuntimeError as error:
+                # On its way out torch's writer finds its file too short and hides why.
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         length = stream.tell() - self._end
         dtype = str(tensor.dtype).removeprefix("torch.")
         entry = {"key": key, "file": self._file, "offset": self._end, "length": length, "shape": list(tensor.shape), "dtype": dtype}

@@ -161,7 +161,7 @@ def _answer_file(loaded: LoadedModel, requests: list[Any], out: Path | None, bat
         bar = stack.enter_context(tqdm(total=len(requests), unit=" answers", disable=not (shown and sys.stderr.isatty())))
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
-            answers = loaded.generate([loaded.prompt(request.prompt, request.images) for request in batch], **options)
+            answers = loaded.generate([loaded.prompt(request.prompt, request.images) for request in batch], **options, first_number=start)
             for request, ids in zip(batch, answers, strict=True):
                 if shown:
                     answer = options["stop"].cut(loaded.text(ids))

@@ -49,6 +49,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    first_number: int = 0,
     repetition_penalty: float = 1.0,
     is_over: IsOver | None = None,
     on_token: OnToken | None = None,
@@ -56,7 +57,8 @@ def generate(
     """New token ids of each prompt. An answer that ended by itself has its stop token as last id; others hit `max_new_tokens`, or
     `is_over` ended them (stop strings: `megavlm.inference.stop.StopStrings`).
 
-    Every tensor rank calls this with the same arguments and gets the same answer. Greedy at temperature 0; see `Sampling`.
+    Every tensor rank calls this with the same arguments and gets the same answer. Greedy at temperature 0; see `Sampling`. What a prompt
+    draws depends on `seed` and its number; the first has `first_number`, so that a list in several batches draws as it would in one.
 
     Raises:
         PromptError: an empty prompt, placeholders and tiles that do not match, more tokens than the model has positions for.
@@ -71,7 +73,7 @@ def generate(
         _check_prompt(model, i, prompt, max_new_tokens, image_token_id)
     sampler, cache, stops = Sampler(Sampling(temperature, top_k, top_p, seed, repetition_penalty)), KVCache(), set(stop_ids)
     for i, prompt in enumerate(prompts):
-        sampler.start(i, prompt.ids)
+        sampler.start(first_number + i, prompt.ids)
     answers: list[list[int]] = [[] for _ in prompts]
     running, shifts = list(range(len(prompts))), [_shift(model.model, prompt) for prompt in prompts]
     with _evaluating(model), light_linears(model):
@@ -80,7 +82,7 @@ def generate(
             # Not for the prompts: what is computed for pictures may be kept, and training could not use it then.
             with torch.inference_mode(bool(cache.lengths)):
                 logits_BV = _last_logits(model, batch, cache)
-            tokens = _agree(model, sampler.next_tokens(logits_BV, running)).tolist()
+            tokens = _agree(model, sampler.next_tokens(logits_BV, [first_number + s for s in running])).tolist()
             for sequence, token in zip(running, tokens, strict=True):
                 answers[sequence].append(token)
                 if on_token is not None:

@@ -105,6 +105,9 @@ def test_samples_do_not_depend_on_neighbours_and_repeat_with_the_seed(ctx):
     for whole, short in zip(free, ended, strict=True):
         assert whole[: len(short)] == short
     assert run(model, batch[:1], temperature=1.0, seed=7)[0] == free[0]
+    split = run(model, batch[:1], temperature=1.0, seed=7) + run(model, batch[1:], temperature=1.0, seed=7, first_number=1)
+    assert split == free, "a list in two batches"
+    assert run(model, batch[:1] * 2, temperature=1.0, seed=7)[1] != free[0], "the same prompt again draws anew"
     assert run(model, batch, temperature=1.0, seed=8) != free
     assert run(model, batch, temperature=1.0, top_k=1, seed=8) == run(model, batch)
 

@@ -108,13 +108,14 @@ def test_end_tokens_and_penalty_are_the_folders(folder, ctx, tmp_path):
 
 
 @in_rank
-def test_without_the_file_config_json_names_the_ends(folder, ctx, tmp_path):
-    end = theirs(folder)[0][6]
+def test_without_the_file_config_json_has_the_say(folder, ctx, tmp_path):
+    end = theirs(folder, repetition_penalty=1.3)[0][6]
     shutil.copytree(folder, tmp_path / "hf")
-    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": end}
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": end, "repetition_penalty": 1.3}
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     expected = theirs(tmp_path / "hf")
     assert len(expected[0]) <= 7
+    assert expected != theirs(tmp_path / "hf", repetition_penalty=1.0), "the penalty must matter here"
     assert ours(load_for_inference(tmp_path / "hf", ctx=ctx)) == expected
 
 

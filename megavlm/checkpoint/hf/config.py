@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf.families.base import Family, TokenIds
 from megavlm.checkpoint.hf.holding import which_holds
@@ -40,13 +42,20 @@ def config_from_hf(folder: str | Path) -> ModelConfig:
         model = kind.model_from_hf(config, problems)
     except ValueError as error:
         problems.check(folder / CONFIG)
-        raise HuggingFaceError(f"{folder / CONFIG}: {error}") from error
+        raise HuggingFaceError(f"{folder / CONFIG}: {_told(error)}") from error
     problems.check(folder / CONFIG)
     model = as_stored(folder, kind, model)
     if not model.text_only:
         mean, std = pixel_statistics(folder) or kind.statistics(config)
         model.vision = model.vision.model_copy(update={"image_mean": mean, "image_std": std})
     return model
+
+
+def _told(error: ValueError) -> str:
+    """What a block of the recipe refuses, each with its place, instead of pydantic's page."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(".".join(map(str, e["loc"])) + (": " if e["loc"] else "") + e["msg"] for e in error.errors())
 
 
 def _check_number_format(file: Path, values: dict[str, Any]) -> None:
@@ -77,8 +86,8 @@ def config_to_hf(model: ModelConfig, ids: TokenIds, *, dtype: str = "float32", b
     if base is not None and kind.handles(base):
         came = hf_config(base)
         unchanged = kind.config_to_hf(_read_again(kind, base, model), ids_of(came, kind))
-        values = _changed(came.to_dict(), unchanged, values)
-    values["dtype"] = dtype
+        values = _changed(_without_clutter(came.to_dict(), base), unchanged, values)
+    values |= {"dtype": dtype, "transformers_version": quiet_transformers().__version__}
     which_holds("model", network(model), {kind.hf_class: kind.hf_class}, lambda _: network(_read_again(kind, values, model)))
     return values
 
@@ -91,6 +100,18 @@ def _read_again(kind: Family, values: dict[str, Any], model: ModelConfig) -> Mod
     if not read.text_only:
         read.vision = read.vision.model_copy(update={"image_mean": model.vision.image_mean, "image_std": model.vision.image_std})
     return read
+
+
+def _without_clutter(read: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """What transformers reads of a config.json, without the defaults of every config class that the file does not write out."""
+    clutter = quiet_transformers().PretrainedConfig().to_dict()
+    kept = {name: value for name, value in read.items() if name in stored or name not in clutter or value != clutter[name]}
+    for name, value in stored.items():
+        if isinstance(value, dict) and isinstance(kept.get(name), dict) and name.endswith("_config"):
+            kept[name] = _without_clutter(kept[name], value)
+        elif name in _NAMES_CLASS:
+            kept[name] = value
+    return kept
 
 
 def _changed(base: dict[str, Any], unchanged: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,7 @@ import torch
 from megavlm.checkpoint.errors import HuggingFaceError, some
 from megavlm.checkpoint.hf.tensor_files import TensorFile
 
+log = logging.getLogger(__name__)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -86,6 +88,12 @@ class WeightFolder:
         """Stored name -> file."""
         if not self.folder.is_dir():
             raise HuggingFaceError(f"{self.folder}: there is no such folder")
+        if (self.folder / SINGLE).is_file():
+            if (self.folder / INDEX).is_file():
+                log.warning(
+                    "%s holds %s and %s: the first is read, as transformers does; remove the one that is old", self.folder, SINGLE, INDEX
+                )
+            return dict.fromkeys(self._open(SINGLE).places, SINGLE)
         if (self.folder / INDEX).is_file():
             try:
                 contents: dict[str, str] = json.loads((self.folder / INDEX).read_text())["weight_map"]
@@ -99,8 +107,6 @@ class WeightFolder:
                 if missing:
                     raise HuggingFaceError(f"{self.folder / file} lacks {some(missing)}, which {INDEX} says it holds")
             return contents
-        if (self.folder / SINGLE).is_file():
-            return dict.fromkeys(self._open(SINGLE).places, SINGLE)
         pickles = sorted(p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in self.folder.glob(pattern))
         hint = f"; {some(pickles)} are pickles, which can run code: save the model with safe_serialization" if pickles else ""
         raise HuggingFaceError(f"{self.folder} has neither {SINGLE} nor {INDEX}{hint}")

@@ -42,19 +42,18 @@ class GenerationDefaults:
 
 
 def generation_defaults(folder: Path) -> GenerationDefaults:
-    """Of a Hugging Face folder; without a generation_config.json the end tokens are config.json's, as at transformers.
+    """Of a Hugging Face folder; without a generation_config.json what config.json says of generation, as at transformers.
 
     Raises HuggingFaceError for end tokens or a penalty that are no numbers.
     """
     file = folder / GENERATION
-    if not file.is_file():
-        config = read_json(folder / CONFIG)
+    if file.is_file():
+        values = read_json(file)
+    else:
+        file = folder / CONFIG
+        config = read_json(file)
         text = config.get("text_config")
-        named = config.get("eos_token_id")
-        return GenerationDefaults(
-            _ids(folder / CONFIG, named if named is not None or not isinstance(text, dict) else text.get("eos_token_id"))
-        )
-    values = read_json(file)
+        values = (text if isinstance(text, dict) else {}) | {name: value for name, value in config.items() if value is not None}
     penalty = values.get("repetition_penalty")
     penalty = 1.0 if penalty is None else penalty
     if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not penalty > 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -253,3 +254,17 @@ def test_what_a_kill_left_behind_a_full_file_is_cut(tmp_path: Path) -> None:
     for path in sorted((tmp_path / "through").glob("*.distcp")):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
     folders.verify(tmp_path / "again")
+
+
+def test_a_write_that_the_system_refuses_is_that_error(tmp_path: Path) -> None:
+    """torch's own writer would end with "unexpected pos" instead."""
+    writer = CheckpointWriter(tmp_path / "c", "job")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as refused:
+            writer.add("language.0", torch.ones(30_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        writer.leave()
+    assert refused.value.errno == errno.EFBIG

@@ -10,7 +10,9 @@ import pytest
 
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf import TokenIds, config_from_hf, config_to_hf
+from megavlm.checkpoint.hf.reading import quiet_transformers
 from megavlm.config.schema import ModelConfig
+from megavlm.testing.families import CASES
 from megavlm.testing.tiny import tiny_model_config
 
 
@@ -130,3 +132,13 @@ def test_no_folder_and_no_json(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(HuggingFaceError, match=r"config\.json is damaged"):
         config_from_hf(tmp_path)
+
+
+def test_what_a_block_refuses_is_told_without_pydantics_page(tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.name == "Qwen2-VL")
+    values = case.config(quiet_transformers()).to_dict()
+    values["vision_config"]["spatial_merge_size"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(HuggingFaceError, match=r"config\.json: .*pixel_shuffle=3") as told:
+        config_from_hf(tmp_path)
+    assert "pydantic" not in str(told.value) and "validation error" not in str(told.value)

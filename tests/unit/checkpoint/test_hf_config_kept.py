@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import transformers
+from transformers import PretrainedConfig
 
 from megavlm.checkpoint.errors import HuggingFaceError
 from megavlm.checkpoint.hf import TokenIds, config_to_hf
@@ -31,6 +33,17 @@ def test_what_was_not_changed_is_kept() -> None:
     assert went == came
     assert went["image_seq_length"] == 999
     assert (went["text_config"]["attention_dropout"], went["vision_config"]["attention_dropout"]) == (0.25, 0.5)
+
+
+def test_nothing_is_added_to_what_is_kept() -> None:
+    """Defaults of transformers' config classes that the file does not write out stay out of it."""
+    stored = base()
+    went = config_to_hf(tiny_model_config(), IDS, base=stored)
+    assert went.keys() == stored.keys()
+    for block in ("text_config", "vision_config"):
+        assert went[block].keys() - stored[block].keys() <= hf_config(stored).to_dict()[block].keys() - PretrainedConfig().to_dict().keys()
+        assert went[block]["model_type"] == stored[block]["model_type"]
+    assert went["transformers_version"] == transformers.__version__
 
 
 def test_only_what_was_changed_is_written() -> None:

@@ -57,6 +57,21 @@ def test_names_of_every_age_become_those_of_today() -> None:
     assert disk_name("language_model.model.rotary_emb.inv_freq") is None
 
 
+def test_one_file_goes_before_an_index_as_in_transformers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What `save_pretrained` leaves behind when a smaller model is saved over a sharded one."""
+    tensors = {f"t{i}": torch.randn(30, 10) for i in range(4)}
+    write(tensors, tmp_path, 2000)
+    later = {name: tensor + 1 for name, tensor in tensors.items()}
+    save_file(later, tmp_path / "model.safetensors")
+    with plain_folder(tmp_path) as weights:
+        assert all(torch.equal(weights.tensor(name), later[name]) for name in tensors)
+    assert "model.safetensors and model.safetensors.index.json" in caplog.text
+    for shard in tmp_path.glob("model-0*"):
+        shard.unlink()
+    with plain_folder(tmp_path) as weights:
+        assert weights.names == set(tensors)
+
+
 @pytest.mark.parametrize("link", [link for link in links(tiny_model_config(qkv_bias=True)) if len(link.runs) > 1], ids=lambda x: x.key)
 def test_links_invert(link: Link) -> None:
     parts = {part.name: torch.randn(part.shape) for part in link.parts}
