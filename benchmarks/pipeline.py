@@ -145,7 +145,7 @@ def replayed(timeline: Timeline, virtual: int, num_microbatches: int) -> Timelin
 
 
 def summary(name: str, ranks: list[RankSteps], virtual: int, num_microbatches: int) -> tuple[dict[str, Any], dict[str, Timeline]]:
-    """One case's row, and the timelines of its last step."""
+    """One case's row, and the timelines of the step of median length."""
     steps = range(WARM_UP_STEPS, len(ranks[0].passes))
     real = [measured(ranks, step, virtual, num_microbatches) for step in steps]
     again = [replayed(timeline, virtual, num_microbatches) for timeline in real]
@@ -166,7 +166,8 @@ def summary(name: str, ranks: list[RankSteps], virtual: int, num_microbatches: i
         "planned_step_gflops_of_a_rank": median([t.step_time / 1e9 for t in planned]),
         "stages_s": [median([t.busy[rank] for t in real]) for rank in range(len(ranks))],
     }
-    return row, {f"{name}, simulated from measured passes": again[-1], f"{name}, measured": real[-1]}
+    usual = sorted(range(len(real)), key=lambda step: real[step].step_time)[len(real) // 2]
+    return row, {f"{name}, simulated from measured passes": again[usual], f"{name}, measured": real[usual]}
 
 
 def recipe_of(folder: Path, data: Path, size: str, parallel: dict[str, Any], microbatches: int, steps: int) -> Recipe:

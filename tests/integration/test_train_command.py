@@ -110,6 +110,20 @@ def test_dry_run_shows_grid_parameters_memory_and_plan(data_dir: Path, tmp_path:
     assert not (tmp_path / "run").exists(), "a dry run leaves nothing behind"
 
 
+def test_dry_run_shows_pipeline_stages_and_the_bubble(data_dir: Path, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, data_dir, parallel={"pipeline": 2})
+    shown = {}
+    for split in ("split=balanced", "layers_per_stage=[4,0]"):
+        done = megavlm("train", str(path), f"parallel.{split}", "--dry-run", "--nproc", "2")
+        assert done.returncode == 0, done.stderr
+        shown[split] = done.stdout
+        assert "pipeline stages (mean FLOPs of a microbatch" in done.stdout and "expected bubble: ranks idle" in done.stdout
+    idle = {split: float(text.split("ranks idle ")[1].split(" %")[0]) for split, text in shown.items()}
+    assert idle["split=balanced"] < idle["layers_per_stage=[4,0]"] < 100
+    rows = [line.split() for line in shown["layers_per_stage=[4,0]"].split("pipeline stages")[1].splitlines()[3:5]]
+    assert [row[2] for row in rows] == ["0-3", "none"]
+
+
 def test_a_mistake_in_two_ranks_ends_with_one_message_and_code_2(data_dir: Path, tmp_path: Path) -> None:
     path = write_recipe(tmp_path, data_dir)
     done = megavlm("train", str(path), "data.sources.pages.path=nowhere", "--nproc", "2")
@@ -127,7 +141,9 @@ MISTAKES = [
     (["data.sources.pages.split=trian"], ["trian"]),
     (["data.seq_len_tokens=20"], ["seq_len_tokens=20"]),
     (["stages.all.packs_per_step=7", "parallel.pipeline=2", "parallel.virtual_pipeline=2"], ["packs_per_step"]),
-    (["parallel.pipeline=3"], ["3"]),
+    (["parallel.pipeline=3"], ["3", "parallel.split=balanced"]),
+    (["parallel.pipeline=2", "parallel.layers_per_stage=[1,2]"], ["layers_per_stage=[1, 2] adds up to 3", "num_layers=4"]),
+    (["parallel.pipeline=2", "parallel.layers_per_stage=[1,2,1]"], ["has 3 numbers", "2 chunks"]),
     (["run.device=cuda"], ["run.device"]),
     (["init.from_hf=nowhere"], ["nowhere", "no such folder"]),
 ]
