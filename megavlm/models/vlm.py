@@ -32,13 +32,15 @@ from megavlm.models.layers.masks import groups_of
 from megavlm.models.layers.packing import Packing, pack
 from megavlm.models.layers.run import AfterLayer
 from megavlm.models.projectors import build_projector
-from megavlm.models.projectors.arrange import Collect, all_here
 from megavlm.models.vision import VisionEncoder, build_encoder
 from megavlm.models.vision.distributed import DealtPictures, build_in_layout, pixels_of
+from megavlm.models.vision.features import Collect, all_here
 from megavlm.models.vision.untouched import untouched_zero
 from megavlm.parallel.context import ParallelContext
+from megavlm.parallel.step_parts import turn_on_gradient
 from megavlm.topology.context import ContextLayout, context_layout
 from megavlm.topology.pipeline import PipelineSplit
+from megavlm.tracking.timers import part as time_part
 
 
 class TargetLoss(NamedTuple):
@@ -116,6 +118,11 @@ class VisionLanguageModel(MegatronModule):
             if name.startswith(("vision.", "projector.")) and name != "projector.image_newline":
                 yield parameter
 
+    def copied_over_tensor(self) -> Iterator[torch.nn.Parameter]:
+        """Parameters of modules that are whole on every tensor rank, where each computes their whole gradient from the same pictures."""
+        if self.dealt is None and self.whole_modules:
+            yield from (parameter for name, parameter in self.named_parameters() if name.startswith(self.whole_modules))
+
     def keep_own_pictures(self, batch: PackedBatch) -> PackedBatch:
         """The batch without the pixels that other ranks encode."""
         return batch if self.dealt is None or not batch.num_tiles else self.dealt.keep_own(batch)
@@ -126,8 +133,9 @@ class VisionLanguageModel(MegatronModule):
         hidden = self.transform(batch, packing)
         if not self.post_process:
             return pad(hidden, max(message_rows, hidden.shape[0]))
-        rows, mine = local_targets(batch.target_positions_Q, packing)
-        found = self.language.target_loss(hidden, rows, batch.target_ids_Q[mine], batch.target_weights_Q[mine], self.z_loss)
+        with time_part("head"):
+            rows, mine = local_targets(batch.target_positions_Q, packing)
+            found = self.language.target_loss(hidden, rows, batch.target_ids_Q[mine], batch.target_weights_Q[mine], self.z_loss)
         return TargetLoss(*found, mine)
 
     def transform(self, batch: PackedBatch, packing: Packing) -> torch.Tensor:
@@ -204,10 +212,13 @@ class VisionLanguageModel(MegatronModule):
             own, collect = self.dealt.own(batch)
         else:
             own = pixels_of(batch, by_picture=self.model.vision.canvas is not None)
-        features = vision(own.pixels, own.grids)
+        with time_part("encoder"):
+            features = vision(own.pixels, own.grids)
         features.instructions = own.instructions
-        tokens_ND: torch.Tensor = projector(features, batch.feature_rows_N, collect)
-        deep = projector.deep(features, batch.feature_rows_N, collect) if features.deep else []
+        with time_part("projector"):
+            tokens_ND: torch.Tensor = projector(features, batch.feature_rows_N, collect)
+            deep = projector.deep(features, batch.feature_rows_N, collect) if features.deep else []
+        turn_on_gradient(tokens_ND, "encoder_backward")
         return tokens_ND, {deepstack_side(i): rows_ND.unsqueeze(1) for i, rows_ND in enumerate(deep)}
 
     def _deepstack(self, batch: PackedBatch, packing: Packing) -> AfterLayer | None:

@@ -9,7 +9,7 @@ Shape legend: R rows of one rank, N rows of all pictures in the pack's order, D 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,14 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.tensor import DTensor
 
 from megavlm.parallel.context import ParallelContext
+from megavlm.tracking.timers import part
 
 REDUCED_AT_A_TIME = 1 << 24
 """Elements of small gradients that are copied together for one reduction; larger ones are reduced in place."""
+
+# Renamed in torch 2.13.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class _GatherRows(torch.autograd.Function):
         ctx.layout, ctx.num_rows = layout, rows_RD.shape[0]
         padded = torch.nn.functional.pad(rows_RD, (0, 0, 0, layout.longest - rows_RD.shape[0])).contiguous()
         gathered = padded.new_empty(len(layout.counts) * layout.longest, padded.shape[1])
-        dist.all_gather_into_tensor(gathered, padded, group=layout.ctx.microbatch_group)
+        _all_gather(gathered, padded, group=layout.ctx.microbatch_group)
         return gathered.index_select(0, layout.order_N)
 
     @staticmethod
@@ -99,7 +104,7 @@ class _GatherRows(torch.autograd.Function):
         own = taken
         if layout.ctx.grid.context > 1:
             own = taken.new_empty(layout.longest, taken.shape[1])
-            dist.reduce_scatter_tensor(own, taken, group=layout.ctx.context_group)
+            _reduce_scatter(own, taken, group=layout.ctx.context_group)
         return own[: ctx.num_rows], None
 
 
@@ -124,14 +129,29 @@ def finalize_gradients(chunks: list[torch.nn.Module], *args: Any, **options: Any
     """megatron-core's `finalize_model_grads`, then the sum over tensor ranks of what each computed from pictures of its own.
 
     Chunks name these parameters in `summed_over_tensor()`. Behind the reduction over data ranks, so that a distributed optimizer's part of
-    a gradient is the same on all of them.
+    a gradient is the same on all of them. What tensor ranks computed alike (`copied_over_tensor()`) is averaged where run.deterministic is
+    off: kernels that add up in no fixed order would let copies of a weight drift apart.
     """
+    with part("communication"):
+        _finalize(chunks, *args, **options)
+
+
+def _finalize(chunks: list[torch.nn.Module], *args: Any, **options: Any) -> None:
     finalize_model_grads(chunks, *args, **options)
     for chunk in chunks:
         bare: Any = getattr(chunk, "module", chunk)
-        parameters: Callable[[], Iterator[torch.nn.Parameter]] | None = getattr(bare, "summed_over_tensor", None)
-        if parameters is not None and bare.ctx.grid.tensor > 1:
-            _sum([g for p in parameters() if (g := _gradient(p)) is not None], bare.ctx)
+        if not hasattr(bare, "summed_over_tensor") or bare.ctx.grid.tensor == 1:
+            continue
+        _sum(_gradients(bare.summed_over_tensor()), bare.ctx)
+        if not torch.are_deterministic_algorithms_enabled():
+            copies = _gradients(bare.copied_over_tensor())
+            _sum(copies, bare.ctx)
+            for gradient in copies:
+                gradient.div_(bare.ctx.grid.tensor)
+
+
+def _gradients(parameters: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:
+    return [gradient for parameter in parameters if (gradient := _gradient(parameter)) is not None]
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:

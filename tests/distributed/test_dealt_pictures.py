@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from megavlm.config.schema import ParallelConfig, PrecisionConfig
 from megavlm.models.init import initialise
 from megavlm.models.vision.distributed import DealtPictures
+from megavlm.parallel import encoder_layout
 from megavlm.parallel.context import ParallelContext, enter_grid
 from megavlm.parallel.encoder_layout import RowLayout, gather_rows, shared_gradient
 from megavlm.testing.pool import RankPool
@@ -205,6 +207,42 @@ def test_every_gradient_and_what_a_missing_sum_would_do(pool: RankPool) -> None:
     broken = pool.run(gradients_of, ParallelConfig(tensor=2, **DEALT), "no sum over tensor ranks", world_size=2)[0]
     name = "vision.patch_embedding.weight"
     assert (broken[name] - expected[name]).norm() > 0.1 * expected[name].norm()
+
+
+class Chunk(torch.nn.Module):
+    """As much of a model chunk as the last step of the reduction asks for."""
+
+    def __init__(self, ctx: ParallelContext) -> None:
+        super().__init__()
+        self.ctx = ctx
+        self.own, self.copy = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+        for parameter in (self.own, self.copy):
+            parameter.main_grad = torch.full((3,), float(1 + 2 * ctx.tensor_rank))  # type: ignore[attr-defined]
+
+    def summed_over_tensor(self) -> list[torch.nn.Parameter]:
+        return [self.own]
+
+    def copied_over_tensor(self) -> list[torch.nn.Parameter]:
+        return [self.copy]
+
+
+def finalized(deterministic: bool) -> list[float]:
+    ctx = enter_grid(ParallelConfig(tensor=2), torch.device("cpu"), seed=1)
+    chunk: Any = Chunk(ctx)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with patch.object(encoder_layout, "finalize_model_grads"):
+            encoder_layout.finalize_gradients([chunk])
+    finally:
+        torch.use_deterministic_algorithms(before)
+    return [float(chunk.own.main_grad[0]), float(chunk.copy.main_grad[0])]
+
+
+def test_copies_stay_equal_where_kernels_are_not_deterministic(pool: RankPool) -> None:
+    """Gradients 1 and 3: summed where pictures differ; averaged where they are copies, and left alone where copies are equal anyway."""
+    assert pool.run(finalized, False, world_size=2) == [[4.0, 2.0]] * 2
+    assert pool.run(finalized, True, world_size=2) == [[4.0, 1.0], [4.0, 3.0]]
 
 
 def halved(_: Any = None) -> torch.Tensor:

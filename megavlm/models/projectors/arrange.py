@@ -5,19 +5,9 @@ Shape legend: R rows that come out of a projector's layers, N visual tokens, H L
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from megavlm.data.blends import rows_and_weights
-
-Collect = Callable[[torch.Tensor], torch.Tensor]
-"""Rows of this rank's pictures (R, H) -> rows of all pictures in order (N, H), where pictures are dealt to ranks."""
-
-
-def all_here(x_RH: torch.Tensor) -> torch.Tensor:
-    """The `Collect` of a rank that has all pictures."""
-    return x_RH
 
 
 def arranged(x_RH: torch.Tensor, rows_N: torch.Tensor | None, image_newline: torch.Tensor | None = None) -> torch.Tensor:

@@ -16,9 +16,9 @@ from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from megavlm.models.layers.activations import ACTIVATIONS
 from megavlm.models.layers.configs import DTYPES, projector_transformer_config
 from megavlm.models.layers.norms import NORMS, LayerNorm
-from megavlm.models.projectors.arrange import Collect, all_here, arranged
+from megavlm.models.projectors.arrange import arranged
 from megavlm.models.projectors.shuffle import shuffled
-from megavlm.models.vision.features import Features
+from megavlm.models.vision.features import Collect, Features, all_here
 
 
 class Merger(MegatronModule):

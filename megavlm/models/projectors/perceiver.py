@@ -23,9 +23,9 @@ from megavlm.models.layers.configs import DTYPES, projector_transformer_config
 from megavlm.models.layers.masks import Piece
 from megavlm.models.layers.norms import RMSNorm
 from megavlm.models.layers.packing import Packing
-from megavlm.models.projectors.arrange import Collect, all_here, arranged
+from megavlm.models.projectors.arrange import arranged
 from megavlm.models.projectors.shuffle import shuffled
-from megavlm.models.vision.features import Features
+from megavlm.models.vision.features import Collect, Features, all_here
 
 
 class PerceiverProjector(MegatronModule):

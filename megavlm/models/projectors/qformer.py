@@ -26,9 +26,9 @@ from megavlm.models.layers.attention import attend_packed, backend_of
 from megavlm.models.layers.configs import DTYPES, projector_transformer_config
 from megavlm.models.layers.norms import LayerNorm
 from megavlm.models.layers.packing import Packing, pack
-from megavlm.models.projectors.arrange import Collect, all_here, arranged
+from megavlm.models.projectors.arrange import arranged
 from megavlm.models.projectors.perceiver import reading_packing
-from megavlm.models.vision.features import Features
+from megavlm.models.vision.features import Collect, Features, all_here
 
 
 class QFormerProjector(MegatronModule):

@@ -19,7 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from megavlm.config.schema import ModelConfig, ParallelConfig
 from megavlm.config.vision import ROTARY_POSITIONS
 from megavlm.data.types import PackedBatch
-from megavlm.models.projectors.arrange import Collect
+from megavlm.models.vision.features import Collect
 from megavlm.parallel.context import ParallelContext, whole_on_every_tensor_rank
 from megavlm.parallel.encoder_layout import RowLayout, gather_rows, shared_gradient
 from megavlm.planner.pictures import Picture, PictureDeal, PictureDealer

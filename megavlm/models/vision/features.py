@@ -1,15 +1,24 @@
 """What an encoder hands to the projector.
 
-Shape legend: N features of all pictures end to end, D width of a feature.
+Shape legend: N features of all pictures end to end, D width of a feature; behind the projector R rows of this rank, H LLM width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 from megavlm.models.vision.pictures import Grid
+
+Collect = Callable[[torch.Tensor], torch.Tensor]
+"""Rows of this rank's pictures (R, H) -> rows of all pictures in order (N, H), where pictures are dealt to ranks."""
+
+
+def all_here(x_RH: torch.Tensor) -> torch.Tensor:
+    """The `Collect` of a rank that has all pictures."""
+    return x_RH
 
 
 @dataclass
