@@ -35,11 +35,12 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON object
         status.update("decoding a picture ...")
         decoders = _decoders()
         status.update("asking for attention ...")
-        attention = _attention()
+        attention, precision = _attention(), _precision()
     if as_json:
-        typer.echo(json.dumps({**_parts.as_json(findings), "decoders": [d._asdict() for d in decoders], "attention": attention}, indent=2))
+        here = {"decoders": [d._asdict() for d in decoders], "attention": attention, "precision": precision}
+        typer.echo(json.dumps({**_parts.as_json(findings), **here}, indent=2))
     else:
-        _print(findings, _parts.machine(), decoders, attention)
+        _print(findings, _parts.machine(), decoders, attention, precision)
 
 
 def _decoders() -> list[DecoderReport]:
@@ -63,7 +64,24 @@ def _attention() -> dict[str, str]:
     return {b: choice.refused.get(b, TAKEN if b == choice.backend else "") for b in BACKENDS}
 
 
-def _print(findings: list[Finding], machine: dict[str, str], decoders: list[DecoderReport], attention: dict[str, str]) -> None:
+def _precision() -> dict[str, str]:
+    """Number format -> through what this machine computes it, or "not here: " and why."""
+    try:
+        from megavlm.planner.precision import formats_here
+        from megavlm_kernels.packed_attention import machine_of
+
+        return formats_here(machine_of("cuda"))
+    except Exception:
+        return {}
+
+
+def _print(
+    findings: list[Finding],
+    machine: dict[str, str],
+    decoders: list[DecoderReport],
+    attention: dict[str, str],
+    precision: dict[str, str],
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -86,6 +104,11 @@ def _print(findings: list[Finding], machine: dict[str, str], decoders: list[Deco
     for backend, remark in attention.items():
         usable = remark in ("", TAKEN)
         table.add_row(backend, "[green]ok[/]" if usable else "[yellow]not here[/]", remark)
+    console.print(table)
+    table = Table("precision", "", "through", title_justify="left")
+    for name, through in precision.items():
+        missing = through.startswith("not here: ")
+        table.add_row(name, "[yellow]not here[/]" if missing else "[green]ok[/]", through.removeprefix("not here: "))
     console.print(table)
     lacking = [f.name for f in findings if f.required and f.status != "ok"]
     if lacking:

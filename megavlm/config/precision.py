@@ -33,6 +33,13 @@ class LossScaleConfig(Block):
         return self
 
 
+Keepable = Literal["vision", "projector", "language", "attention", "mlp"]
+
+
+def _kept() -> list[Keepable]:
+    return ["projector"]
+
+
 class PrecisionConfig(Block):
     """Number formats."""
 
@@ -63,7 +70,7 @@ class PrecisionConfig(Block):
     """Steps whose largest values set the scale of fp8=delayed. The history is no part of a checkpoint: it begins anew with a resume."""
     fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
     """What fp8=delayed takes from the history."""
-    keep_bf16: list[Literal["vision", "projector", "language", "attention", "mlp"]] = Field(default_factory=lambda: ["projector"])
+    keep_bf16: list[Keepable] = Field(default_factory=_kept)
     """Linear layers that stay out of FP8: all of a module, or of every transformer layer those around attention (query, key, value,
     output) or those of the MLP and the experts. What is no linear layer of these always stays: patch embedding, token and position
     embeddings, norms, attention itself, routers, pooling heads, the LM head and its loss."""

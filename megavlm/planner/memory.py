@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from megavlm.config.schema import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, StageConfig, VisionConfig
 from megavlm.config.tensor_split import encoder_tensor_ranks, projector_tensor_ranks
 from megavlm.planner.parameters import ParameterBlock, parameter_blocks
+from megavlm.planner.precision import fp8_parts, fp8_weights
 from megavlm.planner.projectors import projector_elements
 from megavlm.planner.schedule import most_in_flight, pass_order
 from megavlm.planner.state import element_bytes, gathered_bytes, state_bytes
@@ -213,11 +214,13 @@ def _rank_memory(
     frozen = load.element_bytes / (load.shards if load.zero >= 2 else 1)
     layers = [(b.local, b.local if b.trains else 0) for b in mine if b.part == "layer"]
     outside = (parameters - sum(n for n, _ in layers), trainable - sum(n for _, n in layers))
+    # Cast once a step, as they are and transposed, but where ZeRO-3 keeps no whole weights.
+    copies = 2 * sum(fp8_weights(b, model, load.precision, load.tensor, load.encoder_tensor) for b in mine) if load.zero < 3 else 0
     return RankMemory(
         pipeline_rank=rank,
         num_parameters=parameters,
         num_trainable=trainable,
-        parameters_bytes=math.ceil(trainable * weight + (parameters - trainable) * frozen),
+        parameters_bytes=math.ceil(trainable * weight + (parameters - trainable) * frozen) + copies,
         gradients_bytes=math.ceil(trainable * gradient),
         optimizer_bytes=math.ceil((trainable - experts) * optimizer + experts * expert_optimizer),
         activations_bytes=_activations(rank, blocks, split, load, model, num_microbatches),
@@ -265,7 +268,7 @@ def _layer_elements(block: ParameterBlock, load: _Load, model: ModelConfig) -> f
         rows, width = load.tokens, language.hidden_size
         attention = (2 * language.num_attention_heads + 2 * max(language.kv_heads, load.tensor)) * language.head_width
         before_activation, ffn = 2 if language.gated_mlp else 1, language.ffn_hidden_size
-        split = load.sequence_split
+        split, attended = load.sequence_split, language.num_attention_heads * language.head_width
         if (moe := language.moe) is not None and block.layer not in moe.dense_layers:
             # Evenly routed, a rank's experts get as many tokens as it sends out, each top_k times, and keep what they give back.
             ffn = moe.top_k * moe.ffn_hidden_size
@@ -274,8 +277,12 @@ def _layer_elements(block: ParameterBlock, load: _Load, model: ModelConfig) -> f
         vision = model.encoders[block.encoder]
         rows, width = load.encoder_rows(vision), vision.hidden_size
         attention, before_activation, ffn, split = 4 * width, 2 if vision.gated_mlp else 1, vision.ffn_hidden_size, 1
-    outside = (4 if block.trains else 2) * width / split
-    inside = attention + (before_activation + int(block.trains)) * ffn
+        attended = width
+    attention_fp8, mlp_fp8 = fp8_parts(block.module, block.layer, block.encoder, model, load.precision)
+    # Inputs of linear layers are kept as they are multiplied; the output's input is attention's result, which attention keeps in bf16.
+    into_qkv, into_output, into_mlp = 0.5 if attention_fp8 else 1.0, 0.5 if attention_fp8 else 0.0, 0.5 if mlp_fp8 else 1.0
+    outside = (2 + (into_qkv + into_mlp if block.trains else 0)) * width / split
+    inside = attention + before_activation * ffn + (into_output * attended + into_mlp * ffn if block.trains else 0)
     return rows * (outside + inside / (load.tensor if block.module == "language" else load.encoder_tensor))
 
 

@@ -11,8 +11,9 @@ from typing import Literal
 
 from megavlm.config.model import ModelConfig
 from megavlm.config.precision import PrecisionConfig
-from megavlm.config.schema import ParallelConfig, Recipe
+from megavlm.config.schema import LanguageConfig, ParallelConfig, Recipe, VisionConfig
 from megavlm.config.tensor_split import encoder_tensor_ranks
+from megavlm.planner.parameters import ParameterBlock
 from megavlm.topology.table import text_table
 from megavlm_kernels.packed_attention.selection import Machine
 
@@ -132,28 +133,37 @@ def fp8_shapes(model: ModelConfig, precision: PrecisionConfig, parallel: Paralle
     if not model.text_only and "vision" not in precision.keep_bf16:
         tensor = encoder_tensor_ranks(model, parallel)
         for number, encoder in enumerate(model.encoders):
-            name, width = "vision" if number == 0 else f"vision_beside[{number - 1}]", encoder.hidden_size
-            yield from _layer_shapes(name, precision, tensor, width, 3 * width, width, encoder.ffn_hidden_size, encoder.gated_mlp)
+            yield from _encoder_shapes("vision" if number == 0 else f"vision_beside[{number - 1}]", encoder, precision, tensor)
     if "language" not in precision.keep_bf16:
         language, tensor = model.language, parallel.tensor
-        queries = language.num_attention_heads * language.head_width
-        qkv = queries + 2 * max(language.kv_heads, tensor) * language.head_width
         ffns = {language.ffn_hidden_size}
         if language.moe is not None:
             ffns = {language.moe.ffn_hidden_size * (tensor if parallel.expert > 1 else 1)}
             if language.moe.dense_layers:
                 ffns.add(language.ffn_hidden_size)
         for ffn in sorted(ffns):
-            yield from _layer_shapes("language", precision, tensor, language.hidden_size, qkv, queries, ffn, language.gated_mlp)
+            yield from _language_shapes(language, precision, tensor, ffn)
+
+
+def _encoder_shapes(name: str, encoder: VisionConfig, precision: PrecisionConfig, tensor: int) -> Iterator[LinearShape]:
+    width = encoder.hidden_size
+    return _layer_shapes(name, precision, tensor, width, 3 * width, width, encoder.ffn_hidden_size, encoder.gated_mlp)
+
+
+def _language_shapes(language: LanguageConfig, precision: PrecisionConfig, tensor: int, ffn: int | None) -> Iterator[LinearShape]:
+    queries = language.num_attention_heads * language.head_width
+    qkv = queries + 2 * max(language.kv_heads, tensor) * language.head_width
+    return _layer_shapes("language", precision, tensor, language.hidden_size, qkv, queries, ffn, language.gated_mlp)
 
 
 def _layer_shapes(
-    name: str, precision: PrecisionConfig, tensor: int, width: int, qkv: int, attended: int, ffn: int, gated: bool
+    name: str, precision: PrecisionConfig, tensor: int, width: int, qkv: int, attended: int, ffn: int | None, gated: bool
 ) -> Iterator[LinearShape]:
+    """`ffn` None: the MLP is elsewhere."""
     if "attention" not in precision.keep_bf16:
         yield LinearShape(f"{name} linear_qkv", qkv // tensor, width)
         yield LinearShape(f"{name} linear_proj", width, attended // tensor)
-    if "mlp" not in precision.keep_bf16:
+    if "mlp" not in precision.keep_bf16 and ffn is not None:
         yield LinearShape(f"{name} linear_fc1", (2 if gated else 1) * ffn // tensor, width)
         yield LinearShape(f"{name} linear_fc2", width, ffn // tensor)
 
@@ -163,11 +173,36 @@ def fp8_layers(total: int, precision: PrecisionConfig) -> range:
     return range(1 + precision.num_layers_at_start_in_bf16, 1 + max(total - precision.num_layers_at_end_in_bf16, 0))
 
 
+def fp8_parts(module: str, layer: int | None, encoder: int, model: ModelConfig, precision: PrecisionConfig) -> tuple[bool, bool]:
+    """Whether the linear layers around attention, and those of the MLP, run in FP8 in a transformer layer (counted from 0)."""
+    if precision.fp8 == "none" or layer is None or module in precision.keep_bf16:
+        return False, False
+    total = model.language.num_layers if module == "language" else model.encoders[encoder].num_used_layers
+    if layer + 1 not in fp8_layers(total, precision):
+        return False, False
+    return "attention" not in precision.keep_bf16, "mlp" not in precision.keep_bf16
+
+
+def fp8_weights(block: ParameterBlock, model: ModelConfig, precision: PrecisionConfig, tensor: int, encoder_tensor: int) -> int:
+    """Weights of a block, on one rank, that are multiplied in FP8."""
+    attention, mlp = fp8_parts(block.module, block.layer, block.encoder, model, precision)
+    if block.part == "experts":
+        return block.local if mlp else 0
+    if block.part != "layer" or not (attention or mlp):
+        return 0
+    if block.module == "language":
+        sparse = model.language.moe is not None and block.layer not in model.language.moe.dense_layers
+        shapes = _language_shapes(model.language, precision, tensor, None if sparse else model.language.ffn_hidden_size)
+    else:
+        shapes = _encoder_shapes("vision", model.encoders[block.encoder], precision, encoder_tensor)
+    return sum(shape.outputs * shape.inputs for shape in shapes)
+
+
 def precision_table(recipe: Recipe) -> str:
     """For --dry-run: the format of each part's products, and through what."""
     precision, model = recipe.precision, recipe.model
     parts = [] if model.text_only else [("vision", max(e.num_used_layers for e in model.encoders)), ("projector", 0)]
-    rows = []
+    rows: list[tuple[str, str]] = []
     for part, layers in (*parts, ("language", model.language.num_layers)):
         if precision.fp8 == "none" or part in precision.keep_bf16:
             rows.append((part, precision.dtype))

@@ -128,6 +128,7 @@ class _Fp8Linear(torch.autograd.Function):
             whole = scaled_matmul(cast.data_PC, cast.scale, weight_KN, weight_scale, x_dtype)[: grad_MN.shape[0]]
             grad_x, work = _reduced(whole, ctx.gather, ctx.sum_gradient)
         if wants_weight:
+            assert cast.data_CP is not None and cast.scale_C is not None
             if ctx.gather is not None:
                 kept = _gathered_columns(kept, cast.data_PC.shape[0], ctx.gather)
             grad_weight = scaled_matmul(cast.data_CP, cast.scale_C, kept, kept_scale, weight_dtype)
