@@ -93,6 +93,14 @@ class ParallelConfig(Block):
                 f"encoder_data_parallel={str(self.encoder_data_parallel).lower()} deals pictures to tensor and context ranks, and with "
                 "tensor=1 and context=1 there are none: leave it out (data-parallel ranks have pictures of their own)"
             )
+        if self.encoder_data_parallel is not False and self.encoder_tensor == "auto":
+            raise ValueError("encoder_data_parallel has the encoder whole on every rank, whatever divides: leave encoder_tensor=auto out")
+        default = type(self).model_fields["encoder_min_flops_per_byte"].default
+        if self.encoder_data_parallel != "auto" and self.encoder_min_flops_per_byte != default:
+            raise ValueError(
+                f"encoder_min_flops_per_byte={self.encoder_min_flops_per_byte:g} is for encoder_data_parallel=auto, "
+                f"not {str(self.encoder_data_parallel).lower()}"
+            )
         if self.layers_per_stage is not None and self.split != "even":
             raise ValueError(f"layers_per_stage says where each layer goes, and so does split={self.split}: give one of them")
         if self.overlap_param_gather and not (self.zero == 1 and self.overlap_grad_reduce):

@@ -257,6 +257,8 @@ def test_dealt_pictures_leave_less_on_each_rank() -> None:
     [
         ({"parallel": DEALT}, "with tensor=1 and context=1 there are none"),
         ({"parallel": {"tensor": 2, "encoder_tensor": 2}}, "encoder_tensor"),
+        ({"parallel": {"tensor": 2, "encoder_tensor": "auto", **DEALT}}, "whole on every rank, whatever divides"),
+        ({"parallel": {"tensor": 2, "encoder_min_flops_per_byte": 5.0, **DEALT}}, "is for encoder_data_parallel=auto, not true"),
     ],
 )
 def test_refused(blocks: dict[str, Any], message: str, data_dir: Path, tmp_path: Path) -> None:
