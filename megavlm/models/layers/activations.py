@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megavlm_kernels.swiglu import gated_linear_unit
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -25,3 +28,13 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
 }
+
+
+class GatedActivation:
+    """activation(gate) x up of a gated MLP, for megatron-core's `activation_func` submodule: (..., 2F), gate first -> (..., F)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        self.name = next(name for name, function in ACTIVATIONS.items() if function is config.activation_func)
+
+    def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return gated_linear_unit(gate_up, self.name)

@@ -23,6 +23,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from megavlm.models.layers.activations import GatedActivation
 from megavlm.models.layers.context import ContextPart
 
 _SPLITS = ("input_splits", "output_splits", "output_splits_tp")
@@ -136,5 +137,5 @@ class _HostDispatcher(MoEAlltoAllTokenDispatcher):
 
 def experts_spec() -> ModuleSpec:
     """For `LayerStyle.mlp`; sizes are in the TransformerConfig."""
-    experts = ModuleSpec(module=Experts, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    experts = ModuleSpec(module=Experts, submodules=MLPSubmodules(ColumnParallelLinear, GatedActivation, RowParallelLinear))
     return ModuleSpec(module=MixtureOfExperts, submodules=MoESubmodules(experts=experts, router=Router))

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megavlm_kernels.rms_norm import rms_norm
+
 
 def replicated(parameter: torch.nn.Parameter, config: TransformerConfig) -> torch.nn.Parameter:
     """Mark a parameter that every tensor rank holds whole.
@@ -33,10 +35,8 @@ class RMSNorm(torch.nn.Module):
         self.weight = replicated(torch.nn.Parameter(start(hidden_size, **new(config))), config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.zero_centered:
-            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
         # In fp32, as Gemma's own code: 1 + a small weight would be rounded away in bf16.
-        return F.rms_norm(x.float(), (x.shape[-1],), 1.0 + self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps, zero_centered=self.zero_centered)
 
 
 class LayerNorm(torch.nn.Module):

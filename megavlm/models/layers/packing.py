@@ -19,6 +19,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megavlm.models.layers.context import ContextPart
 from megavlm.models.layers.masks import Groups, Masks, Piece
 from megavlm.topology.context import ContextLayout
+from megavlm_kernels.rotary import rotary
 
 
 @dataclass
@@ -51,12 +52,7 @@ def apply_rotary(x_LHK: torch.Tensor, cos_LK: torch.Tensor, sin_LK: torch.Tensor
 
     Tables in fp32 turn bf16 in fp32; what comes back has the format of x.
     """
-    width = cos_LK.shape[-1]
-    turned, rest = x_LHK[..., :width], x_LHK[..., width:]
-    first, second = turned.chunk(2, dim=-1)
-    out = turned * cos_LK[:, None, :] + torch.cat([-second, first], dim=-1) * sin_LK[:, None, :]
-    out = out.to(x_LHK.dtype)
-    return out if rest.shape[-1] == 0 else torch.cat([out, rest], dim=-1)
+    return rotary(x_LHK, cos_LK, sin_LK)
 
 
 def pack(

@@ -83,7 +83,7 @@ def layer_spec(style: LayerStyle, *, local: bool = False) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=parts.norm_before if style.mlp is None else parts.norm,
-            mlp=style.mlp or ModuleSpec(module=MLP, submodules=MLPSubmodules(parts.column, parts.row, GatedActivation)),
+            mlp=style.mlp or ModuleSpec(module=MLP, submodules=MLPSubmodules(parts.column, GatedActivation, parts.row)),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=parts.key_map,
         ),
