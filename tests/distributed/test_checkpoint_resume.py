@@ -100,6 +100,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2sp": (2, {"tensor": 2, "sequence": True}),
     "pp2": (2, {"pipeline": 2}),
     "pp2vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "pp2-0+4": (2, {"pipeline": 2, "layers_per_stage": [0, 4]}),
+    "pp3-1+3+0": (3, {"pipeline": 3, "layers_per_stage": [1, 3, 0]}),
+    "pp2vpp2-0+1+2+1-zero": (4, {"pipeline": 2, "virtual_pipeline": 2, "layers_per_stage": [0, 1, 2, 1], "zero": 1}),
     "dp2": (2, {}),
     "dp2zero": (2, {"distributed_optimizer": True}),
     "dp2zero-overlap": (2, {"distributed_optimizer": True, "overlap_grad_reduce": True}),
@@ -121,7 +124,7 @@ def slow_but(params: list[Any], *quick: int) -> list[Any]:
     return [pytest.param(*p, marks=[] if i in quick else pytest.mark.slow) for i, p in enumerate(wrapped)]
 
 
-@pytest.mark.parametrize("layout", slow_but(list(LAYOUTS), 0, 4, 7, 10))
+@pytest.mark.parametrize("layout", slow_but(list(LAYOUTS), 0, 4, 7, 10, 13))
 def test_same_layout_is_bit_exact(pool: RankPool, tmp_path: Path, layout: str) -> None:
     expected = go(pool, save_then_go_on, tmp_path / "00000003-s", layout, "all", "fp32")
     assert go(pool, load_and_go_on, tmp_path / "00000003-s", layout, "all", "fp32") == expected
@@ -133,10 +136,13 @@ RESHARDINGS = [
     ("dp2zero", ["1", "pp2vpp2", "tp2dp2zero"]),
     ("1", ["dp2zero-overlap", "cp2"]),
     ("tp2pp2dp2zero", ["dp2", "dp2zero-overlap"]),
+    ("pp2-0+4", ["pp3-1+3+0", "pp2vpp2-0+1+2+1-zero", "1"]),
+    ("pp2vpp2-0+1+2+1-zero", ["pp2-0+4", "pp2vpp2", "tp2"]),
+    ("tp2", ["pp3-1+3+0"]),
 ]
 
 
-@pytest.mark.parametrize("source, targets", slow_but(RESHARDINGS, 0, 1, 2))
+@pytest.mark.parametrize("source, targets", slow_but(RESHARDINGS, 0, 1, 2, 5, 6))
 def test_any_layout_loads_into_any_other(pool: RankPool, tmp_path: Path, source: str, targets: list[str]) -> None:
     expected = torch.tensor(go(pool, save_then_go_on, tmp_path / "00000003-s", source, "all", "fp32"))
     for target in targets:
@@ -154,7 +160,7 @@ def test_masters_and_ranks_that_train_nothing(pool: RankPool, tmp_path: Path, fr
         torch.testing.assert_close(got, expected, rtol=rtol, atol=0.0, msg=lambda m, t=target: f"{t}: {m}")
 
 
-@pytest.mark.parametrize("source, target", slow_but([("pp2", "dp2zero"), ("dp2zero", "pp2"), ("tp2", "1")], 0))
+@pytest.mark.parametrize("source, target", slow_but([("pp2", "dp2zero"), ("dp2zero", "pp2"), ("tp2", "1"), ("pp2-0+4", "pp3-1+3+0")], 0, 3))
 def test_tied_embeddings(pool: RankPool, tmp_path: Path, source: str, target: str) -> None:
     expected = torch.tensor(go(pool, save_then_go_on, tmp_path / "00000003-s", source, "all", "fp32", tie=True))
     got = torch.tensor(go(pool, load_and_go_on, tmp_path / "00000003-s", target, "all", "fp32", tie=True))

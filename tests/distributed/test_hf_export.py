@@ -65,11 +65,13 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
     return Chat("megavlm", train_sentencepiece(texts, folder / "t.model", 300, specials))
 
 
-@pytest.mark.parametrize("name, dtype", KINDS)
-def test_export_of_import_is_the_original(pool: RankPool, tmp_path: Path, name: str, dtype: torch.dtype, chat: Chat) -> None:
+@pytest.mark.parametrize("name, dtype, split", [*((*kind, None) for kind in KINDS), (*KINDS[2], [0, 1, 2, 1])])
+def test_export_of_import_is_the_original(
+    pool: RankPool, tmp_path: Path, name: str, dtype: torch.dtype, split: list[int] | None, chat: Chat
+) -> None:
     """Through a checkpoint that eight pipeline chunks and two tensor ranks wrote, in several files, with a tokenizer of our own."""
     make_hf(case_of(name), tmp_path / "hf", dtype=dtype, max_shard_size=50_000)
-    layout = {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}
+    layout = {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "layers_per_stage": split}
     ours = {torch.float32: "fp32", BF16: "bf16"}[dtype]
     pool.run(through_layout, tmp_path / "hf", tmp_path / "checkpoint", layout, ours, world_size=4)
     small = replace_vocabulary(chat, 101)

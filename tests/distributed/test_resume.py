@@ -73,6 +73,8 @@ def test_resume_is_bit_exact(stop_after: int, pool: RankPool, data_dir: Path, tm
     [
         (2, {"tensor": 2, "sequence": True}, {}),
         (2, {"pipeline": 2, "virtual_pipeline": 2}, {}),
+        # Each stage trains other modules, and so splits the layers in its own way.
+        (2, {"pipeline": 2, "split": "balanced"}, {}),
         (2, {"distributed_optimizer": True}, {}),
         (2, {"distributed_optimizer": True}, {"precision": {"dtype": "bf16"}}),
     ],
@@ -87,10 +89,11 @@ def test_resume_is_bit_exact_in_other_layouts(
 
 
 def test_resume_through_changing_layouts(pool: RankPool, data_dir: Path, tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
-    """TP2 -> PP2 -> DP2 -> virtual pipeline, each stopped in the middle of a stage; global batches stay the same."""
+    """TP2 -> PP2 -> DP2 -> balanced PP2 -> virtual pipeline, each stopped in the middle of a stage; global batches stay the same."""
     run(pool, tmp_path, data_dir, 2, {"tensor": 2}, 1)
     run(pool, tmp_path, data_dir, 2, {"pipeline": 2}, 3)
     run(pool, tmp_path, data_dir, 2, {}, 5)
+    run(pool, tmp_path, data_dir, 2, {"pipeline": 2, "split": "balanced"}, 7)
     records = run(pool, tmp_path, data_dir, 2, {"pipeline": 2, "virtual_pipeline": 2}, None)
     assert len(records) == TOTAL_STEPS
     for record, expected in zip(records, uninterrupted, strict=True):

@@ -18,6 +18,7 @@ from megavlm.testing.pool import RankPool
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2+SP": (2, {"tensor": 2, "sequence": True}),
     "PP2xVPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "PP2xVPP2 unequal": (2, {"pipeline": 2, "virtual_pipeline": 2, "layers_per_stage": [0, 1, 3, 0]}),
     "TP2+SPxPP2": (4, {"tensor": 2, "sequence": True, "pipeline": 2}),
 }
 NAMES = ("LLaVA-1.5", "LLaVA-1.5, SigLIP, Qwen2 tied", "Llama 2, Vicuna")
