@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from megavlm.config.blocks import Block, NonNegativeInt, PositiveFloat, PositiveInt
+from megavlm.config.blocks import Block, PositiveFloat, PositiveInt
 from megavlm.config.data import DataConfig, ImageConfig, LossConfig, MixtureEntry, PictureMarks, SourceConfig
 from megavlm.config.init import InitConfig
 from megavlm.config.language import CrossAttentionConfig, LanguageConfig, MoeConfig, RopeScaling
@@ -21,6 +21,7 @@ from megavlm.config.precision import PrecisionConfig
 from megavlm.config.projector import ProjectorConfig
 from megavlm.config.stages import ModuleTraining, OptimizerConfig, ScheduleConfig, StageConfig
 from megavlm.config.tensor_split import check_tensor_split
+from megavlm.config.tracking import ProfileConfig, TrackingConfig
 from megavlm.config.vision import VisionConfig
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "ParallelConfig",
     "PictureMarks",
     "PrecisionConfig",
+    "ProfileConfig",
     "ProjectorConfig",
     "Recipe",
     "RopeScaling",
@@ -76,7 +78,7 @@ class RunConfig(Block):
     """A collective that waits longer than this ends the job."""
 
 
-# ------------------------------------------------------------------------------------- evaluation, checkpoint, tracking
+# ------------------------------------------------------------------------------------------- evaluation, checkpoint
 
 
 class EvaluationConfig(Block):
@@ -101,21 +103,6 @@ class CheckpointConfig(Block):
     """Continue from the newest checkpoint in run.dir when there is one."""
     timeout_s: PositiveFloat = 600.0
     """A save that takes longer than this ends the job instead of hanging."""
-
-
-class TrackingConfig(Block):
-    """Where metrics go besides metrics.jsonl."""
-
-    mlflow: bool = True
-    mlflow_uri: str | None = None
-    """None: MLFLOW_TRACKING_URI, or sqlite:///<run.dir>/../mlflow.db."""
-    experiment: str = "megavlm"
-    log_every_steps: PositiveInt = 10
-    """Console line interval; metrics.jsonl always gets every step."""
-    num_sample_pictures: NonNegativeInt = 8
-    """Training pictures with their conversations logged as artifacts at the start of each stage."""
-    peak_tflops_per_rank: PositiveFloat | None = None
-    """Peak of one rank's device for MFU; None: known GPUs by name, a measured matmul rate on a CPU."""
 
 
 class Recipe(Block):
@@ -225,6 +212,11 @@ class Recipe(Block):
 
     def _check_experts(self) -> None:
         moe, parallel = self.model.language.moe, self.parallel
+        if self.precision.dtype == "fp16" and parallel.zero >= 2:
+            raise ValueError(
+                f"precision.dtype=fp16 with parallel.zero={parallel.zero}: a rank sees overflows in its own part of the gradients only, and "
+                "would skip steps that others take: use zero=1, or bf16"
+            )
         if moe is not None and self.precision.dtype == "fp16":
             raise ValueError(
                 "precision.dtype=fp16 with model.language.moe: experts and the rest would each have a loss scale of their own, and these "

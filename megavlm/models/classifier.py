@@ -16,6 +16,8 @@ from megavlm.models.layers.configs import DTYPES
 from megavlm.models.vision import build_encoder
 from megavlm.models.vlm import TargetLoss
 from megavlm.parallel.context import ParallelContext
+from megavlm.parallel.step_parts import turn_on_gradient
+from megavlm.tracking.timers import part
 from megavlm_kernels.linear_cross_entropy import linear_cross_entropy
 
 
@@ -45,10 +47,13 @@ class VisionClassifier(MegatronModule):
     def forward(self, batch: PackedBatch) -> TargetLoss:
         """Loss of each labelled patch; rows are the patches of all tiles in order."""
         assert batch.tiles_TCHW is not None, "classification needs the tiles of its batch"
-        features_ND = self.vision(batch.tiles_TCHW).x_ND
+        with part("encoder"):
+            features_ND = self.vision(batch.tiles_TCHW).x_ND
+        turn_on_gradient(features_ND, "encoder_backward")
         if self.vision.vision.class_token and self.vision.vision.keep_class_token:
             features_ND = features_ND.view(batch.num_tiles, -1, features_ND.shape[-1])[:, 1:].flatten(0, 1)
-        hidden_QD = features_ND[batch.target_positions_Q]
-        weight = weight_of(self.vision_head)
-        found = linear_cross_entropy(hidden_QD, weight, batch.target_ids_Q, batch.target_weights_Q, z_loss=self.z_loss)
+        with part("head"):
+            hidden_QD = features_ND[batch.target_positions_Q]
+            weight = weight_of(self.vision_head)
+            found = linear_cross_entropy(hidden_QD, weight, batch.target_ids_Q, batch.target_weights_Q, z_loss=self.z_loss)
         return TargetLoss(*found, slice(None))

@@ -104,6 +104,8 @@ class _Product:
     attention: bool = False
     layer: int | None = None
     """Of the LLM's layers."""
+    of_layer: bool = False
+    """Of a layer of the encoder (those of the LLM have a number): parallel.recompute=full computes it again."""
 
     def backward(self, has_tiles: bool) -> int:
         """Backward FLOPs per unit."""
@@ -136,6 +138,11 @@ class FlopsModel:
             for has_tiles in (False, True):
                 _accumulate(self._backward[has_tiles], product, product.backward(has_tiles))
         self._total = {has_tiles: self._coefficients(has_tiles) for has_tiles in (False, True)}
+        self._again = {
+            (has_tiles, attention_only): _recomputed(products, has_tiles, attention_only)
+            for has_tiles in (False, True)
+            for attention_only in (False, True)
+        }
         self._num_layers = model.language.num_layers
         self._depths: dict[bool, list[tuple[_Coefficients, _Coefficients]]] = {
             has_tiles: _by_depth(products, self._num_layers, has_tiles) for has_tiles in (False, True)
@@ -169,6 +176,15 @@ class FlopsModel:
             for both in self._depths[work.tiles > 0]
         ]
 
+    def recomputed(self, lengths: Iterable[int], work: VisionWork, *, attention_only: bool = False) -> int:
+        """What recomputation adds: the forward pass once more of every layer that a gradient goes back through, or of its attention."""
+        amounts = self._amounts(lengths, work, 0)
+        return sum(flops * amount for flops, amount in zip(self._again[work.tiles > 0, attention_only], amounts, strict=True))
+
+    def a_row(self) -> int:
+        """Forward + backward FLOPs of a row of text that attends to nothing."""
+        return self._total[False][_UNITS.index("token")]
+
     def _amounts(self, lengths: Iterable[int], work: VisionWork, num_targets: int) -> tuple[int, ...]:
         """How much there is of each of _UNITS."""
         tokens = squares = 0
@@ -196,6 +212,16 @@ class FlopsModel:
 
 _Coefficients = list[int]
 """FLOPs per unit, in the order of _UNITS."""
+
+
+def _recomputed(products: Sequence[_Product], has_tiles: bool, attention_only: bool) -> _Coefficients:
+    """Forward FLOPs per unit of what is computed again for the backward pass: layers of encoder and LLM above the lowest that trains."""
+    again = [0] * len(_UNITS)
+    for product in products:
+        of_layer = product.of_layer or product.layer is not None
+        if of_layer and product.backward(has_tiles) and (product.attention or not attention_only):
+            again[_UNITS.index(product.unit)] += product.flops
+    return again
 
 
 def _by_depth(products: Sequence[_Product], num_layers: int, has_tiles: bool) -> list[tuple[_Coefficients, _Coefficients]]:
@@ -260,12 +286,12 @@ def _encoder(config: VisionConfig, training: ModuleTraining) -> Iterable[_Produc
     for layer in range(config.num_run_layers):
         trains = layer >= first
         for flops, unit in ((linear, "patch"), (linear * extra, "tile")):
-            yield _Product("vision.linear", flops, unit, trains, trains)
+            yield _Product("vision.linear", flops, unit, trains, trains, of_layer=True)
         # (patches + extra) squared within a tile; within windows all are taken for whole ones, those at a picture's edges too
         window = config.window_patches if layer not in config.full_attention_layers else None
         pairs = (1, "patch_pair") if window is None else (window, "patch")
         for times, unit in (pairs, (2 * extra, "patch"), (extra**2, "tile")):
-            yield _Product("vision.attention", 4 * width * times, unit, False, trains, attention=True)
+            yield _Product("vision.attention", 4 * width * times, unit, False, trains, attention=True, of_layer=True)
     if config.pooled:
         below, trains = training.train != "frozen", training.train == "full"
         yield _Product("vision.linear", 4 * width**2, "patch", trains, below)  # keys and values

@@ -1,71 +1,172 @@
-"""Where a step's time goes: named spans, and tokens per second over a window of steps.
+"""Where a step's time goes: every moment of a step belongs to exactly one part, so the parts add up to the step.
 
-Wall-clock time of the calling thread. Work queued on a GPU is not waited for: a span then shows the time to launch it,
-and the wait shows up in the span that first needs a result. Adding a synchronisation to look would slow what it looks at.
+A clock is switched from part to part; a part inside another takes its time away from the outer one. On a CPU stamps are wall-clock
+time of the calling thread. On a GPU they are events in its stream (megavlm.parallel.step_parts): nothing waits for them, and what the GPU
+had not finished when the step was recorded counts to the next one.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
+
+PARTS = {
+    "data": "waiting for the step's data",
+    "copy": "moving microbatches to the device, and scaling loss weights",
+    "encoder": "forward pass of the vision encoder",
+    "projector": "forward pass of the projector",
+    "language": "forward pass of the LLM's embeddings and layers",
+    "head": "LM head and loss, with their gradients, which the forward pass computes",
+    "language_backward": "backward pass of the LLM",
+    "encoder_backward": "backward pass of projector and encoder",
+    "communication": "waiting for collectives: gradients, parameters, tensor, context and expert ranks",
+    "pipeline": "waiting for messages of other pipeline stages: the bubble, and their way",
+    "optimizer": "gradient norm and update",
+    "other": "everything else: Python, schedule, zeroing gradients",
+}
+"""Part of a step -> what it is; metrics.jsonl has the seconds of each under time_s."""
 
 
-class StepTimer:
-    """Seconds spent in named spans between two calls of `finish_step`.
+class Segment(NamedTuple):
+    """A stretch of time in one part."""
 
-    with timer.span("data_wait"): ...
-    with timer.span("forward_backward"): ...
-    times = timer.finish_step()  # {"data_wait_s": ..., "forward_backward_s": ..., "step_time_s": ...}
+    part: str
+    microbatch: int | None
+    begin_s: float
+    end_s: float
 
-    Spans may be nested under different names (an outer one includes its inner ones) and repeated (they add up).
+
+class Stamps(Protocol):
+    """A source of time stamps."""
+
+    def now(self) -> Any: ...
+
+    def seconds(self, first: Any, second: Any) -> float:
+        """From one stamp to a later one, both reached."""
+        ...
+
+    def is_reached(self, stamp: Any) -> bool:
+        """Has the device come so far?"""
+        ...
+
+
+class WallStamps:
+    """Wall-clock time."""
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, first: float, second: float) -> float:
+        return second - first
+
+    def is_reached(self, stamp: float) -> bool:
+        return True
+
+
+class StepClock:
+    """Seconds of each part of a step.
+
+    clock.begin_step()
+    with part("data"): ...
+    clock.finish_step()  # {"data": 0.1, ..., "other": 0.02}
+
+    Segments of the last finished step are in `segments`, in seconds from its first one, until the next is finished.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
-        self._seconds: dict[str, float] = {}
-        self._open: set[str] = set()
-        self._step_began = clock()
+    def __init__(self, stamps: Stamps | None = None) -> None:
+        self._stamps = stamps or WallStamps()
+        self._stack: list[tuple[str, int | None]] = []
+        # (from when, which part or None between steps, microbatch)
+        self._marks: list[tuple[Any, str | None, int | None]] = []
+        self.segments: list[Segment] = []
+        self.origin: Any = None
+        """Stamp at which the segments' time begins."""
 
-    @contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        """Add the time inside the block to `name`, also when the block raises."""
-        assert name not in self._open, f"span {name!r} is open already: its time would count twice"
-        self._open.add(name)
-        began = self._clock()
-        try:
-            yield
-        finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - began
-            self._open.discard(name)
+    def begin_step(self) -> None:
+        """Everything from here on belongs to a step."""
+        self._stack = [("other", None)]
+        self._mark()
+
+    def enter(self, name: str, microbatch: int | None) -> None:
+        self._stack.append((name, self._stack[-1][1] if microbatch is None else microbatch))
+        self._mark()
+
+    def leave(self) -> None:
+        self._stack.pop()
+        self._mark()
+
+    def turn(self, name: str, microbatch: int | None = None) -> None:
+        """The innermost part goes on as another."""
+        self._stack[-1] = (name, self._stack[-1][1] if microbatch is None else microbatch)
+        self._mark()
 
     def finish_step(self) -> dict[str, float]:
-        """Seconds of each span as "<name>_s", and "step_time_s": all the time since the last call. Starts the next step."""
-        now = self._clock()
-        times = {f"{name}_s": seconds for name, seconds in self._seconds.items()}
-        times["step_time_s"] = now - self._step_began
-        self._seconds, self._step_began = {}, now
-        return times
-
-    def restart(self) -> None:
-        """Forget everything since the last step: after a set-up, or a checkpoint that should not count as step time."""
-        self._seconds, self._step_began = {}, self._clock()
-
-
-class ThroughputMeter:
-    """Tokens per second over the last `window_steps` steps; one slow step neither hides nor rules the number."""
-
-    def __init__(self, window_steps: int = 20) -> None:
-        self._steps: deque[tuple[int, float]] = deque(maxlen=window_steps)
-
-    def add(self, tokens: int, seconds: float) -> float:
-        """Count one step of `tokens` that took `seconds`; returns tokens per second of the window."""
-        self._steps.append((tokens, seconds))
-        return self.tokens_per_s
+        """Seconds of every part; those that did not occur have 0."""
+        self._stack = []
+        self._marks.append((self._stamps.now(), None, None))
+        reached = next(i for i in range(len(self._marks) - 1, -1, -1) if i == 0 or self._stamps.is_reached(self._marks[i][0]))
+        done, self._marks = self._marks[: reached + 1], self._marks[reached:]
+        self.origin = done[0][0]
+        at = [self._stamps.seconds(self.origin, stamp) for stamp, _, _ in done] if len(done) > 1 else [0.0]
+        self.segments = [
+            Segment(name, number, begin, end)
+            for (_, name, number), begin, end in zip(done, at, at[1:], strict=False)
+            if name is not None and end > begin
+        ]
+        return seconds_of(self.segments)
 
     @property
-    def tokens_per_s(self) -> float:
-        """0.0 before the first step."""
-        seconds = sum(s for _, s in self._steps)
-        return sum(t for t, _ in self._steps) / seconds if seconds > 0 else 0.0
+    def runs(self) -> bool:
+        """Is a step going on?"""
+        return bool(self._stack)
+
+    def _mark(self) -> None:
+        self._marks.append((self._stamps.now(), *self._stack[-1]))
+
+
+def seconds_of(segments: Iterable[Segment]) -> dict[str, float]:
+    """Seconds of every part of PARTS."""
+    seconds = dict.fromkeys(PARTS, 0.0)
+    for segment in segments:
+        seconds[segment.part] += segment.end_s - segment.begin_s
+    return seconds
+
+
+_clock: StepClock | None = None
+
+
+def use_clock(clock: StepClock | None) -> None:
+    """From here on `part` and `turn` of this process tell this clock; None: nobody."""
+    global _clock
+    _clock = clock
+
+
+def running_clock() -> StepClock | None:
+    """The clock in use while a step goes on."""
+    return _clock if _clock is not None and _clock.runs else None
+
+
+class part:
+    """with part("encoder"): ...  Its time, less that of parts inside it, counts as the encoder's. Outside steps it does nothing.
+
+    Args:
+        name: of PARTS.
+        microbatch: its number in the step; None: that of the part around it.
+    """
+
+    __slots__ = ("_clock", "_microbatch", "_name")
+
+    def __init__(self, name: str, microbatch: int | None = None) -> None:
+        self._name, self._microbatch = name, microbatch
+        self._clock: StepClock | None = None
+
+    def __enter__(self) -> None:
+        self._clock = running_clock()
+        if self._clock is not None:
+            self._clock.enter(self._name, self._microbatch)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._clock is not None and self._clock.runs:
+            self._clock.leave()

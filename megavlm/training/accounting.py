@@ -2,47 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from megavlm.config.schema import Recipe
-from megavlm.data.types import StepPlan
+from megavlm.config.schema import Recipe, StageConfig
+from megavlm.data.types import PackPlan, StepPlan
 from megavlm.planner.context import pad_rows, segments_of
+from megavlm.planner.flops import FlopsModel
 from megavlm.tracking.hardware import peak_tflops
 
 
 class Accountant:
-    """Turns step plans and times into a metrics record. FLOPs are those of real segments; recomputation is not counted."""
+    """Turns step plans and times into a metrics record.
 
-    def __init__(self, recipe: Recipe, world_size: int, device_name: str | None) -> None:
+    MFU counts the FLOPs that samples need (https://arxiv.org/abs/2204.02311, appendix B): no padding, nothing twice. HFU counts what ranks
+    compute: padding at packs' ends and of context ranks, and layers that parallel.recompute runs again.
+    """
+
+    def __init__(self, recipe: Recipe, stage: StageConfig, world_size: int, device_name: str | None) -> None:
         peak = recipe.tracking.peak_tflops_per_rank
         if peak is None:
             peak = peak_tflops(device_name, recipe.precision.dtype)
         self._peak_flops_per_s = peak * 1e12 * world_size
         self._recipe = recipe
+        self._flops = FlopsModel(recipe.model, stage)
+        self._recompute = recipe.parallel.recompute
+        self._is_classification = stage.objective == "vision_classification"
 
     def record(self, plan: StepPlan, step_time_s: float, data_wait_s: float, pack_tokens: int, context: int = 1) -> dict[str, Any]:
         """Counts over all data-parallel ranks, from the plan alone: no communication.
 
         `tokens` counts what the hardware processed, padding included, that of the `context` ranks which share a pack too;
-        `useful_tokens` what belongs to a sample; rates and MFU (https://arxiv.org/abs/2204.02311, appendix B) are of useful work.
+        `useful_tokens` what belongs to a sample; rates and MFU are of useful work.
         """
         microbatches = [microbatch for rank in plan.assignment for microbatch in rank]
         packs = [pack for microbatch in microbatches for pack in microbatch]
-        tokens = len(packs) * pack_tokens
+        tokens, pads = len(packs) * pack_tokens, 0
         if context > 1:
-            tokens += sum(pad_rows(segments_of(microbatch, pack_tokens), self._recipe.parallel) for microbatch in microbatches)
+            pads = sum(pad_rows(segments_of(microbatch, pack_tokens), self._recipe.parallel) for microbatch in microbatches)
         useful = sum(sum(pack.lengths_tokens) for pack in packs)
         flops = sum(pack.flops for pack in packs)
+        computed = self.computed_flops(packs, pack_tokens, pads)
         return {
-            "tokens": tokens,
+            "tokens": tokens + pads,
             "useful_tokens": useful,
             "target_tokens": sum(pack.num_targets for pack in packs),
             "samples": sum(len(pack.samples) for pack in packs),
             "tiles": sum(pack.num_tiles for pack in packs),
-            "pack_fill": useful / tokens,
+            "patches": sum(pack.vision.patches for pack in packs),
+            "pack_fill": useful / (tokens + pads),
             "step_time_s": step_time_s,
             "data_wait_s": data_wait_s,
             "tokens_per_s": useful / step_time_s,
             "tflops": flops / step_time_s / 1e12,
             "mfu": flops / step_time_s / self._peak_flops_per_s,
+            "hfu": computed / step_time_s / self._peak_flops_per_s,
         }
+
+    def computed_flops(self, packs: Sequence[PackPlan], pack_tokens: int, pads: int = 0) -> int:
+        """What ranks compute for these packs: each filled up to `pack_tokens`, which is a segment of its own; `pads` rows of context
+        ranks, which attend to nothing; and recomputed layers."""
+        total = 0
+        for pack in packs:
+            lengths = list(pack.lengths_tokens)
+            if not self._is_classification and (rest := pack_tokens - sum(lengths)) > 0:
+                lengths.append(rest)
+            total += self._flops.total(lengths, pack.vision, pack.num_targets)
+            if self._recompute != "none":
+                total += self._flops.recomputed(lengths, pack.vision, attention_only=self._recompute == "selective")
+        return total + pads * self._flops.a_row()

@@ -23,6 +23,7 @@ from megavlm.config.schema import Recipe, StageConfig
 from megavlm.data.plan import EndOfData
 from megavlm.data.types import StepData
 from megavlm.parallel.context import ParallelContext, enter_grid, leave_grid
+from megavlm.tracking.timers import part
 from megavlm.tracking.tracker import Tracker
 from megavlm.training.accounting import Accountant
 from megavlm.training.build import StageModel
@@ -35,6 +36,7 @@ from megavlm.training.pictures import log_sample_pictures
 from megavlm.training.signals import StopRequest
 from megavlm.training.state import RunState
 from megavlm.training.step import StepLoss, measure, train_step
+from megavlm.training.watch import StepWatch
 
 
 class TrainingFailure(RuntimeError):
@@ -108,10 +110,17 @@ class _StageRun:
         self.recipe, self.stage, self.state, self.ctx, self.model = recipe, stage, state, ctx, model
         self.stream, self.held_out, self.tracker, self.checkpointer, self.stop = stream, held_out, tracker, checkpointer, stop
         name = torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else None
-        self.accountant = Accountant(recipe, ctx.grid.world_size, name)
+        self.accountant = Accountant(recipe, stage, ctx.grid.world_size, name)
+        self.watch = StepWatch(recipe, stage.name, ctx, tracker)
 
     def run(self) -> int:
         """Steps until the stage or its data are done, run.max_steps is reached or a signal came. Returns the signal's number or 0."""
+        try:
+            return self._steps()
+        finally:
+            self.watch.close()
+
+    def _steps(self) -> int:
         is_first = self.state.stage_step == 0
         signal_number = 0
         while not self.state.is_stage_done(self.stage.steps) and not self._reached_max_steps() and not signal_number:
@@ -126,6 +135,7 @@ class _StageRun:
             signal_number = self.stop.agreed(self.ctx.device)
             if self._save_is_due() and not signal_number:
                 self._save()
+        self.watch.end()
         self._save()
         if signal_number:
             self.tracker.message(f"signal {signal_number}: saved step {self.state.step}, leaving")
@@ -140,8 +150,10 @@ class _StageRun:
         self._evaluate_if_due()
 
     def _one_step(self, show_pictures: bool) -> None:
+        self.watch.begin_step(self.state.step + 1)
         start = time.perf_counter()
-        data = self.stream.next()
+        with part("data"):
+            data = self.stream.next()
         if show_pictures:
             log_sample_pictures(self.tracker, self.recipe, self.stage, data, self.stream.tokenizer, self.ctx)
         # Steps that fp16's loss scaler skipped were no updates: the schedule waits for them.
@@ -149,12 +161,13 @@ class _StageRun:
         scale = scale_of(self.model.optimizer)
         loss, grad_norm = train_step(self.model, data.microbatches, self.stream.tasks, self.ctx)
         seconds = time.perf_counter() - start
+        parts = self.watch.finish_step()
         self.state.step += 1
         self.state.stage_step += 1
         self.state.cursor = dict(data.plan.cursor_after)
         if grad_norm is None:
             self.state.stage_skipped += 1
-        self._record(data, loss, grad_norm, rates, seconds, scale)
+        self._record(data, loss, grad_norm, rates, seconds, scale, parts)
         if grad_norm is None:
             self._skipped(scale)
         elif not (math.isfinite(loss.loss) and math.isfinite(grad_norm)):
@@ -176,7 +189,14 @@ class _StageRun:
         )
 
     def _record(
-        self, data: StepData, loss: StepLoss, grad_norm: float | None, rates: dict[str, float], seconds: float, scale: float | None
+        self,
+        data: StepData,
+        loss: StepLoss,
+        grad_norm: float | None,
+        rates: dict[str, float],
+        seconds: float,
+        scale: float | None,
+        parts: dict[str, float],
     ) -> None:
         pack_tokens = self.stream.pack_tokens
         scaling = {} if scale is None else {"loss_scale": scale, "skipped_steps": self.state.stage_skipped}
@@ -191,6 +211,7 @@ class _StageRun:
                 **scaling,
                 "lr": rates,
                 **self.accountant.record(data.plan, seconds, data.wait_s, pack_tokens, self.ctx.grid.context),
+                **({"time_s": parts} if parts else {}),
                 "images": self.stream.count_images(data.plan),
                 "task_loss": loss.by_task,
                 "source_samples": self.stream.count_sources(data.plan),

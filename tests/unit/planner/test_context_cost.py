@@ -68,7 +68,7 @@ def test_pads_are_physical_tokens_and_not_useful_ones() -> None:
     recipe = tiny_recipe("run", "data", parallel={"context": 2, "context_split": "zigzag"})
     pack = PackPlan((), (100, 51), VisionWork(), 3, 1e9)
     plan = StepPlan(1, (((pack,), (pack,)),), {})
-    shared, alone = (Accountant(recipe, 2, None).record(plan, 1.0, 0.0, 256, context) for context in (2, 1))
+    shared, alone = (Accountant(recipe, recipe.stages[0], 2, None).record(plan, 1.0, 0.0, 256, context) for context in (2, 1))
     # 100, 51 and 105 rows in four chunks each: 0, 1 and 3 pads.
     assert shared["tokens"] == 2 * (256 + 4) and alone["tokens"] == 2 * 256
     assert shared["pack_fill"] == pytest.approx(151 / 260)

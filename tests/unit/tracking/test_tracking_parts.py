@@ -15,58 +15,6 @@ from megavlm.tracking import console as console_module
 from megavlm.tracking.console import TrainingDisplay, clock, get_logger, setup_logging, short_number, summary
 from megavlm.tracking.environment import chosen_environment, environment_report
 from megavlm.tracking.hardware import CPU_MATRIX_SIDE, UnknownDevice, peak_tflops
-from megavlm.tracking.timers import StepTimer, ThroughputMeter
-
-
-class Clock:
-    """Time that passes only when a test says so."""
-
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
-def test_spans_add_up_nest_and_start_anew_each_step():
-    clock_s = Clock()
-    timer = StepTimer(clock_s)
-    for wait_s in (1.0, 2.0):
-        with timer.span("data_wait"):
-            clock_s.now += wait_s
-    with timer.span("evaluation"):
-        clock_s.now += 4.0
-        with timer.span("forward_backward"):
-            clock_s.now += 8.0
-    clock_s.now += 16.0
-    assert timer.finish_step() == {"data_wait_s": 3.0, "evaluation_s": 12.0, "forward_backward_s": 8.0, "step_time_s": 31.0}
-    clock_s.now += 0.5
-    assert timer.finish_step() == {"step_time_s": 0.5}
-
-
-def test_a_span_that_raises_is_counted_and_closed():
-    clock_s = Clock()
-    timer = StepTimer(clock_s)
-    with pytest.raises(KeyError), timer.span("optimizer"):
-        clock_s.now += 1.0
-        raise KeyError
-    with timer.span("optimizer"):
-        clock_s.now += 1.0
-    assert timer.finish_step()["optimizer_s"] == 2.0
-
-
-def test_a_span_inside_itself_is_a_mistake():
-    timer = StepTimer()
-    with timer.span("x"), pytest.raises(AssertionError, match="twice"), timer.span("x"):
-        pass
-
-
-def test_throughput_is_of_the_window():
-    meter = ThroughputMeter(window_steps=2)
-    assert meter.tokens_per_s == 0.0
-    meter.add(1_000_000, 1.0)
-    meter.add(10, 1.0)
-    assert meter.add(30, 3.0) == 10.0
 
 
 @pytest.mark.parametrize(

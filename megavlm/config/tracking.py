@@ -1,0 +1,46 @@
+"""The recipe's tracking block: where metrics go, and a profile of some steps."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from megavlm.config.blocks import Block, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+class ProfileConfig(Block):
+    """A close look at some steps: a picture of where their time goes on every rank, and torch profiler traces of some."""
+
+    first_step: PositiveInt | None = None
+    """Steps are counted over all stages, from 1; None: no profile. A run that resumes behind this step makes none."""
+    steps: PositiveInt = 2
+    """So many steps from first_step on, as far as the stage has them. The picture shows them one behind the other."""
+    trace_ranks: list[NonNegativeInt] | Literal["all", "none"] = Field(default_factory=lambda: [0])
+    """Ranks that write a torch profiler trace (for chrome://tracing or https://ui.perfetto.dev). Tracing slows these ranks, and with them
+    all that wait for them: "none" gives the truest picture."""
+
+    @field_validator("trace_ranks")
+    @classmethod
+    def _once(cls, ranks: list[int] | str) -> list[int] | str:
+        if not isinstance(ranks, str) and len(set(ranks)) < len(ranks):
+            raise ValueError(f"trace_ranks={ranks} names a rank twice")
+        return ranks
+
+
+class TrackingConfig(Block):
+    """Where metrics go besides metrics.jsonl."""
+
+    mlflow: bool = True
+    mlflow_uri: str | None = None
+    """None: MLFLOW_TRACKING_URI, or sqlite:///<run.dir>/../mlflow.db."""
+    experiment: str = "megavlm"
+    log_every_steps: PositiveInt = 10
+    """Console line interval; metrics.jsonl always gets every step."""
+    num_sample_pictures: NonNegativeInt = 8
+    """Training pictures with their conversations logged as artifacts at the start of each stage."""
+    peak_tflops_per_rank: PositiveFloat | None = None
+    """Peak of one rank's device for MFU; None: known GPUs by name, a measured matmul rate on a CPU."""
+    step_parts: bool = True
+    """Take apart each step's time (data, encoder, LLM, head, backward, communication, pipeline, optimizer): time_s in metrics.jsonl."""
+    profile: ProfileConfig = Field(default_factory=ProfileConfig)

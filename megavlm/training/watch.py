@@ -1,0 +1,148 @@
+"""Watches the steps of a stage: the parts of each step's time, and the profile of those that tracking.profile names."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megavlm.config.schema import Recipe
+from megavlm.parallel.context import ParallelContext
+from megavlm.parallel.step_parts import CudaStamps, wrap_collectives
+from megavlm.tracking.timeline import RankTimeline, StepSpan, write_timeline
+from megavlm.tracking.timers import Segment, StepClock, WallStamps, use_clock
+from megavlm.tracking.tracker import Tracker
+
+PROFILE_FOLDER = "profile"
+
+
+class StepWatch:
+    """One stage's. Every rank calls the same methods at the same steps."""
+
+    def __init__(self, recipe: Recipe, stage: str, ctx: ParallelContext, tracker: Tracker) -> None:
+        wanted = recipe.tracking.profile
+        self.ctx, self.tracker, self.stage = ctx, tracker, stage
+        self._stamps = CudaStamps() if ctx.device.type == "cuda" else WallStamps()
+        self._first = wanted.first_step
+        self._last = -1 if self._first is None else self._first + wanted.steps - 1
+        self._traces = wanted.trace_ranks == "all" or ctx.rank in wanted.trace_ranks
+        self._folder = Path(recipe.run.dir) / PROFILE_FOLDER
+        self._profile: _Profile | None = None
+        self._step = 0
+        is_timed = recipe.tracking.step_parts or self._first is not None
+        self._reports = recipe.tracking.step_parts
+        self._clock = StepClock(self._stamps) if is_timed else None
+        if is_timed:
+            wrap_collectives()
+        use_clock(self._clock)
+
+    def begin_step(self, step: int) -> None:
+        """`step` (from 1, over all stages) begins."""
+        self._step = step
+        if self._profile is None and self._first is not None and step == self._first:
+            self._profile = _Profile(self._folder, f"{self.stage}-step-{step}", self.ctx, self._traces, self._stamps)
+        if self._clock is not None:
+            self._clock.begin_step()
+
+    def finish_step(self) -> dict[str, float]:
+        """Seconds of each part of the step; empty with tracking.step_parts=false."""
+        if self._clock is None:
+            return {}
+        if self._profile is not None and self.ctx.device.type == "cuda":
+            torch.cuda.synchronize()
+        parts = self._clock.finish_step()
+        if self._profile is not None:
+            self._profile.add(self._step, self._clock)
+            if self._step == self._last:
+                self._write()
+        return parts if self._reports else {}
+
+    def close(self) -> None:
+        """The stage is over: what of a profile there is is written."""
+        use_clock(None)
+        if self._profile is not None:
+            self._profile.stop_trace()
+            self._profile = None
+
+    def end(self) -> None:
+        """All ranks have made their last step of the stage."""
+        if self._profile is not None and self._profile.has_steps:
+            self._write()
+
+    def _write(self) -> None:
+        assert self._profile is not None
+        picture = self._profile.write()
+        if picture is not None:
+            self.tracker.message(f"profile of {self.stage}: {picture.parent}")
+            self.tracker.artifact(picture.parent, PROFILE_FOLDER)
+        self._profile = None
+
+
+class _Profile:
+    """Some steps of this rank, under way."""
+
+    def __init__(self, parent: Path, name: str, ctx: ParallelContext, traces: bool, stamps: Any) -> None:
+        self.ctx, self._stamps = ctx, stamps
+        self._folder = _new_folder(parent, name, ctx)
+        self._segments: list[Segment] = []
+        self._steps: list[StepSpan] = []
+        self._trace: torch.profiler.profile | None = None
+        if traces:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if ctx.device.type == "cuda":
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            self._trace = torch.profiler.profile(activities=activities, record_shapes=True)
+            self._trace.start()
+        # Ranks' clocks tell different times: the zero of each is when all have come here.
+        dist.barrier()
+        self._zero = stamps.now()
+
+    @property
+    def has_steps(self) -> bool:
+        return bool(self._steps)
+
+    def add(self, step: int, clock: StepClock) -> None:
+        """A step is done."""
+        start = self._stamps.seconds(self._zero, clock.origin)
+        own = [s._replace(begin_s=s.begin_s + start, end_s=s.end_s + start) for s in clock.segments]
+        self._segments += own
+        self._steps.append(StepSpan(step, own[0].begin_s, own[-1].end_s))
+
+    def stop_trace(self) -> None:
+        """End the torch profiler and write its file, without a word to other ranks."""
+        if self._trace is None:
+            return
+        self._trace.stop()
+        plain = self._folder / f"rank-{self.ctx.rank}.trace.json"
+        self._trace.export_chrome_trace(str(plain))
+        with plain.open("rb") as source, gzip.open(f"{plain}.gz", "wb", compresslevel=5) as target:
+            shutil.copyfileobj(source, target)
+        plain.unlink()
+        self._trace = None
+
+    def write(self) -> Path | None:
+        """Traces, and on rank 0 the picture and the page of all ranks; returns the picture's path there."""
+        self.stop_trace()
+        place = self.ctx.grid.coordinates(self.ctx.rank)
+        label = f"rank {self.ctx.rank}: data {place.data}, stage {place.pipeline}, context {place.context}, tensor {place.tensor}"
+        mine = RankTimeline(label, self._segments, self._steps)
+        found: list[RankTimeline | None] = [None] * self.ctx.grid.world_size
+        dist.gather_object(mine, found if self.ctx.rank == 0 else None)
+        return write_timeline(self._folder, [f for f in found if f is not None]) if self.ctx.rank == 0 else None
+
+
+def _new_folder(parent: Path, name: str, ctx: ParallelContext) -> Path:
+    """A folder that no earlier run has written to, the same on every rank."""
+    chosen: list[Any] = [None]
+    if ctx.rank == 0:
+        number = 1
+        while (folder := parent / (name if number == 1 else f"{name}-{number}")).exists():
+            number += 1
+        folder.mkdir(parents=True)
+        chosen = [folder]
+    dist.broadcast_object_list(chosen)
+    return Path(chosen[0])
