@@ -92,7 +92,7 @@ def test_looks() -> None:
         four = prompt_batch([prompts[1]] * 4, IMAGE, model)
         layout = context_layout(tuple(four.segment_lengths), "zigzag", 2)
         halves = [sight_of(model, four, (layout, rank)) for rank in (0, 1)]
-        assert [sum(look.length for look in half.looks) for half in halves] == [20, 20], "each segment's 9 rows and 1 pad"
+        assert [sum(look.length for look in half.looks) for half in halves] == [24, 24], "of each segment 9 rows and 3 pads"
 
 
 def direct_layer(
