@@ -22,8 +22,8 @@ from megavlm.planner.schedule import Timeline, even_bubble_share, simulate
 from megavlm.topology.pipeline import PipelineError, PipelineSplit
 from megavlm.topology.table import human_count, text_table
 
-MOST_TRIALS = 400
-"""Splits whose schedule is played in the search with several chunks a rank."""
+MOST_PASSES = 100_000
+"""Passes that the search for a split with several chunks a rank may play: a second or less."""
 
 Depths = Sequence[Work]
 """What one microbatch costs: before the LLM's layers, each layer, behind them."""
@@ -89,8 +89,8 @@ def balanced_split(cost: Depths, pipeline: int, virtual_pipeline: int = 1, num_m
     """The split whose slowest stage is fastest, for microbatches that cost `cost` each.
 
     With one chunk a rank no split has a cheaper slowest stage; of those that are as good, the even one, else one with stages as equal as
-    can be. With several chunks it is the best of MOST_TRIALS that were played, beginning with the one whose costliest chunk is cheapest,
-    and never slower than the even one.
+    can be. With several chunks it is the best of those that were played: the one whose costliest chunk is cheapest, the one whose
+    busiest rank has the least, what single moves of a layer make of the faster of the two, and the even one.
 
     Raises:
         PipelineError: fewer layers than the chunks between the first and the last one.
@@ -106,7 +106,8 @@ def balanced_split(cost: Depths, pipeline: int, virtual_pipeline: int = 1, num_m
         return even if even is not None and slowest[1] <= slowest[0] else best
     # As many microbatches as show the filling, the steady state and the draining.
     played = min(num_microbatches, 3 * pipeline)
-    return _search(best, even, [cost] * max(pipeline, played // pipeline * pipeline))
+    microbatches = [cost] * max(pipeline, played // pipeline * pipeline)
+    return _search([best, _equal_ranks(best, cost)], even, microbatches)
 
 
 def check_spread(num_layers: int, pipeline: int, virtual_pipeline: int) -> None:
@@ -234,24 +235,45 @@ def _equal_chunks(costs: tuple[int, ...], chunks: int) -> tuple[int, ...]:
     return most_equal(0, 0)[1]
 
 
-def _search(first: PipelineSplit, even: PipelineSplit | None, microbatches: Sequence[Depths]) -> PipelineSplit:
-    """Move one layer at a time from chunk to chunk, as long as the step gets shorter."""
-    best, time = first, play(first, microbatches).step_time
-    trials, seen = 0, {first.counts}
+def _equal_ranks(first: PipelineSplit, cost: Depths) -> PipelineSplit:
+    """From `first`, move layers one by one until no move makes ranks more equal, and of equal ranks the chunks."""
+    best, score = first, _inequality(first, cost)
+    while True:
+        moved = [PipelineSplit(best.num_layers, best.pipeline, best.virtual_pipeline, counts) for counts in _neighbours(best.counts)]
+        scores = [_inequality(split, cost) for split in moved]
+        if not scores or min(scores) >= score:
+            return best
+        score = min(scores)
+        best = moved[scores.index(score)]
+
+
+def _inequality(split: PipelineSplit, cost: Depths) -> tuple[float, float, float]:
+    """(busiest rank, squares over ranks, squares over chunks): less is more equal."""
+    chunks = chunk_totals(split, cost)
+    ranks = [sum(chunks[rank :: split.pipeline]) for rank in range(split.pipeline)]
+    return max(ranks), sum(load * load for load in ranks), sum(load * load for load in chunks)
+
+
+def _search(starts: Sequence[PipelineSplit], even: PipelineSplit | None, microbatches: Sequence[Depths]) -> PipelineSplit:
+    """The fastest of `starts`, from which one layer at a time is moved from chunk to chunk for as long as the step gets shorter."""
+    timed = [(play(split, microbatches).step_time, number) for number, split in enumerate(starts)]
+    time, number = min(timed)
+    best = starts[number]
+    seen = {split.counts for split in starts}
+    trials = MOST_PASSES // (2 * best.num_chunks * len(microbatches))
     improved = True
-    while improved:
+    while improved and trials:
         improved = False
         for counts in _neighbours(best.counts):
-            if trials == MOST_TRIALS:
-                break
             if counts in seen:
                 continue
             seen.add(counts)
-            trials += 1
             split = PipelineSplit(best.num_layers, best.pipeline, best.virtual_pipeline, counts)
-            shorter = play(split, microbatches).step_time
+            shorter, trials = play(split, microbatches).step_time, trials - 1
             if shorter < time:
                 best, time, improved = split, shorter, True
+                break
+            if not trials:
                 break
     if even is not None and play(even, microbatches).step_time <= time:
         return even
