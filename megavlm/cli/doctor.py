@@ -35,12 +35,12 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON object
         status.update("decoding a picture ...")
         decoders = _decoders()
         status.update("asking for attention ...")
-        attention, precision = _attention(), _precision()
+        attention, context, precision = _attention(), _context(), _precision()
     if as_json:
-        here = {"decoders": [d._asdict() for d in decoders], "attention": attention, "precision": precision}
+        here = {"decoders": [d._asdict() for d in decoders], "attention": attention, "context": context, "precision": precision}
         typer.echo(json.dumps({**_parts.as_json(findings), **here}, indent=2))
     else:
-        _print(findings, _parts.machine(), decoders, attention, precision)
+        _print(findings, _parts.machine(), decoders, attention, context, precision)
 
 
 def _decoders() -> list[DecoderReport]:
@@ -64,6 +64,18 @@ def _attention() -> dict[str, str]:
     return {b: choice.refused.get(b, TAKEN if b == choice.backend else "") for b in BACKENDS}
 
 
+def _context() -> dict[str, str]:
+    """Way of parallel.context_comm -> the same; for two ranks, plain bf16 layers of 32 and 8 heads and context_split=zigzag."""
+    try:
+        from megavlm_kernels.context_attention import COMMS, SharedCall, choose_comm
+        from megavlm_kernels.packed_attention import Call, machine_of
+
+        choice = choose_comm(SharedCall(Call("bf16", 128), 2, 32, 8, "zigzag"), machine_of("cuda"))
+    except Exception:
+        return {}
+    return {way: choice.refused.get(way, TAKEN if way == choice.comm else "") for way in COMMS}
+
+
 def _precision() -> dict[str, str]:
     """Number format -> through what this machine computes it, or "not here: " and why."""
     try:
@@ -80,6 +92,7 @@ def _print(
     machine: dict[str, str],
     decoders: list[DecoderReport],
     attention: dict[str, str],
+    context: dict[str, str],
     precision: dict[str, str],
 ) -> None:
     from rich.console import Console
@@ -100,11 +113,15 @@ def _print(
     for decoder in decoders:
         table.add_row(decoder.name, "[green]ok[/]" if decoder.usable else "[yellow]not here[/]", decoder.remark)
     console.print(table)
-    table = Table("attention", "", "remarks (bf16, heads of 128)", title_justify="left")
-    for backend, remark in attention.items():
-        usable = remark in ("", TAKEN)
-        table.add_row(backend, "[green]ok[/]" if usable else "[yellow]not here[/]", remark)
-    console.print(table)
+    for title, conditions, remarks in (
+        ("attention", "bf16, heads of 128", attention),
+        ("keys of context ranks", "bf16, context_split=zigzag", context),
+    ):
+        table = Table(title, "", f"remarks ({conditions})", title_justify="left")
+        for backend, remark in remarks.items():
+            usable = remark in ("", TAKEN)
+            table.add_row(backend, "[green]ok[/]" if usable else "[yellow]not here[/]", remark)
+        console.print(table)
     table = Table("precision", "", "through", title_justify="left")
     for name, through in precision.items():
         missing = through.startswith("not here: ")

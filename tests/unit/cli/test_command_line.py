@@ -271,8 +271,11 @@ def test_doctor_reports_and_does_not_fail(monkeypatch, capsys, as_json):
     out = capsys.readouterr().out
     if as_json:
         assert [p["status"] for p in json.loads(out)["parts"]] == ["ok", "missing"]
+        ways = json.loads(out)["context"]
+        assert list(ways) == ["keys", "p2p", "all_gather", "a2a"] and ways["keys"] in ("auto takes this one", "")
     else:
         assert "needed: nothing trains" in out and "Needed and not usable: nope" in out
+        assert "keys of context ranks" in out and "all_gather" in out
 
 
 def test_doctor_tells_a_broken_package_from_a_missing_one(tmp_path, monkeypatch):
