@@ -217,6 +217,11 @@ class Recipe(Block):
                 f"precision.dtype=fp16 with parallel.zero={parallel.zero}: a rank sees overflows in its own part of the gradients only, and "
                 "would skip steps that others take: use zero=1, or bf16"
             )
+        if self.precision.dtype == "fp16" and parallel.zero >= 2:
+            raise ValueError(
+                f"precision.dtype=fp16 with parallel.zero={parallel.zero}: a rank sees overflows in its own part of the gradients only, and "
+                "would skip steps that others take: use zero=1, or bf16"
+            )
         if moe is not None and self.precision.dtype == "fp16":
             raise ValueError(
                 "precision.dtype=fp16 with model.language.moe: experts and the rest would each have a loss scale of their own, and these "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,3 +161,14 @@ def test_shapes_are_those_of_a_rank() -> None:
     shapes = {s.name: (s.outputs, s.inputs) for s in fp8_shapes(MODEL, PrecisionConfig(fp8="current"), ParallelConfig(tensor=2))}
     assert shapes["language linear_qkv"] == (64, 64) and shapes["language linear_proj"] == (64, 32)
     assert shapes["language linear_fc1"] == (96, 64) and shapes["vision linear_fc2"] == (32, 32)
+
+
+def test_what_fp16_does_not_go_with(tmp_path: Path) -> None:
+    from megavlm.testing.recipes import tiny_recipe
+
+    with pytest.raises(ValueError, match=r"fp16 with parallel\.zero=2: .* use zero=1, or bf16"):
+        tiny_recipe(tmp_path, tmp_path, precision={"dtype": "fp16"}, parallel={"zero": 2})
+    with pytest.raises(ValueError, match=r"fp16 with model\.language\.moe: .* use bf16"):
+        moe = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 32}
+        tiny_recipe(tmp_path, tmp_path, precision={"dtype": "fp16"}, model={"language": {"moe": moe}})
+    assert tiny_recipe(tmp_path, tmp_path, precision={"dtype": "fp16"}, parallel={"zero": 1}).precision.loss_scale.initial == 4096
