@@ -79,7 +79,7 @@ class PackedAttention(MegatronModule):
         self.is_causal = attn_mask_type in CAUSAL
         self.scale = style.scale or softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.backend = backend_of(config)
-        self._check_backend(config)
+        self._check_backend(config, masked=style.masked)
         self.context_group = pg_collection.cp if pg_collection is not None and config.context_parallel_size > 1 else None
         self.ring = None if self.context_group is None else ring_of(self, config, style, self.context_group)
 
@@ -130,10 +130,10 @@ class PackedAttention(MegatronModule):
         out = part.with_pads(out)
         return out.reshape(out.shape[0], -1)
 
-    def _check_backend(self, config: TransformerConfig) -> None:
+    def _check_backend(self, config: TransformerConfig, *, masked: bool) -> None:
         """A backend that was asked for and cannot serve this layer here is refused when the model is built."""
         device = "cpu" if config.use_cpu_initialization else "cuda"
-        call = Call(DTYPE_NAMES[config.params_dtype], config.kv_channels, self.window is not None, self.softcap is not None)
+        call = Call(DTYPE_NAMES[config.params_dtype], config.kv_channels, self.window is not None, self.softcap is not None, masked)
         choose(call, machine_of(device), self.backend)
 
 
@@ -180,17 +180,16 @@ def attend_packed(
 
 def _segments(packing: Packing, key_rows: int) -> Segments:
     """The pieces of a packing as the kernels take them, put together once for all layers."""
-    found: Segments | None = packing.__dict__.get("segments")
+    found = packing.segments
     if found is None:
         pieces, masks = packing.pieces, packing.masks
         queries, keys, starts = (tuple(getattr(piece, name) for piece in pieces) for name in ("query_length", "key_length", "key_start"))
         side_by_side = starts == tuple(accumulate(keys, initial=0))[:-1] and sum(keys) == key_rows
-        found = Segments(
+        found = packing.segments = Segments(
             queries,
             keys,
             None if side_by_side else starts,
             frozenset(number for number, piece in enumerate(pieces) if piece.grouped),
             None if masks is None else lambda number, window: masks.mask(pieces[number], window),
         )
-        packing.__dict__["segments"] = found
     return found

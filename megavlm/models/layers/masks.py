@@ -110,8 +110,3 @@ class Masks:
         if inside is None:
             return visible | together
         return (visible | together) & inside if self.groups.within_window else (visible & inside) | together
-
-
-def is_plain(piece: Piece, window: int | None) -> bool:
-    """Does causal order alone say what these queries see?"""
-    return not piece.grouped and (window is None or piece.key_length <= window)

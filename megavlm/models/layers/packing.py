@@ -18,6 +18,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from megavlm.models.layers.context import ContextPart
 from megavlm.models.layers.masks import Groups, Masks, Piece
+from megavlm_kernels.packed_attention import Segments
 from megavlm.topology.context import ContextLayout
 from megavlm_kernels.rotary import rotary
 
@@ -31,6 +32,8 @@ class Packing(PackedSeqParams):
     """Built when a layer asks for one; causal order needs none."""
     keys_overlap: bool = False
     """Several pieces see the same keys: pieces alone say what is seen, not the bounds of segments."""
+    segments: Segments | None = None
+    """The pieces as attention's kernels take them; put together by the first layer that asks."""
     equal_length: int | None = None
     """Length of every segment when all are equal (tiles): attention then runs as one batch."""
     rotary: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
