@@ -18,8 +18,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from megavlm.models.layers.context import ContextPart
 from megavlm.models.layers.masks import Groups, Masks, Piece
-from megavlm_kernels.packed_attention import Segments
 from megavlm.topology.context import ContextLayout
+from megavlm_kernels.packed_attention import Segments
 from megavlm_kernels.rotary import rotary
 
 
