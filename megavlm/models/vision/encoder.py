@@ -25,11 +25,12 @@ from megavlm.models.layers.run import run_layers
 from megavlm.models.layers.specs import LayerStyle, block_spec, layer_spec, post_of
 from megavlm.models.vision.attention import EncoderAttention, PlainOutputAttention, WideNormAttention
 from megavlm.models.vision.features import Features
-from megavlm.models.vision.pictures import Grid, split_pictures
+from megavlm.models.vision.pictures import Grid, check_pixels
 from megavlm.models.vision.pooling import PoolingHead
 from megavlm.models.vision.positions import POSITIONS, interpolated_positions
 from megavlm.models.vision.rotary import rotary_tables
 from megavlm.models.vision.windows import layer_packings
+from megavlm_kernels.normalise_patchify import patches_of_pictures, patches_of_tiles
 
 
 class VisionEncoder(MegatronModule):
@@ -67,7 +68,7 @@ class VisionEncoder(MegatronModule):
         )
         self.final_norm = norm(config, width, vision.norm_eps).to(device) if vision.has_final_norm else None
         self.pooling_head = PoolingHead(vision, new) if vision.pooling_head else None
-        mean, std = (torch.tensor(v, dtype=torch.float32, device=device).view(1, -1, 1, 1) for v in (vision.image_mean, vision.image_std))
+        mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (vision.image_mean, vision.image_std))
         # Plain tensors, not buffers: they are settings, and a bf16 cast of the module must not round them.
         self._mean, self._inverse_std = mean * 255.0, 1.0 / (std * 255.0)
 
@@ -111,24 +112,27 @@ class VisionEncoder(MegatronModule):
 
     def patchify(self, tiles_TCHW: torch.Tensor) -> torch.Tensor:
         """uint8 tiles -> normalised patches (T, P, C x frames x patch x patch) in the encoder's dtype, channels first in each patch."""
-        size, frames = self.vision.patch_size_px, self.vision.temporal_patch_size
-        pixels = (tiles_TCHW.float() - self._mean) * self._inverse_std
-        patches = pixels.unfold(2, size, size).unfold(3, size, size)  # T, C, rows, columns, size, size
-        patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)  # T, P, C, size, size
-        if self.vision.patch_channels_last:
-            patches = patches.permute(0, 1, 3, 4, 2)
-        if frames > 1:
-            patches = patches.unsqueeze(3).expand(-1, -1, -1, frames, -1, -1)
-        return patches.flatten(2).to(self.config.params_dtype)
+        count, _, height, width = tiles_TCHW.shape
+        patches_NE = patches_of_tiles(tiles_TCHW, *self._patching(), **self._patch_order())
+        return patches_NE.view(count, height // self.vision.patch_size_px * (width // self.vision.patch_size_px), -1)
 
     def _patches(self, pixels: torch.Tensor, grids: Sequence[Grid] | None) -> tuple[torch.Tensor, list[Grid]]:
-        """All patches end to end (N, values), and each picture's grid."""
+        """All patches end to end (N, values), and each picture's grid.
+
+        Raises ValueError when there are not as many pixels as the grids say.
+        """
         size = self.vision.patch_size_px
         if grids is None:
             grid = (pixels.shape[2] // size, pixels.shape[3] // size)
-            return self.patchify(pixels).flatten(0, 1), [grid] * pixels.shape[0]
-        pictures = split_pictures(pixels, grids, self.vision.num_channels, size)
-        return torch.cat([self.patchify(picture.unsqueeze(0))[0] for picture in pictures]), list(grids)
+            return patches_of_tiles(pixels, *self._patching(), **self._patch_order()), [grid] * pixels.shape[0]
+        check_pixels(pixels, grids, self.vision.num_channels, size)
+        return patches_of_pictures(pixels, grids, *self._patching(), **self._patch_order()), list(grids)
+
+    def _patching(self) -> tuple[torch.Tensor, torch.Tensor, int, torch.dtype]:
+        return self._mean, self._inverse_std, self.vision.patch_size_px, self.config.params_dtype
+
+    def _patch_order(self) -> dict[str, Any]:
+        return {"frames": self.vision.temporal_patch_size, "channels_last": self.vision.patch_channels_last}
 
     def _positions(self, table: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         """(N, D): position vectors of all patches."""
