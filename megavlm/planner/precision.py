@@ -212,8 +212,10 @@ def precision_table(recipe: Recipe) -> str:
         which = "" if not layers else f", layers {numbers.start} to {numbers.stop - 1} of {layers}" if len(numbers) else ", no layer"
         rows.append((part, f"fp8 ({precision.fp8}, {precision.fp8_format}){which}" + (f" but {kept[0]}" if kept else "")))
     rows.append(("embeddings, norms, attention, LM head", precision.dtype))
-    backends = [b for b in BACKENDS if model_stops(b, model, precision, recipe.parallel) is None and _knows(b, precision)]
-    through = "" if precision.fp8 == "none" else f"; FP8 through {' or '.join(backends)}"
+    through = ""
+    if precision.fp8 != "none":
+        backends = [b for b in BACKENDS if model_stops(b, model, precision, recipe.parallel) is None and _knows(b, precision)]
+        through = f"; FP8 through {' or '.join(backends)}"
     return text_table(("products of", "in"), rows, f"precision: {precision.dtype}{through}")
 
 

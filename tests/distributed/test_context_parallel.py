@@ -19,9 +19,10 @@ from megavlm.models.init import initialise
 from megavlm.models.layers import context as context_module
 from megavlm.models.vlm import TargetLoss
 from megavlm.testing.pool import RankPool
-from megavlm.testing.recipes import tiny_recipe, tiny_stage, train_and_read
+from megavlm.testing.recipes import PARITY_OPTIMIZER, tiny_recipe, tiny_stage, train_and_read
 from megavlm.testing.tiny import tiny_batch, tiny_chunks, tiny_model_config, tiny_native_batch
 from megavlm.topology.context import context_layout
+from megavlm.training.dryrun import dry_run
 from tests.distributed.test_cross_attention import IMAGE, prompts_of
 from tests.distributed.test_cross_attention import model_of as cross_model
 from tests.distributed.test_masked_layouts import tiny_model as masked_model
@@ -312,3 +313,48 @@ def test_only_keys_that_are_seen_travel(split: str, pool: RankPool) -> None:
     everything = sum(pictures(tiny_model_config())[1].segment_lengths) // 2
     assert all(found == expected for found, expected in results)
     assert sum(found for found, _ in results) < 2 * everything
+
+
+CLASSIFICATION: dict[str, Any] = {
+    "name": "encoder",
+    "objective": "vision_classification",
+    "steps": 2,
+    "packs_per_step": 4,
+    "images_per_pack": 4,
+    "num_classes": 11,
+    "mixture": {"patches": 1.0},
+    "vision": {"train": "full"},
+    "optimizer": PARITY_OPTIMIZER,
+}
+
+
+def test_encoder_pretraining_takes_context_ranks_for_data(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    """There is no sequence to share; the next stage shares it again."""
+    found = {}
+    for name, (world_size, parallel) in {"one": (1, {}), "two": (2, {"context": 2})}.items():
+        stages = [CLASSIFICATION, tiny_stage("all", steps=1)]
+        recipe = tiny_recipe(tmp_path / name, data_dir, stages, parallel=parallel)
+        found[name] = pool.run(train_and_read, recipe, world_size=world_size)[0]
+    assert [record["stage"] for record in found["one"]] == ["encoder", "encoder", "all"]
+    for record, expected in zip(found["two"], found["one"], strict=True):
+        assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+def test_physical_tokens_are_those_that_ranks_compute(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    parallel = {"context": 2, "context_split": "zigzag"}
+    recipe = tiny_recipe(tmp_path, data_dir, [tiny_stage(steps=1)], data=ODD, parallel=parallel)
+    (record,) = pool.run(train_and_read, recipe, world_size=2)[0]
+    logical = 4 * ODD["seq_len_tokens"]
+    assert record["tokens"] > logical, "pads of four packs"
+    assert record["tokens"] <= logical + 4 * 3 * (record["samples"] + 4)
+    assert record["pack_fill"] == pytest.approx(record["useful_tokens"] / record["tokens"])
+
+
+def test_dry_run_compares_the_splits(data_dir: Path) -> None:
+    recipe = tiny_recipe("unused", data_dir, [tiny_stage(steps=1)], parallel={"context": 2, "context_split": "zigzag"})
+    shown: list[str] = []
+    dry_run(recipe, 2, shown.append)
+    table = next(text for text in shown if "context splits of 4 microbatches over 2 ranks" in text)
+    assert [split for split in SPLITS if f"\n{split} " in table] == list(SPLITS)
+    assert next(line for line in table.splitlines() if "this recipe" in line).startswith("zigzag")
