@@ -133,6 +133,18 @@ class PictureDealer:
         return tuple(Picture(tiles, work, filled * rows) for tiles in counts)
 
 
+def copies_of_pictures(model: ModelConfig, parallel: ParallelConfig) -> dict[str, int]:
+    """Of the tensor x context ranks that share a microbatch, how many do all of the same work: part of the model -> number.
+
+    Context ranks all see every picture, and so do tensor ranks of a module that is whole on each. Dealt pictures are no work done twice;
+    with encoder_data_parallel=auto those of microbatches that stay undealt are, and are not counted.
+    """
+    if parallel.encoder_data_parallel is not False:
+        return {"vision": 1, "projector": 1}
+    ranks = parallel.tensor * parallel.context
+    return {"vision": ranks // encoder_tensor_ranks(model, parallel), "projector": ranks // projector_tensor_ranks(model, parallel)}
+
+
 def encoder_layout_table(model: ModelConfig, parallel: ParallelConfig, deals: Sequence[PictureDeal | None]) -> str:
     """How encoder and projector lie on the ranks that share a microbatch, as text for --dry-run; `deals` are those of a step's
     microbatches with pictures, empty where none are ever dealt."""

@@ -9,6 +9,7 @@ from megavlm.config.schema import Recipe, StageConfig
 from megavlm.data.types import PackPlan, StepPlan
 from megavlm.planner.context import pad_rows, segments_of
 from megavlm.planner.flops import FlopsModel
+from megavlm.planner.pictures import copies_of_pictures
 from megavlm.tracking.hardware import peak_tflops
 
 
@@ -16,7 +17,8 @@ class Accountant:
     """Turns step plans and times into a metrics record.
 
     MFU counts the FLOPs that samples need (https://arxiv.org/abs/2204.02311, appendix B): no padding, nothing twice. HFU counts what ranks
-    compute: padding at packs' ends and of context ranks, and layers that parallel.recompute runs again.
+    compute: padding at packs' ends and of context ranks, layers that parallel.recompute runs again, and pictures that several of the
+    ranks which share a microbatch encode.
     """
 
     def __init__(self, recipe: Recipe, stage: StageConfig, world_size: int, device_name: str | None) -> None:
@@ -28,6 +30,8 @@ class Accountant:
         self._flops = FlopsModel(recipe.model, stage)
         self._recompute = recipe.parallel.recompute
         self._is_classification = stage.objective == "vision_classification"
+        # Encoder pretraining gives every rank pictures of its own.
+        self._copies = {} if self._is_classification else copies_of_pictures(recipe.model, recipe.parallel)
 
     def record(self, plan: StepPlan, step_time_s: float, data_wait_s: float, pack_tokens: int, context: int = 1) -> dict[str, Any]:
         """Counts over all data-parallel ranks, from the plan alone: no communication.
@@ -61,7 +65,7 @@ class Accountant:
 
     def computed_flops(self, packs: Sequence[PackPlan], pack_tokens: int, pads: int = 0) -> int:
         """What ranks compute for these packs: each filled up to `pack_tokens`, which is a segment of its own; `pads` rows of context
-        ranks, which attend to nothing; and recomputed layers."""
+        ranks, which attend to nothing; recomputed layers; and every copy of the encoder's work."""
         total = 0
         for pack in packs:
             lengths = list(pack.lengths_tokens)
@@ -70,4 +74,12 @@ class Accountant:
             total += self._flops.total(lengths, pack.vision, pack.num_targets)
             if self._recompute != "none":
                 total += self._flops.recomputed(lengths, pack.vision, attention_only=self._recompute == "selective")
+            total += self._copied_flops(pack)
         return total + pads * self._flops.a_row()
+
+    def _copied_flops(self, pack: PackPlan) -> int:
+        """What is computed on further ranks too. Where copies are recomputed, only their first computation counts."""
+        if not pack.num_tiles or all(copies == 1 for copies in self._copies.values()):
+            return 0
+        parts = self._flops.pack((), pack.vision, 0).by_part
+        return sum((self._copies.get(part.split(".")[0], 1) - 1) * work.total for part, work in parts.items())

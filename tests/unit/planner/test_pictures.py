@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 
 from megavlm.config.schema import ModelConfig, ParallelConfig, ProjectorConfig, VisionConfig
+from megavlm.data.types import PackPlan
 from megavlm.planner.flops import VisionWork, pack_flops
-from megavlm.planner.pictures import PictureDealer, deal_pictures, encoder_layout_table
+from megavlm.planner.pictures import PictureDealer, copies_of_pictures, deal_pictures, encoder_layout_table
+from megavlm.testing.recipes import tiny_recipe
+from megavlm.training.accounting import Accountant
 
 VISION = {"image_size_px": 32, "patch_size_px": 8, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64}
 MODEL = ModelConfig.model_validate(
@@ -95,3 +99,31 @@ def test_dry_run_tells_how_encoder_and_pictures_lie() -> None:
     assert lines[0] == "4 ranks share a microbatch: encoder whole on every rank, projector whole on every rank"
     # Busiest: 2 of 6 and 1 of 2 pictures; 8 pictures in the time of 3 x 4.
     assert lines[-1].split() == ["3", "2", "4.0", "38", "%", "33", "%"]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "vision", "projector"),
+    [
+        ({}, 1, 1),
+        ({"tensor": 2}, 1, 1),
+        ({"tensor": 2, "encoder_tensor": 1}, 2, 2),
+        ({"tensor": 2, "context": 2}, 2, 2),
+        ({"tensor": 2, "context": 2, "encoder_tensor": 1}, 4, 4),
+        ({"tensor": 2, "context": 2, "encoder_data_parallel": True}, 1, 1),
+    ],
+    ids=str,
+)
+def test_hardware_flops_count_every_copy(parallel: dict[str, Any], vision: int, projector: int) -> None:
+    """What several ranks encode counts in HFU as often, and in MFU once."""
+    recipe = tiny_recipe("run", "data", parallel=parallel)
+    work = VisionWork.uniform(3, 36)
+    pack = PackPlan((), (150, 106), work, 3, 1e9)
+    parts = pack_flops(recipe.model, [150, 106], work, 3, recipe.stages[0]).by_part
+    copies = {"vision": vision, "projector": projector}
+    expected = sum(part.total * copies.get(name.split(".")[0], 1) for name, part in parts.items())
+    assert Accountant(recipe, recipe.stages[0], 4, None).computed_flops([pack], 256) == expected
+
+
+def test_a_module_alone_may_be_whole() -> None:
+    odd = MODEL.model_copy(update={"projector": ProjectorConfig(hidden_size=51)})
+    assert copies_of_pictures(odd, ParallelConfig(tensor=2, encoder_tensor="auto")) == {"vision": 1, "projector": 2}
