@@ -113,12 +113,12 @@ def _print(
     for decoder in decoders:
         table.add_row(decoder.name, "[green]ok[/]" if decoder.usable else "[yellow]not here[/]", decoder.remark)
     console.print(table)
-    for title, conditions, remarks in (
+    for title, conditions, ways in (
         ("attention", "bf16, heads of 128", attention),
         ("keys of context ranks", "bf16, context_split=zigzag", context),
     ):
         table = Table(title, "", f"remarks ({conditions})", title_justify="left")
-        for backend, remark in remarks.items():
+        for backend, remark in ways.items():
             usable = remark in ("", TAKEN)
             table.add_row(backend, "[green]ok[/]" if usable else "[yellow]not here[/]", remark)
         console.print(table)
