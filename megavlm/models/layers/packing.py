@@ -30,12 +30,9 @@ class Packing(PackedSeqParams):
     pieces: tuple[Piece, ...] = ()
     masks: Masks | None = None
     """Built when a layer asks for one; causal order needs none."""
-    keys_overlap: bool = False
-    """Several pieces see the same keys: pieces alone say what is seen, not the bounds of segments."""
+    """What is seen; several may see the same keys."""
     segments: Segments | None = None
     """The pieces as attention's kernels take them; put together by the first layer that asks."""
-    equal_length: int | None = None
-    """Length of every segment when all are equal (tiles): attention then runs as one batch."""
     rotary: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     """Name of a table -> cos and sin, each (L, rotated width); a layer's attention picks one. Empty: positions are not rotated."""
     context: ContextPart | None = None
@@ -84,8 +81,6 @@ def pack(
             for number, (start, length) in enumerate(zip(bounds, segment_lengths, strict=False))
             if length
         )
-        if segment_lengths and min(segment_lengths) == longest:
-            packing.equal_length = longest
         packing.rotary.update(rotary or {})
         return packing
     layout, rank = context

@@ -143,7 +143,6 @@ def reading_packing(seen: list[int], num_latents: int, device: torch.device) -> 
         max_seqlen_kv=max(seen),
     )
     packing.pieces = tuple(Piece(i * num_latents, num_latents, bounds[i], n, query_row=i * num_latents) for i, n in enumerate(seen))
-    packing.equal_length = num_latents if len(set(seen)) == 1 else None
     return packing
 
 

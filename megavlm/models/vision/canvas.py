@@ -142,6 +142,6 @@ def _order(grids: Sequence[PictureTiles], tiles: int, rows: int, filled: int, de
     place = torch.empty_like(rows_M)
     place[rows_M] = torch.arange(rows_M.numel())
     packing = pack([size] * len(grids), device, causal=False)
-    packing.pieces, packing.keys_overlap, packing.equal_length = tuple(p for p in pieces if p.query_length), True, None
+    packing.pieces = tuple(p for p in pieces if p.query_length)
     back = place.view(-1, filled)[:, :rows].flatten()
     return _Order(rows_M.to(device), (rows_M // filled).to(device), back.to(device), packing)
