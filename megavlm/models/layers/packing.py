@@ -28,9 +28,9 @@ class Packing(PackedSeqParams):
     """megatron-core's packed-sequence parameters, with rotations and pieces computed once instead of once per layer."""
 
     pieces: tuple[Piece, ...] = ()
+    """What is seen; several may see the same keys."""
     masks: Masks | None = None
     """Built when a layer asks for one; causal order needs none."""
-    """What is seen; several may see the same keys."""
     segments: Segments | None = None
     """The pieces as attention's kernels take them; put together by the first layer that asks."""
     rotary: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
