@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from megavlm_kernels.backend import uses_triton
-from megavlm_kernels.blocks import row_blocks
+from megavlm_kernels.blocks import BLOCK_ELEMENTS, row_blocks
 from megavlm_kernels.normalise_patchify.reference import patches_reference
 
 
@@ -38,6 +38,8 @@ def patches_of_tiles(
 
         starts = starts_in_tiles(count, channels, height, width, patch_px, tiles_TCHW.device)
         return patches_at(tiles_TCHW.reshape(-1), starts, mean_C, inverse_std_C, patch_px, dtype, frames, channels_last)
+    if tiles_TCHW.numel() <= BLOCK_ELEMENTS:
+        return patches_reference(tiles_TCHW, mean_C, inverse_std_C, patch_px, dtype, frames=frames, channels_last=channels_last)
     out_NE = _room(tiles_TCHW, count * (height // patch_px) * (width // patch_px), channels * frames * patch_px**2, dtype)
     _fill(out_NE, tiles_TCHW, mean_C, inverse_std_C, patch_px, frames, channels_last)
     return out_NE

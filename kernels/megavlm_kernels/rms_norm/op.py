@@ -20,7 +20,7 @@ from megavlm_kernels.blocks import BLOCK_ELEMENTS, accumulation_dtype, row_block
 
 MAX_TRITON_WIDTH = 8192
 """Wider rows do not fit into one block's registers in the backward pass."""
-FEW_ELEMENTS = 1 << 14
+FEW_ELEMENTS = 1 << 16
 """Up to here torch's own norm is quicker on a CPU: its backward pass is slower, but no Python stands between its operations."""
 
 
