@@ -13,7 +13,6 @@ from functools import cached_property
 from itertools import accumulate
 
 from megavlm.config.schema import ParallelConfig
-from megavlm.topology.table import text_table
 
 
 class PipelineError(ValueError):
@@ -108,14 +107,6 @@ class PipelineSplit:
         chunks[0].insert(0, "embedding")
         chunks[-1].append("loss")
         return chunks
-
-    def table(self) -> str:
-        """The split as text for --dry-run, one line a chunk in order of the layers."""
-        rows = []
-        for chunk in range(self.virtual_pipeline):
-            for rank in range(self.pipeline):
-                rows.append((rank, chunk, self.layer_names(rank, chunk), self.also(rank, chunk)))
-        return text_table(("pipeline rank", "chunk", "layers", "also"), rows)
 
     def layer_names(self, pipeline_rank: int, chunk: int) -> str:
         """A chunk's layers in words: "3-5", "3" or "none"."""

@@ -97,15 +97,12 @@ def test_a_balanced_split_has_to_be_settled() -> None:
         ParallelConfig(pipeline=2, layers_per_stage=[5, -1])
 
 
-def test_table_of_chunks_without_layers() -> None:
-    lines = PipelineSplit(4, 3, 1, (0, 1, 3)).table().splitlines()
-    assert [line.split()[2] for line in lines[2:]] == ["none", "0", "1-3"]
-
-
-def test_ends_and_table():
+def test_ends_and_names():
     split = PipelineSplit(8, 2, 2)
     assert [split.is_first(r, c) for r, c in ((0, 0), (0, 1), (1, 0))] == [True, False, False]
     assert [split.is_last(r, c) for r, c in ((1, 1), (1, 0), (0, 1))] == [True, False, False]
     assert split.is_last(1) and not split.is_last(0)
-    lines = split.table().splitlines()
-    assert lines[2].split()[:3] == ["0", "0", "0-1"] and "encoder" in lines[2] and lines[-1].endswith("loss")
+    assert [split.layer_names(r, c) for r, c in ((0, 0), (1, 0), (0, 1))] == ["0-1", "2-3", "4-5"]
+    assert "encoder" in split.also(0, 0) and split.also(1, 0) == "" and split.also(1, 1).endswith("loss")
+    ends = PipelineSplit(4, 3, 1, (0, 1, 3))
+    assert [ends.layer_names(r, 0) for r in range(3)] == ["none", "0", "1-3"]
