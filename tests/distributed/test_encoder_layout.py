@@ -34,6 +34,7 @@ from megavlm.tracking.metrics import EVALUATION_FILE, read_metrics
 from megavlm.training.dryrun import dry_run
 from megavlm.training.layout import stage_layout
 from tests.distributed.test_checkpoint_resume import load_and_go_on, save_then_go_on
+from tests.distributed.test_layouts import first_plans
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2": (2, {"tensor": 2}),
@@ -44,12 +45,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2xTP2": (4, {"pipeline": 2, "tensor": 2}),
 }
 TRAINING = {"all": ALL_TRAIN, "encoder_frozen": ENCODER_FROZEN, "projector_only": PROJECTOR_ONLY, "top_layers": TOP_LAYERS}
+MIXTURE = {"pages": 0.05, "multi": 0.2, "text": 0.75}
 WHOLE = {"encoder_tensor": 1}
 DEALT = {"encoder_data_parallel": True}
 
 
 def stage_of(training: str, **changes: Any) -> dict[str, Any]:
-    return tiny_stage(steps=3, **(TRAINING[training] | changes))
+    return tiny_stage(steps=3, **(TRAINING[training] | {"mixture": MIXTURE} | changes))
 
 
 def run(pool: RankPool, run_dir: Path, data_dir: Path, world_size: int, stage: dict[str, Any], **blocks: Any) -> list[dict[str, Any]]:
@@ -73,13 +75,19 @@ def one_rank(pool: RankPool, data_dir: Path, tmp_path_factory: pytest.TempPathFa
     return {name: run(pool, base / name, data_dir, 1, stage_of(name)) for name in TRAINING}
 
 
-# Every way of freezing where ranks share pictures in other ways than the LLM's rows; elsewhere the ways that differ most.
-EVERYWHERE = ("TP2+SP", "TP2xCP2")
+# Every way of freezing where tensor and context ranks both share pictures; everything else with `make test-all`.
 RUNS = [
-    *(("dealt", layout, training) for layout in EVERYWHERE for training in TRAINING),
-    *(("dealt", layout, training) for layout in LAYOUTS if layout not in EVERYWHERE for training in ("all", "top_layers")),
-    *(("whole", layout, "all") for layout in ("TP2", "TP2xCP2", "TP2xDP2", "PP2xTP2")),
-    *(("whole", "TP2+SP", training) for training in TRAINING),
+    *(("dealt", "TP2xCP2", training) for training in TRAINING),
+    *(("dealt", layout, "all") for layout in LAYOUTS if layout != "TP2xCP2"),
+    *(("whole", layout, "all") for layout in ("TP2+SP", "TP2xDP2", "PP2xTP2")),
+    *(
+        pytest.param(encoder, layout, training, marks=pytest.mark.slow)
+        for encoder in ("dealt", "whole")
+        for layout in LAYOUTS
+        for training in TRAINING
+        if not (encoder == "dealt" and (training == "all" or layout == "TP2xCP2"))
+        and not (encoder == "whole" and training == "all" and layout in ("TP2+SP", "TP2xDP2", "PP2xTP2"))
+    ),
 ]
 
 
@@ -92,7 +100,14 @@ def test_layout_equals_one_rank(
     assert_same(run(pool, tmp_path, data_dir, world_size, stage_of(training), parallel=parallel | own), one_rank[training])
 
 
-@pytest.mark.parametrize("training", ["all", "top_layers"])
+def test_the_matrix_has_few_pictures_many_and_none(data_dir: Path) -> None:
+    """It means something only if microbatches have no picture, fewer than ranks that share them (2 or 4), as many, and more."""
+    plans = first_plans(data_dir, stage_of("all"), dp_size=1)
+    pictures = {sum(pack.num_tiles for pack in microbatch) for plan in plans for microbatch in plan.assignment[0]}
+    assert pictures >= {0, 1, 3, 4}
+
+
+@pytest.mark.parametrize("training", ["all", pytest.param("top_layers", marks=pytest.mark.slow)])
 def test_bf16_with_the_distributed_optimizer(training: str, pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
     """Gradients in fp32 or as they are computed; bf16 rounds what layouts add up in another order."""
     for number, precision in enumerate(({"dtype": "bf16"}, {"dtype": "bf16", "grad_reduce_in_fp32": False})):
@@ -151,7 +166,7 @@ CHECKPOINTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("source", ["1", "split", "whole", "dealt"])
+@pytest.mark.parametrize("source", ["1", "dealt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("split", "whole"))])
 def test_checkpoints_go_between_encoder_layouts(source: str, pool: RankPool, tmp_path: Path) -> None:
     """Weights and the optimizer's state: training goes on as if nothing had happened; in the same layout bit for bit."""
     path = tmp_path / "00000003-s"
