@@ -37,15 +37,26 @@ class PackShape(NamedTuple):
     num_targets: int
 
 
-def microbatch_cost(flops: FlopsModel, packs: Iterable[PackShape], *, recompute: bool = False, encoder_copies: int = 1) -> list[Work]:
-    """What the packs of a microbatch cost together, by depth. `recompute`: layers run forward once more in the backward pass.
-    `encoder_copies`: ranks that each do all of the encoder's work."""
+class Again(NamedTuple):
+    """Shares of the layers, 0 to 1, that run forward once more in the backward pass: parallel.recompute=full."""
+
+    encoder: float = 0.0
+    language: float = 0.0
+
+
+NOTHING_AGAIN = Again()
+
+
+def microbatch_cost(flops: FlopsModel, packs: Iterable[PackShape], *, again: Again = NOTHING_AGAIN, encoder_copies: int = 1) -> list[Work]:
+    """What the packs of a microbatch cost together, by depth. `encoder_copies`: ranks that each do all of the encoder's work."""
     total: list[Work] = []
     for pack in packs:
         cost = flops.by_depth(*pack)
         total = [a + b for a, b in zip(total, cost, strict=True)] if total else cost
-    if recompute:
-        total[:-1] = [Work(w.forward, w.backward + w.forward) if w.backward else w for w in total[:-1]]
+    for depth, work in enumerate(total[:-1]):
+        if work.backward:
+            share = again.language if depth else again.encoder
+            total[depth] = Work(work.forward, work.backward + round(share * work.forward))
     return [Work(total[0].forward * encoder_copies, total[0].backward * encoder_copies), *total[1:]]
 
 
@@ -144,9 +155,9 @@ def settled(
     if parallel.pipeline == 1:
         return parallel.model_copy(update={"split": "even"})
     flops = FlopsModel(model, stage)
-    again, copies = recomputes(parallel), encoder_copies(model, parallel)
+    again, copies = recomputed(parallel, model), encoder_copies(model, parallel)
     shapes = packs or [typical_pack(model, data)]
-    costs = [microbatch_cost(flops, [pack], recompute=again, encoder_copies=copies) for pack in shapes]
+    costs = [microbatch_cost(flops, [pack], again=again, encoder_copies=copies) for pack in shapes]
     split = balanced_split(mean_cost(costs), parallel.pipeline, parallel.virtual_pipeline, num_microbatches)
     return parallel.model_copy(update={"split": "even", "layers_per_stage": list(split.counts)})
 
@@ -159,9 +170,10 @@ def encoder_copies(model: ModelConfig, parallel: ParallelConfig) -> int:
     return parallel.context * parallel.tensor // encoder_tensor_ranks(model, parallel)
 
 
-def recomputes(parallel: ParallelConfig) -> bool:
-    """Do whole layers run forward again in the backward pass?"""
-    return parallel.recompute == "full"
+def recomputed(parallel: ParallelConfig, model: ModelConfig) -> Again:
+    """Which share of whole layers is computed again; selective recomputation, which spares the products, is left out."""
+    share = 1.0 if parallel.recompute == "full" else 0.0
+    return Again(share, share)
 
 
 def stage_table(split: PipelineSplit, ranks: Sequence[Sequence[Depths]]) -> str:

@@ -11,13 +11,16 @@ import pytest
 from megavlm.config.schema import DataConfig, ModelConfig, ParallelConfig, StageConfig
 from megavlm.planner.flops import FlopsModel, VisionWork, Work
 from megavlm.planner.stages import (
+    Again,
     PackShape,
     balanced_split,
     chunk_costs,
     chunk_totals,
+    encoder_copies,
     mean_cost,
     microbatch_cost,
     play,
+    recomputed,
     settled,
     stage_table,
     typical_pack,
@@ -86,8 +89,27 @@ def test_costs_of_chunks_are_those_of_the_pack() -> None:
 
 def test_recomputed_layers_run_twice_and_the_head_does_not() -> None:
     flops = FlopsModel(ModelConfig())
-    plain, again = microbatch_cost(flops, [PACK]), microbatch_cost(flops, [PACK], recompute=True)
+    plain, again = microbatch_cost(flops, [PACK]), microbatch_cost(flops, [PACK], again=Again(1.0, 1.0))
     assert [b.backward - a.backward for a, b in zip(plain, again, strict=True)] == [w.forward for w in plain[:-1]] + [0]
+    encoder = microbatch_cost(flops, [PACK], again=Again(encoder=1.0))
+    assert encoder[0] == again[0] and encoder[1:] == plain[1:]
+
+
+def test_shares_of_recomputed_layers() -> None:
+    model = tiny_model_config()
+    assert recomputed(ParallelConfig(), model) == Again() == recomputed(ParallelConfig(recompute="selective"), model)
+    assert recomputed(ParallelConfig(recompute="full"), model) == Again(1.0, 1.0)
+
+
+def test_an_encoder_that_several_ranks_repeat_weighs_as_much_more() -> None:
+    model = tiny_model_config()
+    assert encoder_copies(model, ParallelConfig(tensor=2)) == 1
+    assert encoder_copies(model, ParallelConfig(tensor=2, context=2)) == 2
+    assert encoder_copies(model, ParallelConfig(tensor=2, context=2, encoder_tensor=1)) == 4
+    assert encoder_copies(model, ParallelConfig(tensor=2, context=2, encoder_data_parallel=True)) == 1
+    flops = FlopsModel(ModelConfig())
+    once, thrice = microbatch_cost(flops, [PACK]), microbatch_cost(flops, [PACK], encoder_copies=3)
+    assert thrice[0].total == 3 * once[0].total and thrice[1:] == once[1:]
 
 
 def test_an_encoder_as_heavy_as_the_llm_gets_a_stage_of_its_own() -> None:
