@@ -1,4 +1,4 @@
-"""Triton kernels of the element-wise ops on a device: against the truth in fp64, as accurate as eager torch there, the same bits every time."""
+"""Triton kernels of the element-wise ops on a device: as near to fp64 as eager torch there, the same bits every time."""
 
 from __future__ import annotations
 

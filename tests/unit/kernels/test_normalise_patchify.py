@@ -40,9 +40,9 @@ class Way:
 def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
     if request.param == "triton":
         return Way(request.getfixturevalue("interpreter"))
-    monkeypatch.setattr(
-        "megavlm_kernels.blocks.BLOCK_ELEMENTS", {"one block": 1 << 18, "blocks": 600, "rows of patches": 40}[request.param]
-    )
+    elements = {"one block": 1 << 18, "blocks": 600, "rows of patches": 40}[request.param]
+    for module in ("blocks", "normalise_patchify.op"):
+        monkeypatch.setattr(f"megavlm_kernels.{module}.BLOCK_ELEMENTS", elements)
     return Way(None)
 
 
