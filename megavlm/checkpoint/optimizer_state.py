@@ -46,9 +46,9 @@ def collect(optimizer: Any, *, for_loading: bool) -> list[StateTensor]:
         else:
             for state in _plain(part):
                 # All ranks of a sharded parameter's group hold a part of it, and each gathers the whole.
-                tensor = state.tensor
-                if is_sharded(tensor):
-                    tensor = torch.zeros(tensor.shape, dtype=tensor.dtype) if for_loading else gathered(tensor)
+                tensor, parameter = state.tensor, state.parameter
+                if is_sharded(parameter):
+                    tensor = torch.zeros(parameter.shape, dtype=tensor.dtype) if for_loading else gathered(tensor, parameter)
                 found.append(state._replace(tensor=tensor))
     return found
 
@@ -64,8 +64,8 @@ def put_back(optimizer: Any, loaded: Sequence[StateTensor], step: int) -> None:
                     target.copy_(by_place[name, id(parameter)].flatten()[start:end])
         else:
             for name, parameter, target in _plain(part):
-                if is_sharded(target):
-                    write_part(target, by_place[name, id(parameter)])
+                if is_sharded(parameter):
+                    write_part(target, by_place[name, id(parameter)], parameter)
         _set_step(part.optimizer, step)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from megavlm.config.blocks import Block, NonNegativeFloat, NonNegativeInt, PositiveInt
 
+Recompute = Literal["none", "selective", "full"]
+RecomputedPart = Literal["core_attn", "mlp"]
 ContextSplit = Literal["zigzag", "contiguous", "pack"]
 ContextComm = Literal["auto", "keys", "p2p", "all_gather", "a2a"]
 
@@ -69,8 +71,23 @@ class ParallelConfig(Block):
     """Overlap gradient reduction with the backward pass. zero=2 and 3 always do."""
     overlap_param_gather: bool = False
     """Overlap the distributed optimizer's parameter gather with the forward pass. zero=2 and 3 always do."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation in LLM and encoder: attention only, or whole layers."""
+    recompute: Recompute = "none"
+    """What is computed again in the backward pass instead of kept. selective: the parts of layers that recompute_modules names. full:
+    whole layers, of which only the input is kept. Gradients are the same to the bit."""
+    recompute_encoder: Recompute | None = None
+    """The same for the encoder's layers; None: as `recompute` says."""
+    recompute_modules: list[RecomputedPart] = Field(["core_attn"], min_length=1)
+    """Parts that selective recomputation means. core_attn: attention between queries, keys and values; saves memory only where its scores
+    are kept, which fused attention never does. mlp: what lies between the MLP's input and its output."""
+    recompute_layers: PositiveInt | None = None
+    """With full: only the first so many layers of each pipeline chunk, and of the encoder; None: all."""
+    offload_activations: NonNegativeInt = 0
+    """So many layers of each pipeline chunk's LLM, and of the encoder, from the first, keep what their backward pass needs in host memory:
+    copied there during the forward pass and back a layer ahead of its use, beside the computation. Goes with recomputation: of recomputed
+    layers their inputs are copied. On a CPU run it copies within host memory and saves nothing."""
+    offload_optimizer: bool = False
+    """Adam's moments are in host memory and the update is computed there, from gradients and weights copied to it. Spares 8 bytes a
+    parameter (split by `zero`) on the GPU, and costs the copies and the CPU's time in every step. Same numbers up to rounding."""
 
     @model_validator(mode="before")
     @classmethod
@@ -107,9 +124,19 @@ class ParallelConfig(Block):
             raise ValueError("overlap_param_gather needs zero=1 and overlap_grad_reduce=true")
         if self.zero >= 2 and self.overlap_grad_reduce:
             raise ValueError(f"zero={self.zero} always overlaps the reduction of gradients: leave overlap_grad_reduce out")
+        chosen = {self.recompute, self.encoder_recompute}
+        if self.recompute_modules != ["core_attn"] and "selective" not in chosen:
+            raise ValueError("recompute_modules is for recompute=selective (or recompute_encoder=selective): leave it out")
+        if self.recompute_layers is not None and "full" not in chosen:
+            raise ValueError("recompute_layers is for recompute=full (or recompute_encoder=full): leave it out")
         if self.zero >= 2 and self.expert > 1:
             raise ValueError(
                 f"zero={self.zero} splits weights over ranks that hold the same ones, and with expert={self.expert} ranks hold experts of "
                 "their own: use zero=1"
             )
         return self
+
+    @property
+    def encoder_recompute(self) -> Recompute:
+        """What the encoder's layers recompute."""
+        return self.recompute if self.recompute_encoder is None else self.recompute_encoder

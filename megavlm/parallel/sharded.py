@@ -138,20 +138,28 @@ def is_sharded(parameter: torch.Tensor) -> bool:
     return isinstance(parameter, DTensor)
 
 
-def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a sharded tensor on the CPU; all ranks of its group must call this."""
-    assert isinstance(tensor, DTensor)
-    whole: torch.Tensor = tensor.detach().full_tensor()
+def gathered(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The whole on the CPU of something that is sharded as `parameter` is; all ranks of its group must call this.
+
+    `tensor` is the parameter itself, or state of an optimizer: sharded like it, or this rank's part in host memory.
+    """
+    assert isinstance(parameter, DTensor)
+    if not isinstance(tensor, DTensor):
+        local = tensor.to(parameter.to_local().device)
+        mesh, placements = parameter.device_mesh, parameter.placements
+        tensor = DTensor.from_local(local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
+    sharded: Any = tensor.detach()
+    whole: torch.Tensor = sharded.full_tensor()
     return whole.cpu()
 
 
 @torch.no_grad()
-def write_part(target: torch.Tensor, whole: torch.Tensor) -> None:
-    """Copy this rank's part of `whole` into the sharded tensor `target`."""
-    assert isinstance(target, DTensor)
-    local = target.to_local()
-    each = -(-whole.shape[0] // target.device_mesh.size())
-    start = min(target.device_mesh.get_local_rank() * each, whole.shape[0])
+def write_part(target: torch.Tensor, whole: torch.Tensor, parameter: torch.Tensor) -> None:
+    """Copy this rank's part of `whole` into `target`, which is sharded as `parameter` is (see `gathered`)."""
+    assert isinstance(parameter, DTensor)
+    local = _local(target)
+    each = -(-whole.shape[0] // parameter.device_mesh.size())
+    start = min(parameter.device_mesh.get_local_rank() * each, whole.shape[0])
     local.copy_(whole[start : start + local.shape[0]])
 
 
@@ -162,10 +170,11 @@ def whole_parameters(chunks: Sequence[torch.nn.Module], *, write_back: bool) -> 
     With `write_back` they are empty, and this rank's parts of what is put into them are kept. Chunks that are not sharded stay as they are.
     """
     twins: dict[int, torch.nn.Parameter] = {}
-    places: list[tuple[torch.nn.Module, str, torch.nn.Parameter]] = []
+    places: list[tuple[Any, str, Any]] = []
     for chunk in chunks:
         module: Any = chunk.module if isinstance(chunk, ShardedDataParallel) else chunk
-        if isinstance(module, FSDPModule):
+        is_sharded_chunk = isinstance(module, FSDPModule)
+        if is_sharded_chunk:
             for part in module.modules():
                 if isinstance(part, FSDPModule):
                     part.reshard()
@@ -173,7 +182,7 @@ def whole_parameters(chunks: Sequence[torch.nn.Module], *, write_back: bool) -> 
             for _, _, parameter in places:
                 if id(parameter) not in twins:
                     dtype = module.config.params_dtype
-                    data = torch.zeros(parameter.shape, dtype=dtype) if write_back else gathered(parameter).to(dtype)
+                    data = torch.zeros(parameter.shape, dtype=dtype) if write_back else gathered(parameter, parameter).to(dtype)
                     twin = torch.nn.Parameter(data, requires_grad=parameter.requires_grad)
                     for mark, value in vars(parameter).items():
                         setattr(twin, mark, value)
@@ -184,7 +193,7 @@ def whole_parameters(chunks: Sequence[torch.nn.Module], *, write_back: bool) -> 
         yield twins
         if write_back:
             for _, _, parameter in places:
-                write_part(parameter, twins[id(parameter)].data)
+                write_part(parameter, twins[id(parameter)].data, parameter)
     finally:
         for owner, name, parameter in places:
             owner._parameters[name] = parameter

@@ -22,14 +22,14 @@ class _Touch(torch.autograd.Function):
         return zero.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return grad, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
 
 
 def touch(zero: torch.Tensor, parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     """`zero` (), now with a gradient of zero for each of `parameters` that trains."""
     trained = [p for p in parameters if p.requires_grad]
-    return _Touch.apply(zero, *trained) if trained else zero  # type: ignore[no-untyped-call, no-any-return]
+    return _Touch.apply(zero, *trained) if trained else zero  # type: ignore[no-untyped-call]
 
 
 def run_hooks(module: torch.nn.Module) -> None:
@@ -45,8 +45,8 @@ def touch_layer(zero: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
             run_hooks(module)
         return touch(zero, layer.parameters())
     # The layer's hooks do the rest: they run around whatever stands for its forward.
-    layer.forward = lambda z: touch(z, layer.parameters())  # type: ignore[method-assign]
+    layer.forward = lambda z: touch(z, layer.parameters())
     try:
-        return torch.nn.Module.__call__(layer, zero)  # type: ignore[no-any-return]
+        return torch.nn.Module.__call__(layer, zero)
     finally:
         del layer.forward

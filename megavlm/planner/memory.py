@@ -8,6 +8,7 @@ store its score matrix; kernels' workspaces, communication buffers and the alloc
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -106,7 +107,8 @@ class _Load:
     projector_tensor: int
     sequence_split: int
     """Ranks over which rows outside attention and MLP are split: tensor with sequence parallelism, else 1."""
-    recompute: bool
+    parallel: ParallelConfig
+    """What is recomputed and offloaded."""
     precision: PrecisionConfig
     zero: int
     shards: int
@@ -142,14 +144,18 @@ class _Load:
             encoder_tensor=encoder_tensor_ranks(model, parallel),
             projector_tensor=projector_tensor_ranks(model, parallel),
             sequence_split=grid.tensor if parallel.sequence else 1,
-            # Recomputing only the core attention saves nothing where its scores are never stored.
-            recompute=parallel.recompute == "full",
+            parallel=parallel,
             precision=precision,
             zero=parallel.zero,
             shards=grid.data * grid.context,
             expert_shards=_expert_copies(grid),
             device=device,
         )
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """On a CPU host memory is what there is."""
+        return self.parallel.offload_optimizer and self.device == "cuda"
 
     @property
     def element_bytes(self) -> int:
@@ -208,8 +214,8 @@ def _rank_memory(
         trainable += embedding.local if embedding.trains else 0
     # Experts are copied over fewer ranks than the rest, so each rank has more of their optimizer state.
     experts = sum(b.local for b in mine if b.trains and b.part == "experts")
-    weight, gradient, optimizer = state_bytes(load.precision, load.shards, load.zero)
-    expert_optimizer = state_bytes(load.precision, load.expert_shards, load.zero).optimizer
+    weight, gradient, optimizer = state_bytes(load.precision, load.shards, load.zero, offloads=load.offloads_optimizer)
+    expert_optimizer = state_bytes(load.precision, load.expert_shards, load.zero, offloads=load.offloads_optimizer).optimizer
     # What is frozen is kept in the format of computation, and split with the rest.
     frozen = load.element_bytes / (load.shards if load.zero >= 2 else 1)
     layers = [(b.local, b.local if b.trains else 0) for b in mine if b.part == "layer"]
@@ -242,27 +248,44 @@ def _activations(
     rank: int, blocks: Sequence[ParameterBlock], split: PipelineSplit, load: _Load, model: ModelConfig, num_microbatches: int
 ) -> int:
     """Most bytes that wait for their backward pass on one rank: each chunk keeps its own for every microbatch in flight."""
-    below = False
-    kept: list[tuple[float, ParameterBlock]] = []
+    below, offloaded, again = False, 0.0, 0.0
+    per_chunk = [0.0] * split.virtual_pipeline
+    places: Counter[tuple[str, int, int]] = Counter()
     for block in blocks:
         below = below or block.trains
-        if block.part == "layer" and _lives_on(block, rank, split) and below:
-            kept.append((_layer_elements(block, load, model), block))
-    per_chunk = [0.0] * split.virtual_pipeline
-    for layer_elements, block in kept:
+        if block.part != "layer" or not _lives_on(block, rank, split):
+            continue
         chunk = split.owner(block.layer)[1] if block.module == "language" and block.layer is not None else 0
-        per_chunk[chunk] += _checkpoint_elements(block, load, model) if load.recompute else layer_elements
+        place = places[block.module, block.encoder, chunk]
+        places[block.module, block.encoder, chunk] += 1
+        if not below:
+            continue
+        whole, kept = _layer_elements(block, load, model), _kept_elements(block, place, load, model)
+        again = max(again, whole - kept)
+        if place < load.parallel.offload_activations and load.device == "cuda":
+            # One that is used and one that is on its way.
+            offloaded = max(offloaded, 2 * kept)
+        else:
+            per_chunk[chunk] += kept
     if rank == 0 and any(b.module == "projector" and b.trains for b in blocks):
         per_chunk[0] += _projector_elements(load, model)
     elements = most_in_flight(pass_order(rank, split.pipeline, split.virtual_pipeline, num_microbatches), per_chunk)
-    if load.recompute and kept:
-        elements += max(layer_elements for layer_elements, _ in kept)
-    return math.ceil(elements * load.element_bytes)
+    return math.ceil((elements + offloaded + again) * load.element_bytes)
 
 
-def _layer_elements(block: ParameterBlock, load: _Load, model: ModelConfig) -> float:
+def _kept_elements(block: ParameterBlock, place: int, load: _Load, model: ModelConfig) -> float:
+    """Elements that a layer keeps from its forward to its backward pass; `place` counts the layers of a chunk, or of an encoder, from 0."""
+    parallel = load.parallel
+    kind = parallel.recompute if block.module == "language" else parallel.encoder_recompute
+    if kind == "full" and (parallel.recompute_layers is None or place < parallel.recompute_layers):
+        return _checkpoint_elements(block, load, model)
+    return _layer_elements(block, load, model, frozenset(parallel.recompute_modules) if kind == "selective" else frozenset())
+
+
+def _layer_elements(block: ParameterBlock, load: _Load, model: ModelConfig, again: frozenset[str] = frozenset()) -> float:
     """Elements that one layer keeps: norm inputs; queries, keys, values and their result; the MLP's middle; and, where its weights
-    train, the inputs of its linear layers."""
+    train, the inputs of its linear layers. `again` (parallel.recompute_modules) is not kept; of attention nothing is spared, since its
+    scores are never stored."""
     if block.module == "language":
         language = model.language
         rows, width = load.tokens, language.hidden_size
@@ -282,7 +305,10 @@ def _layer_elements(block: ParameterBlock, load: _Load, model: ModelConfig) -> f
     # Inputs of linear layers are kept as they are multiplied; the output's input is attention's result, which attention keeps in bf16.
     into_qkv, into_output, into_mlp = 0.5 if attention_fp8 else 1.0, 0.5 if attention_fp8 else 0.0, 0.5 if mlp_fp8 else 1.0
     outside = (2 + (into_qkv + into_mlp if block.trains else 0)) * width / split
-    inside = attention + before_activation * ffn + (into_output * attended + into_mlp * ffn if block.trains else 0)
+    middle = 0.0 if "mlp" in again else before_activation * ffn + (into_mlp * ffn if block.trains else 0)
+    if "mlp" in again and not block.trains:
+        outside += width / split  # the MLP's input, which nothing else keeps
+    inside = attention + middle + (into_output * attended if block.trains else 0)
     return rows * (outside + inside / (load.tensor if block.module == "language" else load.encoder_tensor))
 
 

@@ -15,19 +15,22 @@ class StateBytes(NamedTuple):
     optimizer: float
 
 
-def state_bytes(precision: PrecisionConfig, shards: int = 1, zero: int = 1) -> StateBytes:
+def state_bytes(precision: PrecisionConfig, shards: int = 1, zero: int = 1, *, offloads: bool = False) -> StateBytes:
     """`shards` ranks share what `zero` (parallel.zero) splits.
 
     Up to ZeRO-1 the table of megatron-core's docs, api-guide/dist_optimizer: fp32 4 + 4 + 8/shards; 16-bit with fp32 gradients
     2 + 4 + 12/shards; 16-bit with 16-bit gradients 2 + 2 + 16/shards (fp32 master weight, its fp32 gradient, two moments). From ZeRO-2 on
-    the split fp32 weight is the master: (4 + 4 + 8)/shards; what is gathered comes on top (`gathered_bytes`).
+    the split fp32 weight is the master: (4 + 4 + 8)/shards; what is gathered comes on top (`gathered_bytes`). `offloads`: the moments are
+    in host memory.
     """
     split = shards if zero else 1
+    moments = 0 if offloads else 8
     if zero >= 2:
-        return StateBytes(4 / split, 4 / split, 8 / split)
+        return StateBytes(4 / split, 4 / split, moments / split)
     if precision.dtype == "fp32":
-        return StateBytes(4, 4, 8 / split)
-    return StateBytes(2, 4, 12 / split) if precision.grad_reduce_in_fp32 else StateBytes(2, 2, 16 / split)
+        return StateBytes(4, 4, moments / split)
+    masters = 4 if precision.grad_reduce_in_fp32 else 8
+    return StateBytes(2, 4 if precision.grad_reduce_in_fp32 else 2, (masters + moments) / split)
 
 
 def element_bytes(precision: PrecisionConfig) -> int:

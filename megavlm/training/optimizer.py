@@ -14,6 +14,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megavlm.config.schema import ParallelConfig, PrecisionConfig, StageConfig
 from megavlm.models.freezing import MODULES, decays
 from megavlm.models.layers.configs import DTYPES
+from megavlm.parallel.host_adam import HostAdam
 from megavlm.training.schedule import learning_rate
 
 NO_CLIPPING = 1e30
@@ -65,7 +66,10 @@ def build_optimizer(
         overlap_param_gather=parallel.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=_group_overrides(stage))
-    _use_fused_adam(optimizer)
+    if parallel.offload_optimizer:
+        _use_host_adam(optimizer)
+    else:
+        _use_fused_adam(optimizer)
     return optimizer
 
 
@@ -90,6 +94,12 @@ def _use_fused_adam(optimizer: MegatronOptimizer) -> None:
             for group in adam.param_groups:
                 group["fused"], group["foreach"] = True, False
             adam.defaults["fused"], adam.defaults["foreach"] = True, False
+
+
+def _use_host_adam(optimizer: MegatronOptimizer) -> None:
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if getattr(part, "optimizer", None) is not None:
+            part.optimizer = HostAdam(part.optimizer)
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, stage: StageConfig, stage_step: int) -> dict[str, float]:

@@ -104,12 +104,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp3-1+3+0": (3, {"pipeline": 3, "layers_per_stage": [1, 3, 0]}),
     "pp2vpp2-0+1+2+1-zero": (4, {"pipeline": 2, "virtual_pipeline": 2, "layers_per_stage": [0, 1, 2, 1], "zero": 1}),
     "dp2": (2, {}),
-    "dp2zero": (2, {"distributed_optimizer": True}),
-    "dp2zero-overlap": (2, {"distributed_optimizer": True, "overlap_grad_reduce": True}),
+    "dp2zero": (2, {"zero": 1}),
+    "dp2zero-overlap": (2, {"zero": 1, "overlap_grad_reduce": True}),
     "cp2": (2, {"context": 2}),
     "tp2pp2": (4, {"tensor": 2, "pipeline": 2}),
-    "tp2dp2zero": (4, {"tensor": 2, "distributed_optimizer": True}),
-    "tp2pp2dp2zero": (8, {"tensor": 2, "pipeline": 2, "distributed_optimizer": True}),
+    "tp2dp2zero": (4, {"tensor": 2, "zero": 1}),
+    "tp2pp2dp2zero": (8, {"tensor": 2, "pipeline": 2, "zero": 1}),
+    "dp2zero2": (2, {"zero": 2}),
+    "dp2zero3": (2, {"zero": 3}),
+    "tp2dp2zero3": (4, {"tensor": 2, "zero": 3}),
+    "pp2dp2zero3": (4, {"pipeline": 2, "zero": 3}),
 }
 
 
@@ -124,7 +128,7 @@ def slow_but(params: list[Any], *quick: int) -> list[Any]:
     return [pytest.param(*p, marks=[] if i in quick else pytest.mark.slow) for i, p in enumerate(wrapped)]
 
 
-@pytest.mark.parametrize("layout", slow_but(list(LAYOUTS), 0, 4, 7, 10, 13))
+@pytest.mark.parametrize("layout", slow_but(list(LAYOUTS), 0, 4, 7, 10, 13, 17))
 def test_same_layout_is_bit_exact(pool: RankPool, tmp_path: Path, layout: str) -> None:
     expected = go(pool, save_then_go_on, tmp_path / "00000003-s", layout, "all", "fp32")
     assert go(pool, load_and_go_on, tmp_path / "00000003-s", layout, "all", "fp32") == expected
@@ -139,10 +143,13 @@ RESHARDINGS = [
     ("pp2-0+4", ["pp3-1+3+0", "pp2vpp2-0+1+2+1-zero", "1"]),
     ("pp2vpp2-0+1+2+1-zero", ["pp2-0+4", "pp2vpp2", "tp2"]),
     ("tp2", ["pp3-1+3+0"]),
+    ("dp2zero3", ["1", "tp2", "dp2zero", "tp2dp2zero3"]),
+    ("dp2zero", ["dp2zero3"]),
+    ("pp2dp2zero3", ["dp2zero2", "tp2"]),
 ]
 
 
-@pytest.mark.parametrize("source, targets", slow_but(RESHARDINGS, 0, 1, 2, 5, 6))
+@pytest.mark.parametrize("source, targets", slow_but(RESHARDINGS, 0, 1, 2, 5, 6, 8, 9))
 def test_any_layout_loads_into_any_other(pool: RankPool, tmp_path: Path, source: str, targets: list[str]) -> None:
     expected = torch.tensor(go(pool, save_then_go_on, tmp_path / "00000003-s", source, "all", "fp32"))
     for target in targets:
@@ -158,6 +165,18 @@ def test_masters_and_ranks_that_train_nothing(pool: RankPool, tmp_path: Path, fr
     for target, rtol in (("dp2zero", 0.0), ("1", 1e-6), ("pp2", 1e-6), ("tp2pp2", 3e-2)):
         got = torch.tensor(go(pool, load_and_go_on, tmp_path / "00000003-s", target, freezing, "bf16"))
         torch.testing.assert_close(got, expected, rtol=rtol, atol=0.0, msg=lambda m, t=target: f"{t}: {m}")
+
+
+@pytest.mark.parametrize("freezing", FREEZING)
+def test_fp32_parameters_of_zero_3_are_masters(pool: RankPool, tmp_path: Path, freezing: str) -> None:
+    """Stored as masters beside bf16 weights, and taken from them: in both directions, with modules that are frozen."""
+    for source, target in (("dp2zero3", "dp2zero3"), ("dp2zero3", "1"), ("1", "dp2zero3")):
+        folder = tmp_path / f"{source}-{target}" / "00000003-s"
+        folder.parent.mkdir()
+        expected = torch.tensor(go(pool, save_then_go_on, folder, source, freezing, "bf16"))
+        got = torch.tensor(go(pool, load_and_go_on, folder, target, freezing, "bf16"))
+        rtol = 0.0 if source == target else 1e-5
+        torch.testing.assert_close(got, expected, rtol=rtol, atol=0.0, msg=lambda m, t=f"{source} to {target}": f"{t}: {m}")
 
 
 @pytest.mark.parametrize("source, target", slow_but([("pp2", "dp2zero"), ("dp2zero", "pp2"), ("tp2", "1"), ("pp2-0+4", "pp3-1+3+0")], 0, 3))

@@ -24,7 +24,7 @@ from megavlm.training.build import StageModel, wrap_for_training
 from megavlm.training.step import train_step
 
 CPU = torch.device("cpu")
-ZERO = {"distributed_optimizer": True}
+ZERO = {"zero": 1}
 
 
 def build(

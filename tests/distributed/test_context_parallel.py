@@ -185,7 +185,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "CP2xPP2xVPP2 zigzag": (4, {"context": 2, "pipeline": 2, "virtual_pipeline": 2, "context_split": "zigzag"}),
     "CP2xDP2+overlap": (
         4,
-        {"context": 2, "distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
+        {"context": 2, "zero": 1, "overlap_grad_reduce": True, "overlap_param_gather": True},
     ),
     "CP2 zigzag recompute": (2, {"context": 2, "recompute": "full", "context_split": "zigzag"}),
     "CP2 selective": (2, {"context": 2, "recompute": "selective"}),

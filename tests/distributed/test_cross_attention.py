@@ -231,8 +231,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2xPP2+SP": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
     "CP2": (2, {"context": 2}),
     "CP2xPP2": (4, {"context": 2, "pipeline": 2}),
-    "DP2+overlap": (2, {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}),
-    "PP2+overlap": (4, {"pipeline": 2, "distributed_optimizer": True, "overlap_grad_reduce": True}),
+    "DP2+overlap": (2, {"zero": 1, "overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "PP2+overlap": (4, {"pipeline": 2, "zero": 1, "overlap_grad_reduce": True}),
     "recompute": (1, {"recompute": "full"}),
 }
 

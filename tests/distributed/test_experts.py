@@ -23,7 +23,7 @@ EXPERTS = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 64, "dense_layers": 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "DP2": (2, {}),
     "EP2": (2, {"expert": 2}),
-    "EP2+overlap": (2, {"expert": 2, "distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "EP2+overlap": (2, {"expert": 2, "zero": 1, "overlap_grad_reduce": True, "overlap_param_gather": True}),
     "TP2+SP": (2, {"tensor": 2, "sequence": True}),
     "PP2": (2, {"pipeline": 2}),
     "PP2 unequal": (2, {"pipeline": 2, "layers_per_stage": [1, 3]}),
@@ -107,7 +107,7 @@ def test_expert_ranks_hold_other_experts_of_one_model(pool: RankPool, tmp_path: 
 
 def test_resume_in_another_layout(pool: RankPool, data_dir: Path, tmp_path: Path, one_rank: dict[float, list[dict[str, Any]]]) -> None:
     """Two steps with spread experts and a sharded optimizer, the third on one rank: weights and moments find their experts."""
-    parallel = {"expert": 2, "distributed_optimizer": True}
+    parallel = {"expert": 2, "zero": 1}
     train(pool, tmp_path, data_dir, 2, EXPERTS | {"aux_loss": 0.0}, parallel=parallel, run={"max_steps": 2})
     records = train(pool, tmp_path, data_dir, 1, EXPERTS | {"aux_loss": 0.0})
     assert [r["step"] for r in records] == [r["step"] for r in one_rank[0.0]]

@@ -48,7 +48,7 @@ def test_fp16_trains_as_fp32_does(one_rank: dict[str, list[dict[str, Any]]]) -> 
     [
         (2, {"tensor": 2, "sequence": True}),
         (2, {"pipeline": 2}),
-        (2, {"distributed_optimizer": True}),
+        (2, {"zero": 1}),
         (2, {"context": 2}),
     ],
 )
@@ -99,7 +99,7 @@ def watched(recipe: Recipe) -> tuple[list[dict[str, Any]], list[bool]]:
         return train_and_read(recipe), changed
 
 
-@pytest.mark.parametrize(("world_size", "parallel"), [(1, {}), (2, {"pipeline": 2}), (2, {"distributed_optimizer": True})])
+@pytest.mark.parametrize(("world_size", "parallel"), [(1, {}), (2, {"pipeline": 2}), (2, {"zero": 1})])
 def test_an_overflow_skips_the_step_and_halves_the_scale(
     world_size: int, parallel: dict[str, Any], pool: RankPool, data_dir: Path, tmp_path: Path
 ) -> None:

@@ -36,7 +36,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2+SP": (2, {"tensor": 2, "sequence": True}),
     "PP2": (2, {"pipeline": 2}),
     "CP2": (2, {"context": 2}),
-    "DP2+overlap": (2, {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "DP2+overlap": (2, {"zero": 1, "overlap_grad_reduce": True, "overlap_param_gather": True}),
     "recompute": (1, {"recompute": "full"}),
 }
 

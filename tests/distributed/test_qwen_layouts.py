@@ -46,7 +46,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2 encoder alone": (2, {"pipeline": 2, "layers_per_stage": [0, 4]}),
     "PP2xVPP2 unequal": (2, {"pipeline": 2, "virtual_pipeline": 2, "layers_per_stage": [1, 1, 2, 0]}),
     "CP2": (2, {"context": 2}),
-    "DP2+overlap": (2, {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "DP2+overlap": (2, {"zero": 1, "overlap_grad_reduce": True, "overlap_param_gather": True}),
     "recompute": (1, {"recompute": "full"}),
     "TP2+SPxPP2xCP2": (8, {"tensor": 2, "sequence": True, "pipeline": 2, "context": 2}),
 }

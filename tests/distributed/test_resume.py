@@ -75,8 +75,8 @@ def test_resume_is_bit_exact(stop_after: int, pool: RankPool, data_dir: Path, tm
         (2, {"pipeline": 2, "virtual_pipeline": 2}, {}),
         # Each stage trains other modules, and so splits the layers in its own way.
         (2, {"pipeline": 2, "split": "balanced"}, {}),
-        (2, {"distributed_optimizer": True}, {}),
-        (2, {"distributed_optimizer": True}, {"precision": {"dtype": "bf16"}}),
+        (2, {"zero": 1}, {}),
+        (2, {"zero": 1}, {"precision": {"dtype": "bf16"}}),
     ],
 )
 def test_resume_is_bit_exact_in_other_layouts(

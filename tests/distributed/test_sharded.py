@@ -25,6 +25,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2xVPP2 x ZeRO-2": (4, {"pipeline": 2, "virtual_pipeline": 2, "zero": 2}),
     "CP2 x ZeRO-3": (2, {"context": 2, "zero": 3}),
     "ZeRO-3 + recompute": (2, {"zero": 3, "recompute": "full"}),
+    "ZeRO-3 + recompute + offload": (2, {"zero": 3, "recompute": "full", "offload_activations": 9}),
+    "ZeRO-2 + MLP again + offload": (2, {"zero": 2, "recompute": "selective", "recompute_modules": ["mlp"], "offload_activations": 2}),
 }
 QUICK = {
     ("ZeRO-2", "all"),
@@ -33,7 +35,11 @@ QUICK = {
     ("CP2 x ZeRO-3", "all"),
     ("ZeRO-3 + recompute", "all"),
 }
-QUICK |= {("ZeRO-3", training) for training in TRAINING} | {("PP2 x ZeRO-3", "projector_only"), ("ZeRO-2", "top_layers")}
+QUICK |= (
+    {("ZeRO-2 + MLP again + offload", "top_layers")}
+    | {("ZeRO-3", training) for training in TRAINING}
+    | {("PP2 x ZeRO-3", "projector_only"), ("ZeRO-2", "top_layers")}
+)
 
 
 def run(pool: RankPool, folder: Path, data: Path, world_size: int, stage: dict[str, Any], **blocks: Any) -> list[dict[str, Any]]:

@@ -122,7 +122,7 @@ BESIDE = {
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2": (2, {"tensor": 2}),
     "PP2": (2, {"pipeline": 2}),
-    "DP2+overlap": (2, {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "DP2+overlap": (2, {"zero": 1, "overlap_grad_reduce": True, "overlap_param_gather": True}),
     "CP2": (2, {"context": 2}),
 }
 TRAINING = {"all": ALL_TRAIN, "top_layers": TOP_LAYERS}

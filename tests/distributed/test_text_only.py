@@ -54,7 +54,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2+SP": (2, {"tensor": 2, "sequence": True}),
     "PP2xVPP2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
     "PP3 ends alone": (3, {"pipeline": 3, "layers_per_stage": [0, 4, 0]}),
-    "DP2+overlap": (2, {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "DP2+overlap": (2, {"zero": 1, "overlap_grad_reduce": True, "overlap_param_gather": True}),
     "CP2": (2, {"context": 2}),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,10 @@ class LayerConfig(TransformerConfig):
     """parallel.context_split."""
     context_comm: str = "auto"
     """parallel.context_comm."""
+    recompute_mlp: bool = False
+    """parallel.recompute_modules names the MLP; megatron-core's own way would not keep gradients of what is frozen below."""
+    offload_layers: int = 0
+    """parallel.offload_activations."""
     local_layers: bool = False
     """megatron-core's own layers also where Transformer Engine is there."""
 
@@ -40,13 +45,24 @@ def _leave_unset(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def _common(precision: PrecisionConfig, parallel: ParallelConfig, device: torch.device) -> dict[str, Any]:
+def _recompute(kind: str, parallel: ParallelConfig) -> dict[str, Any]:
+    """megatron-core's fields; `run_layers` does what they say of whole layers."""
+    if kind == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "block",
+            "recompute_num_layers": parallel.recompute_layers or sys.maxsize,
+        }
+    if kind == "selective":
+        again: dict[str, Any] = {"recompute_mlp": "mlp" in parallel.recompute_modules}
+        if "core_attn" in parallel.recompute_modules:
+            again |= {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+        return again
+    return {}
+
+
+def _common(precision: PrecisionConfig, parallel: ParallelConfig, device: torch.device, recompute: str) -> dict[str, Any]:
     dtype = DTYPES[precision.dtype]
-    recompute: dict[str, Any] = {}
-    if parallel.recompute == "full":
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    elif parallel.recompute == "selective":
-        recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     return {
         "tensor_model_parallel_size": parallel.tensor,
         "use_cpu_initialization": device.type == "cpu",
@@ -68,7 +84,8 @@ def _common(precision: PrecisionConfig, parallel: ParallelConfig, device: torch.
         "packed_attention": precision.attention,
         "calculate_per_token_loss": True,
         "local_layers": precision.wants_local_layers,
-        **recompute,
+        **_recompute(recompute, parallel),
+        "offload_layers": parallel.offload_activations,
         **_transformer_engine_fp8(precision, parallel),
     }
 
@@ -121,7 +138,7 @@ def language_transformer_config(
         batch_p2p_comm=virtual is None,
         deallocate_pipeline_outputs=False,
         **({} if language.moe is None else _experts(language.moe, parallel)),
-        **_common(precision, parallel, device),
+        **_common(precision, parallel, device, parallel.recompute),
     )
 
 
@@ -155,7 +172,7 @@ def vision_transformer_config(
         activation_func=ACTIVATIONS[vision.activation],
         add_bias_linear=vision.linear_bias,
         add_qkv_bias=vision.qkv_bias,
-        **_common(precision, parallel, device),
+        **_common(precision, parallel, device, parallel.encoder_recompute),
     )
 
 

@@ -5,14 +5,16 @@ Shape legend: L rows, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch.utils.checkpoint import checkpoint
 
+from megavlm.models.layers.offload import Offloader, offloaded
 from megavlm.models.layers.packing import Packing
 
 AfterLayer = Callable[[int, torch.Tensor], torch.Tensor]
@@ -35,16 +37,23 @@ def run_layers(
     gradients of whatever the layer reads, tensors held by `packing` too.
     """
     layers: Sequence[Any] = list(block.layers)[:num_layers]
-    recomputes = block.config.recompute_granularity == "full" and block.training and torch.is_grad_enabled()
+    trains = block.training and torch.is_grad_enabled()
+    # A full recomputation always says of how many layers.
+    num_recomputed = block.config.recompute_num_layers if trains and block.config.recompute_granularity == "full" else 0
+    num_offloaded = getattr(block.config, "offload_layers", 0) if trains else 0
+    repeats_mlp = trains and getattr(block.config, "recompute_mlp", False)
+    offloader = Offloader(x_LBD.device) if num_offloaded else None
     kept = {0: x_LBD} if 0 in taps else {}
     with getattr(block, "quantised_pass", nullcontext)():  # see fp8.py: delayed scales
-        for layer in layers:
+        for place, layer in enumerate(layers):
             number = layer.layer_number
             own = packing(number) if callable(packing) else packing
-            if recomputes:
-                x_LBD = checkpoint(_layer, layer, x_LBD, own, use_reentrant=False)
-            else:
-                x_LBD = _layer(layer, x_LBD, own)
+            with offloaded(offloader if place < num_offloaded else None, layer):
+                if place < num_recomputed:
+                    x_LBD = checkpoint(_layer, layer, x_LBD, own, use_reentrant=False)
+                else:
+                    with _mlp_again(layer) if repeats_mlp else nullcontext():
+                        x_LBD = _layer(layer, x_LBD, own)
             if after is not None:
                 x_LBD = after(number, x_LBD)
             if number in taps:
@@ -55,3 +64,14 @@ def run_layers(
 def _layer(layer: Any, x_LBD: torch.Tensor, packing: Packing) -> torch.Tensor:
     out: torch.Tensor = layer(x_LBD, None, packed_seq_params=packing, padding_mask=packing.balance)[0]
     return out
+
+
+@contextmanager
+def _mlp_again(layer: Any) -> Iterator[None]:
+    """While the layer runs, its MLP keeps its input only, and is computed again in the backward pass."""
+    forward = layer.mlp.forward
+    layer.mlp.forward = partial(checkpoint, forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        del layer.mlp.forward  # the class's own is there again
