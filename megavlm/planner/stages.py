@@ -172,8 +172,15 @@ def encoder_copies(model: ModelConfig, parallel: ParallelConfig) -> int:
 
 def recomputed(parallel: ParallelConfig, model: ModelConfig) -> Again:
     """Which share of whole layers is computed again; selective recomputation, which spares the products, is left out."""
-    share = 1.0 if parallel.recompute == "full" else 0.0
-    return Again(share, share)
+
+    def share(chosen: str, layers: float) -> float:
+        limit = layers if parallel.recompute_layers is None else parallel.recompute_layers
+        return min(limit / layers, 1.0) if chosen == "full" else 0.0
+
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    return Again(
+        share(parallel.encoder_recompute, model.vision.num_run_layers), share(parallel.recompute, model.language.num_layers / chunks)
+    )
 
 
 def stage_table(split: PipelineSplit, ranks: Sequence[Sequence[Depths]]) -> str:

@@ -99,6 +99,7 @@ def test_shares_of_recomputed_layers() -> None:
     model = tiny_model_config()
     assert recomputed(ParallelConfig(), model) == Again() == recomputed(ParallelConfig(recompute="selective"), model)
     assert recomputed(ParallelConfig(recompute="full"), model) == Again(1.0, 1.0)
+    assert recomputed(ParallelConfig(recompute="full", recompute_encoder="none", pipeline=2, recompute_layers=1), model) == Again(0.0, 0.5)
 
 
 def test_an_encoder_that_several_ranks_repeat_weighs_as_much_more() -> None:
