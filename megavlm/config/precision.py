@@ -56,10 +56,10 @@ class PrecisionConfig(Block):
     """Only with dtype=fp16."""
 
     fp8: Literal["none", "delayed", "current", "rowwise", "blockwise"] = "none"
-    """Multiply linear layers in FP8, with scales of: delayed, the largest values of the last steps (Transformer Engine); current, each
-    tensor's own; rowwise, each row's own (torch._scaled_mm); blockwise, each block's of 128 (Transformer Engine, Hopper). Parameters,
-    activations between layers, gradients and checkpoints stay in dtype, which must be bf16. GPUs from compute capability 8.9 on; a CPU
-    computes the same, slowly."""
+    """Multiply linear layers in FP8, with scales of: delayed, the largest values of the last steps (Transformer Engine; not for the
+    encoder); current, each tensor's own; rowwise, each row's own (torch._scaled_mm); blockwise, each block's of 128 (Transformer Engine,
+    Hopper). Parameters, activations between layers, gradients and checkpoints stay in dtype, which must be bf16. GPUs from compute
+    capability 8.9 on; a CPU computes the same, slowly."""
     fp8_format: Literal["hybrid", "e4m3"] = "hybrid"
     """hybrid: activations and weights in e4m3, gradients in e5m2, which reaches further. e4m3: gradients too, which is finer; for current,
     rowwise and blockwise."""

@@ -81,6 +81,11 @@ def model_stops(backend: str, model: ModelConfig, precision: PrecisionConfig, pa
             return "the experts are not of its layers"
         if model.language.cross_attention is not None:
             return "the cross-attention layers are not of its layers"
+    if precision.fp8 == "delayed" and "vision" not in precision.keep_bf16 and not model.text_only:
+        return (
+            "ranks exchange the largest values of delayed scales, and microbatches without a picture have none of the encoder's to "
+            "exchange: name vision in precision.keep_bf16"
+        )
     if precision.fp8 == "delayed" and parallel.recompute == "full":
         return "recomputing whole layers would count their largest values twice: set parallel.recompute to none or selective"
     return None

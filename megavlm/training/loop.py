@@ -23,6 +23,7 @@ from megavlm.config.schema import Recipe, StageConfig
 from megavlm.data.plan import EndOfData
 from megavlm.data.types import StepData
 from megavlm.parallel.context import ParallelContext, enter_grid, leave_grid
+from megavlm.planner.precision import choose_fp8
 from megavlm.tracking.timers import part
 from megavlm.tracking.tracker import Tracker
 from megavlm.training.accounting import Accountant
@@ -37,6 +38,7 @@ from megavlm.training.signals import StopRequest
 from megavlm.training.state import RunState
 from megavlm.training.step import StepLoss, measure, train_step
 from megavlm.training.watch import StepWatch
+from megavlm_kernels.packed_attention import machine_of
 
 
 class TrainingFailure(RuntimeError):
@@ -72,6 +74,9 @@ def _run_stage(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker,
     try:
         checkpointer = Checkpointer(recipe, ctx)
         model = prepare_model(recipe, stage, layout, state, ctx)
+        if recipe.precision.fp8 != "none":
+            backend = choose_fp8(recipe.model, recipe.precision, layout, machine_of(device.type))
+            tracker.message(f"stage {stage.name}: linear layers in FP8 ({recipe.precision.fp8} scales) through {backend}")
         stream = data.open_stage(stage, ctx, state)
         streams.append(stream)
         if ctx.rank == 0:

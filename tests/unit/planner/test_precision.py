@@ -37,7 +37,6 @@ def with_language(**changes: Any) -> ModelConfig:
     ("machine", "fp8", "want"),
     [
         (HOPPER, "current", "transformer_engine"),
-        (HOPPER, "delayed", "transformer_engine"),
         (HOPPER, "blockwise", "transformer_engine"),
         (HOPPER, "rowwise", "scaled_mm"),
         (BARE_HOPPER, "current", "scaled_mm"),
@@ -61,8 +60,12 @@ def test_chosen(machine: Machine, fp8: str, want: str | None) -> None:
             {"fp8": "blockwise"},
             "transformer_engine: it needs compute capability 9.0, this GPU has 8.9; scaled_mm: blockwise scales are",
         ),
-        (BARE_HOPPER, {"fp8": "delayed"}, "Transformer Engine is not installed, or does not load; scaled_mm: delayed scales are only in"),
-        (CPU, {"fp8": "delayed"}, "Transformer Engine needs a CUDA device"),
+        (
+            BARE_HOPPER,
+            {"fp8": "delayed", "keep_bf16": ["vision", "projector"]},
+            "Transformer Engine is not installed, or does not load; scaled_mm: delayed scales are only in",
+        ),
+        (CPU, {"fp8": "delayed", "keep_bf16": ["vision", "projector"]}, "Transformer Engine needs a CUDA device"),
         (CPU, {"fp8": "current", "fp8_backend": "transformer_engine"}, "Transformer Engine needs a CUDA device. Set precision.fp8=none"),
         (
             Machine("cuda", (9, 0), transformer_engine=(2, 1)),
@@ -83,12 +86,16 @@ def test_refused_with_the_reason_of_each(machine: Machine, precision: dict[str, 
 
 
 def test_what_a_model_rules_out() -> None:
+    with pytest.raises(PrecisionError, match="without a picture have none .* name vision in precision.keep_bf16"):
+        choose(HOPPER, fp8="delayed")
+    delayed: dict[str, Any] = {"fp8": "delayed", "keep_bf16": ["vision", "projector"]}
+    assert choose(HOPPER, **delayed) == "transformer_engine"
     assert choose(HOPPER, fp8="current", keep_bf16=[]) == "scaled_mm"
     experts = with_language(moe={"num_experts": 4, "top_k": 2, "ffn_hidden_size": 32})
     assert choose(HOPPER, model=experts, fp8="current") == "scaled_mm"
     assert choose(HOPPER, model=experts, fp8="current", keep_bf16=["language", "projector"]) == "transformer_engine"
     with pytest.raises(PrecisionError, match=r"recomputing whole layers .* selective"):
-        choose(HOPPER, ParallelConfig(recompute="full"), fp8="delayed")
+        choose(HOPPER, ParallelConfig(recompute="full"), **delayed)
     with pytest.raises(PrecisionError, match=r"language linear_fc2 has 24 inputs on a tensor rank \(parallel.tensor=4\)"):
         choose(HOPPER, ParallelConfig(tensor=4), fp8="current", keep_bf16=["projector", "attention", "vision"])
     with pytest.raises(PrecisionError, match="vision linear_qkv has 24 outputs"):
