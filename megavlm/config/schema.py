@@ -217,11 +217,6 @@ class Recipe(Block):
                 f"precision.dtype=fp16 with parallel.zero={parallel.zero}: a rank sees overflows in its own part of the gradients only, and "
                 "would skip steps that others take: use zero=1, or bf16"
             )
-        if self.precision.dtype == "fp16" and parallel.zero >= 2:
-            raise ValueError(
-                f"precision.dtype=fp16 with parallel.zero={parallel.zero}: a rank sees overflows in its own part of the gradients only, and "
-                "would skip steps that others take: use zero=1, or bf16"
-            )
         if moe is not None and self.precision.dtype == "fp16":
             raise ValueError(
                 "precision.dtype=fp16 with model.language.moe: experts and the rest would each have a loss scale of their own, and these "
@@ -231,6 +226,11 @@ class Recipe(Block):
             if parallel.expert > 1:
                 raise ValueError(f"parallel.expert={parallel.expert} needs model.language.moe: the language model has no experts")
             return
+        if parallel.recompute == "selective" and "mlp" in parallel.recompute_modules:
+            raise ValueError(
+                "parallel.recompute_modules=mlp with model.language.moe would send every token to its experts a second time: use "
+                "recompute=full, or core_attn alone"
+            )
         if moe.num_experts % parallel.expert:
             raise ValueError(f"parallel.expert={parallel.expert} does not divide model.language.moe.num_experts={moe.num_experts}")
         if parallel.expert == 1 and moe.ffn_hidden_size % parallel.tensor:

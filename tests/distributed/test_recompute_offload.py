@@ -220,6 +220,13 @@ def test_what_cannot_be_is_refused(parallel: dict[str, Any], words: str) -> None
         ParallelConfig.model_validate(parallel)
 
 
+def test_experts_are_not_sent_their_tokens_twice() -> None:
+    experts = {"language": {"moe": {"num_experts": 2, "top_k": 1, "ffn_hidden_size": 32}}}
+    with pytest.raises(ValueError, match="second time"):
+        tiny_recipe("unused", "unused", model=experts, parallel={"recompute": "selective", "recompute_modules": ["mlp"]})
+    assert tiny_recipe("unused", "unused", model=experts, parallel={"recompute": "full"}).model.language.moe is not None
+
+
 def test_the_planner_knows_what_a_gpu_does_not_hold() -> None:
     model, stage = tiny_model_config(), stage_of("all")
     assert ModuleTraining().train == "full" == stage.language.train
