@@ -17,9 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from megavlm_kernels.backend import uses_triton
 from megavlm_kernels.blocks import BLOCK_ELEMENTS, accumulation_dtype, row_blocks, rows_per_block
+from megavlm_kernels.rms_norm.limits import MAX_TRITON_WIDTH
 
-MAX_TRITON_WIDTH = 8192
-"""Wider rows do not fit into one block's registers in the backward pass."""
 FEW_ELEMENTS = 1 << 16
 """Up to here torch's own norm is quicker on a CPU: its backward pass is slower, but no Python stands between its operations."""
 

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megavlm_kernels.rms_norm.op import MAX_TRITON_WIDTH
+from megavlm_kernels.rms_norm.limits import MAX_TRITON_WIDTH
 from megavlm_kernels.testing.ahead_of_time import Variant
 
 FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
