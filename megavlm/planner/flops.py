@@ -93,8 +93,8 @@ class _Product:
     flops: int
     """Forward FLOPs per unit."""
     unit: str
-    """What it is paid for: tile, patch, patch_pair (patches squared within a tile), feature (what the projector takes), token,
-    token_squared, target."""
+    """What it is paid for: tile, place (of a tile in a canvas, filled or not; without a canvas a tile), patch, patch_pair (patches squared
+    within a tile), feature (what the projector takes), token, token_squared, target."""
     trains: bool = False
     """Its own weight gets a gradient."""
     trains_below: bool = False
@@ -115,7 +115,7 @@ class _Product:
         return self.flops * (int(below) + int(self.trains))
 
 
-_UNITS = ("tile", "patch", "patch_pair", "feature", "token", "token_squared", "target")
+_UNITS = ("tile", "place", "patch", "patch_pair", "feature", "token", "token_squared", "target")
 _EVERYTHING = ModuleTraining(train="full")
 
 
@@ -128,6 +128,7 @@ class FlopsModel:
     def __init__(self, model: ModelConfig, stage: StageConfig | None = None) -> None:
         self._pooled = model.vision.pooled
         self._kept_class_tokens = int(model.vision.class_token and model.vision.keep_class_token)
+        self._patches_per_place = model.vision.num_patches if model.vision.canvas is not None else None
         self._patches_per_feature = model.projector.pixel_shuffle**2
         products = list(_products(model, stage))
         self._objective = objective_of(model, stage)
@@ -193,9 +194,11 @@ class FlopsModel:
                 tokens += length
                 squares += length * length
         tiles, patches, pairs = work if self._objective != "text" else (0, 0, 0)
-        features = patches // self._patches_per_feature + self._kept_class_tokens * tiles
+        places = patches // self._patches_per_place if self._patches_per_place else tiles
+        features = patches // self._patches_per_feature + self._kept_class_tokens * places
         return (
             tiles,
+            places,
             patches,
             pairs,
             tiles if self._pooled else features,
@@ -279,6 +282,9 @@ def _encoder(config: VisionConfig, training: ModuleTraining) -> Iterable[_Produc
     a trainable norm, so that even the lowest needs the gradient of its first product's input."""
     width, ffn = config.hidden_size, config.ffn_hidden_size
     patch = config.num_channels * config.temporal_patch_size * config.patch_size_px**2
+    if config.canvas is not None:
+        yield from _canvas(config, 2 * patch * config.hidden_size, training)
+        return
     yield _Product("vision.embedding", 2 * patch * width, "patch", training.train == "full")
     extra = int(config.class_token) + config.num_register_tokens
     linear = 2 * width * (4 * width + (3 if config.gated_mlp else 2) * ffn)
@@ -299,6 +305,28 @@ def _encoder(config: VisionConfig, training: ModuleTraining) -> Iterable[_Produc
         yield _Product("vision.linear", 2 * width * (2 * width + 2 * ffn), "tile", trains, trains)
 
 
+CANVAS_ROW_MULTIPLE = 8
+"""As models/vision/canvas.py fills the rows of a tile up (a test holds the two equal; no torch here)."""
+
+
+def _canvas(config: VisionConfig, embedding: int, training: ModuleTraining) -> Iterable[_Product]:
+    """An encoder that sees a picture's tiles together: all places of a canvas go through its layers, filled or not.
+
+    Of `size` rows of a canvas, a picture's own see all, and the others see these: 2 own size - own^2 pairs. Between one tile and a full
+    canvas this is taken to be linear in the tiles, which is exact at both ends and too little between them (at most 1/6 with four).
+    """
+    trains, patches, tiles = training.train != "frozen", config.num_patches, config.canvas_tiles or 1
+    own = patches + int(config.class_token) + config.num_register_tokens
+    rows = -(-own // CANVAS_ROW_MULTIPLE) * CANVAS_ROW_MULTIPLE
+    yield _Product("vision.embedding", embedding * patches, "tile", training.train == "full")
+    width = config.hidden_size
+    linear = 2 * width * (4 * width + (3 if config.gated_mlp else 2) * config.ffn_hidden_size)
+    for _ in range(config.num_run_layers):
+        yield _Product("vision.linear", linear * rows, "place", trains, trains, of_layer=True)
+        for pairs, unit in ((2 * own * tiles * rows - own**2 * (tiles + 1), "tile"), (own**2, "place")):
+            yield _Product("vision.attention", 4 * width * pairs, unit, False, trains, attention=True, of_layer=True)
+
+
 def _projector(model: ModelConfig, trains: bool, encoder_trains: bool) -> Iterable[_Product]:
     for product in projector_products(model):
         below = (trains and product.own_below) or (encoder_trains and product.encoder_below)
@@ -314,12 +342,14 @@ def _language(model: ModelConfig, training: ModuleTraining, pictures_train: bool
     first = first_trainable_layer(training, config.num_layers, "language")
     for layer in range(config.num_layers):
         trains = layer >= first
-        yield _Product("language.linear", layer_flops(config, layer), "token", trains, trains, pictures_train, layer=layer)
+        # Where layers read pictures, the text below the first of them does not hang on any.
+        seen = pictures_train and (config.cross_attention is None or layer >= min(config.cross_attention.layers))
+        yield _Product("language.linear", layer_flops(config, layer), "token", trains, trains, seen, layer=layer)
         if reads_pictures(config, layer):
             flops = picture_flops(config)
             yield _Product("language.linear", flops, "feature", trains, trains_below_with_tiles=pictures_train, layer=layer)
         else:
-            yield _Product("language.attention", 2 * query, "token_squared", False, trains, pictures_train, attention=True, layer=layer)
+            yield _Product("language.attention", 2 * query, "token_squared", False, trains, seen, attention=True, layer=layer)
     yield _Product(
         "language.head",
         2 * config.hidden_size * config.vocab_size,

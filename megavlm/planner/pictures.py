@@ -128,9 +128,9 @@ class PictureDealer:
         if filled is None:
             return (Picture(1, VisionWork.uniform(1, patches), rows),) * num_tiles
         # Every picture is filled up to as many tiles, all of which see each other.
-        work = VisionWork(filled, filled * patches, (filled * patches) ** 2)
         counts = tiles_per_picture if tiles_per_picture is not None else [1] * num_tiles
-        return tuple(Picture(tiles, work, filled * rows) for tiles in counts)
+        works = [VisionWork(tiles, filled * patches, (filled * patches) ** 2) for tiles in counts]
+        return tuple(Picture(tiles, work, filled * rows) for tiles, work in zip(counts, works, strict=True))
 
 
 def copies_of_pictures(model: ModelConfig, parallel: ParallelConfig) -> dict[str, int]:

@@ -29,7 +29,8 @@ class StepWatch:
         self._stamps = CudaStamps() if ctx.device.type == "cuda" else WallStamps()
         self._first = wanted.first_step
         self._last = -1 if self._first is None else self._first + wanted.steps - 1
-        self._traces = wanted.trace_ranks == "all" or ctx.rank in wanted.trace_ranks
+        ranks = wanted.trace_ranks
+        self._traces = ranks == "all" if isinstance(ranks, str) else ctx.rank in ranks
         self._folder = Path(recipe.run.dir) / PROFILE_FOLDER
         self._profile: _Profile | None = None
         self._step = 0

@@ -7,7 +7,8 @@ import pytest
 from megavlm.checkpoint.hf.reading import Problems, quiet_transformers
 from megavlm.checkpoint.hf.registry import family
 from megavlm.config.schema import ModelConfig
-from megavlm.planner.flops import FlopsModel, VisionWork
+from megavlm.models.vision.canvas import ROW_MULTIPLE
+from megavlm.planner.flops import CANVAS_ROW_MULTIPLE, FlopsModel, VisionWork
 from megavlm.planner.parameters import params
 from megavlm.testing.families.mllama import CASES
 
@@ -35,4 +36,11 @@ def test_empty_tiles_and_keys_cost() -> None:
     one, four = VisionWork(1, 4 * patches, (4 * patches) ** 2), VisionWork(4, 4 * patches, (4 * patches) ** 2)
     without, parts = flops.pack([20], VisionWork(), 5), flops.pack([20], one, 5)
     assert parts.by_part["language.linear"].forward > without.by_part["language.linear"].forward
-    assert flops.pack([20], four, 5).forward < 1.1 * parts.forward
+    filled = flops.pack([20], four, 5)
+    assert filled.by_part["vision.linear"] == parts.by_part["vision.linear"], "empty places go through the layers too"
+    assert filled.by_part["vision.embedding"].forward == 4 * parts.by_part["vision.embedding"].forward
+    assert parts.forward < filled.forward < 1.4 * parts.forward
+
+
+def test_rows_of_a_tile_are_filled_up_as_the_encoder_does() -> None:
+    assert CANVAS_ROW_MULTIPLE == ROW_MULTIPLE
