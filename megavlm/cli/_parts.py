@@ -67,7 +67,7 @@ PARTS = [
         "Transformer Engine", "transformer_engine.pytorch", ("transformer-engine",), False, "no FP8 and no fused layers: torch's are used"
     ),
     Part("Apex", "apex", ("apex",), False, "no fused gradient accumulation and optimizer kernels; torch's AdamW is used"),
-    Part("flash-attn", "flash_attn", ("flash-attn",), False, "packed attention on a GPU without Transformer Engine is slower: torch's varlen"),
+    Part("flash-attn", "flash_attn", ("flash-attn",), False, "packed attention without Transformer Engine is slower: torch's varlen"),
     Part("Triton", "triton", ("triton",), False, "kernels run as their torch reference"),
     Part("DALI", "nvidia.dali", ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), False, "no DALI pipelines"),
     Part("nvImageCodec", "nvidia.nvimgcodec", ("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12"), False, "Pillow decodes, on the CPU"),

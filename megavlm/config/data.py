@@ -242,5 +242,5 @@ class LossConfig(Block):
     task_weights: dict[str, NonNegativeFloat] = Field(default_factory=dict)
     """Loss weight of each task; tasks not named count 1."""
     z_loss: NonNegativeFloat = 0.0
-    """Adds this x log(Z)^2 to each target's loss, where Z is the denominator of the softmax over the vocabulary: it keeps logits from drifting
+    """Adds this x log(Z)^2 to each target's loss, where Z is the denominator of the softmax over the vocabulary: logits do not drift
     (PaLM takes 1e-4, https://arxiv.org/abs/2204.02311, section 5). Reported apart, as z_loss: `loss` stays the cross-entropy."""

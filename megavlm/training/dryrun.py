@@ -63,7 +63,8 @@ def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object]) -> N
         plan = planner.next()
         microbatches = [segments_of(packs, recipe.data.seq_len_tokens) for rank in plan.assignment for packs in rank]
         segments = max(map(len, microbatches)) if layout.context > 1 else 0
-        echo(memory_table(estimate_memory(recipe.model, stage, recipe.data, grid, layout, recipe.precision, segments)) + "\n")
+        device = "cpu" if recipe.run.device == "cpu" else "cuda"
+        echo(memory_table(estimate_memory(recipe.model, stage, recipe.data, grid, layout, recipe.precision, segments, device)) + "\n")
         if planner.early_end is not None:
             echo(f"warning: {planner.early_end}\n")
         if grid.pipeline > 1:
