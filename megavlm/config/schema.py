@@ -214,7 +214,7 @@ class Recipe(Block):
         moe, parallel = self.model.language.moe, self.parallel
         if self.precision.dtype == "fp16" and parallel.zero >= 2:
             raise ValueError(
-                f"precision.dtype=fp16 with parallel.zero={parallel.zero}: a rank sees overflows in its own part of the gradients alone and "
+                f"precision.dtype=fp16 with parallel.zero={parallel.zero}: a rank sees overflows in its own part of the gradients and "
                 "would skip steps that others take: use zero=1, or bf16"
             )
         if moe is not None and self.precision.dtype == "fp16":
