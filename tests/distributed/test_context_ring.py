@@ -139,7 +139,7 @@ def a_hopper_with_transformer_engine() -> Iterator[None]:
         patch.dict(sys.modules, {"transformer_engine": package, "transformer_engine.pytorch": module}),
         patch.object(attention, "machine_of", lambda *_: HOPPER),
         patch.dict(attention.DTYPE_NAMES, {torch.float32: "bf16"}),
-        patch.object(attention.PackedAttention, "_check_backend", lambda *_: None),
+        patch.object(attention.PackedAttention, "_check_backend", lambda *_, **__: None),
     ):
         yield
 

@@ -131,8 +131,9 @@ def test_native_gradients_reach_every_weight(ctx: ParallelContext) -> None:
     vlm(batch).total.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in vlm.projector.parameters())
     table = vlm.vision.position_embedding
-    direction = torch.randn(table.shape, generator=torch.Generator().manual_seed(1))
-    slope, step = float((table.grad * direction).sum()), 1e-3
+    # Down a random direction the loss, in fp32, changes too little to be seen; along the gradient the slope is its norm.
+    slope, step = float(table.grad.norm()), 1e-2
+    direction = table.grad / slope
     with torch.no_grad():
         table.add_(step * direction)
         above = float(vlm(batch).total)

@@ -49,13 +49,15 @@ def _power_of_two(largest, TOP: tl.constexpr):
 @triton.jit
 def _to_fp8(x, kind: tl.constexpr, TOP: tl.constexpr, ROUND: tl.constexpr):
     """Nearest number in FP8, ties to even, as the hardware casts. Triton's interpreter cuts bits off: there (ROUND) adding and subtracting
-    1.5 x 2^23 units in the last place rounds to what it then casts exactly."""
+    1.5 x 2^23 units in the last place rounds to what it then casts exactly, and a NaN is one that cutting leaves one."""
     if ROUND:
         MANTISSA: tl.constexpr = 3 if TOP == 9 else 2
         LEAST: tl.constexpr = 121 if TOP == 9 else 113  # biased exponents of 2^-6 and 2^-14, the smallest normal numbers
         biased = tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 0xFF, LEAST)
         shift = ((biased - MANTISSA) << 23).to(tl.float32, bitcast=True) * 12582912.0
         x = (x + shift) - shift
+        NOT_A_NUMBER: tl.constexpr = 0x7FF00000 if TOP == 9 else 0x7FE00000
+        x = tl.where(x != x, tl.full(x.shape, NOT_A_NUMBER, tl.int32).to(tl.float32, bitcast=True), x)
     return x.to(kind)
 
 

@@ -83,6 +83,8 @@ def fp8_linear(
 
 def scaled_matmul(a_RS: torch.Tensor, a_scale: torch.Tensor, b_CS: torch.Tensor, b_scale: torch.Tensor, out: torch.dtype) -> torch.Tensor:
     """(R, C): rows of FP8 times rows of FP8. Sums are exact to fp32 but in e4m3 x e4m3 on Hopper's fast path, which the forward takes."""
+    if not a_RS.numel():
+        return torch.zeros(a_RS.shape[0], b_CS.shape[0], dtype=out, device=a_RS.device)
     if a_scale.dim():
         b_scale = b_scale.view(1, -1)
     fast = a_RS.dtype == b_CS.dtype == E4M3

@@ -9,9 +9,11 @@ Shape legend: L query rows, S key rows, H heads, G key/value heads, K head width
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -22,7 +24,36 @@ from megavlm_kernels.packed_attention.segments import Segments
 
 WIDTH_MULTIPLE = 8
 """Head widths that FlashAttention and cuDNN take."""
-Kernel = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class PackedCall:
+    """What every kernel below is called with: rows of segments end to end."""
+
+    query: torch.Tensor
+    """(L, H, K)."""
+    key: torch.Tensor
+    """(S, G, K)."""
+    value: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    longest_query: int
+    longest_key: int
+    causal: bool
+    scale: float
+    window: tuple[int, int]
+    """FlashAttention's: rows before and after a row that it sees, -1 is all."""
+    softcap: float | None
+    is_square: bool
+    """Every segment has as many keys as queries."""
+
+    @property
+    def by_place(self) -> tuple[Any, ...]:
+        """The seven arguments that FlashAttention and torch's varlen take first."""
+        return self.query, self.key, self.value, self.cu_seqlens_q, self.cu_seqlens_k, self.longest_query, self.longest_key
+
+
+Kernel = Callable[[PackedCall], torch.Tensor]
 
 
 def run_packed(
@@ -44,138 +75,71 @@ def run_packed(
     if width % WIDTH_MULTIPLE:
         query, key, value = (F.pad(x, (0, -width % WIDTH_MULTIPLE)) for x in (query, key, value))
     out = kernel(
-        query,
-        key,
-        value,
-        bounds.cu_seqlens_q,
-        bounds.cu_seqlens_k,
-        segments.longest_query,
-        segments.longest_key,
-        causal=causal,
-        scale=scale,
-        window=window_sides(causal, window),
-        softcap=softcap,
-        is_square=segments.is_square,
+        PackedCall(
+            query,
+            key,
+            value,
+            bounds.cu_seqlens_q,
+            bounds.cu_seqlens_k,
+            segments.longest_query,
+            segments.longest_key,
+            causal,
+            scale,
+            (-1 if window is None else window - 1, 0) if causal else (-1, -1),
+            softcap,
+            segments.is_square,
+        )
     )
     return out[..., :width] if out.shape[-1] != width else out
 
 
-def window_sides(causal: bool, window: int | None) -> tuple[int, int]:
-    """FlashAttention's window: rows before and after a row that it sees, -1 is all."""
-    return (-1 if window is None else window - 1, 0) if causal else (-1, -1)
-
-
-def varlen_kernel(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    longest_q: int,
-    longest_k: int,
-    *,
-    scale: float,
-    window: tuple[int, int],
-    **_: Any,
-) -> torch.Tensor:
+def varlen_kernel(call: PackedCall) -> torch.Tensor:
     """torch.nn.attention.varlen; causal is said by the window."""
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {}
-    if q.shape[1] != k.shape[1]:
+    if call.query.shape[1] != call.key.shape[1]:
         if "enable_gqa" in _parameters(varlen_attn):
             options["enable_gqa"] = True
         else:
-            k, v = repeated(k, v, q.shape[1], dim=1)
-    out: Any = varlen_attn(q, k, v, cu_q, cu_k, longest_q, longest_k, scale=scale, window_size=window, **options)
+            key, value = repeated(call.key, call.value, call.query.shape[1], dim=1)
+            call = replace(call, key=key, value=value)
+    out: Any = varlen_attn(*call.by_place, scale=call.scale, window_size=call.window, **options)
     return out
 
 
-def flash_attn_2_kernel(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    longest_q: int,
-    longest_k: int,
-    *,
-    causal: bool,
-    scale: float,
-    window: tuple[int, int],
-    softcap: float | None,
-    **_: Any,
-) -> torch.Tensor:
-    """flash_attn.flash_attn_varlen_func."""
-    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
-
-    return _flash(flash_attn_varlen_func, (q, k, v, cu_q, cu_k, longest_q, longest_k), causal, scale, window, softcap)
-
-
-def flash_attn_3_kernel(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    longest_q: int,
-    longest_k: int,
-    *,
-    causal: bool,
-    scale: float,
-    window: tuple[int, int],
-    softcap: float | None,
-    **_: Any,
-) -> torch.Tensor:
-    """flash_attn_interface.flash_attn_varlen_func."""
-    from flash_attn_interface import flash_attn_varlen_func  # type: ignore[import-not-found]
-
-    return _flash(flash_attn_varlen_func, (q, k, v, cu_q, cu_k, longest_q, longest_k), causal, scale, window, softcap)
-
-
-def _flash(function: Any, inputs: tuple[Any, ...], causal: bool, scale: float, window: tuple[int, int], softcap: float | None) -> Any:
-    options: dict[str, Any] = {"softmax_scale": scale, "causal": causal, "window_size": window}
-    if softcap is not None:
-        options["softcap"] = softcap
+def flash_attn_kernel(call: PackedCall, module: str) -> torch.Tensor:
+    """flash_attn_varlen_func of `module`: flash_attn is version 2, flash_attn_interface version 3."""
+    function = importlib.import_module(module).flash_attn_varlen_func
+    options: dict[str, Any] = {"softmax_scale": call.scale, "causal": call.causal, "window_size": call.window}
+    if call.softcap is not None:
+        options["softcap"] = call.softcap
     if "deterministic" in _parameters(function):
         options["deterministic"] = torch.are_deterministic_algorithms_enabled()
-    out = function(*inputs, **options)
+    out: Any = function(*call.by_place, **options)
     # Some releases of version 3 return the log-sum-exp too.
     return out[0] if isinstance(out, tuple) else out
 
 
-def transformer_engine_kernel(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    longest_q: int,
-    longest_k: int,
-    *,
-    causal: bool,
-    scale: float,
-    window: tuple[int, int],
-    is_square: bool,
-    **_: Any,
-) -> torch.Tensor:
+def transformer_engine_kernel(call: PackedCall) -> torch.Tensor:
     """Transformer Engine's DotProductAttention over (rows, heads, width)."""
-    mask = "padding" if not causal else "padding_causal" if is_square else "padding_causal_bottom_right"
-    module = _dot_product_attention(q.shape[1], k.shape[1], q.shape[2], scale, torch.are_deterministic_algorithms_enabled())
+    mask = "padding" if not call.causal else "padding_causal" if call.is_square else "padding_causal_bottom_right"
+    _, heads, width = call.query.shape
+    module = _dot_product_attention(heads, call.key.shape[1], width, call.scale, torch.are_deterministic_algorithms_enabled())
     out: torch.Tensor = module(
         # Its check of the three's layout wants each to be contiguous.
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
+        call.query.contiguous(),
+        call.key.contiguous(),
+        call.value.contiguous(),
         qkv_format="thd",
-        cu_seqlens_q=cu_q,
-        cu_seqlens_kv=cu_k,
-        max_seqlen_q=longest_q,
-        max_seqlen_kv=longest_k,
+        cu_seqlens_q=call.cu_seqlens_q,
+        cu_seqlens_kv=call.cu_seqlens_k,
+        max_seqlen_q=call.longest_query,
+        max_seqlen_kv=call.longest_key,
         attn_mask_type=mask,
-        window_size=window,
+        window_size=call.window,
     )
-    return out.view(q.shape)
+    return out.view(call.query.shape)
 
 
 @lru_cache(maxsize=64)
@@ -201,7 +165,7 @@ def _parameters(function: Any) -> frozenset[str]:
 
 KERNELS: dict[str, Kernel] = {
     "varlen": varlen_kernel,
-    "flash_attn_2": flash_attn_2_kernel,
-    "flash_attn_3": flash_attn_3_kernel,
+    "flash_attn_2": partial(flash_attn_kernel, module="flash_attn"),
+    "flash_attn_3": partial(flash_attn_kernel, module="flash_attn_interface"),
     "transformer_engine": transformer_engine_kernel,
 }

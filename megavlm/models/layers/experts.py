@@ -95,6 +95,8 @@ class Router(TopKRouter):
         routed = tokens_E.sum().clamp(min=1.0)  # top_k for each token
         # This rank's part; the parts of all tensor and context ranks add up to the loss.
         loss = self.config.moe_aux_loss_coeff * self.num_experts * self.topk * (scores_for_aux_loss.sum(0) * tokens_E).sum() / routed**2
+        if MoEAuxLossAutoScaler.main_loss_backward_scale is None:  # in the shape that megatron-core's schedules copy theirs into
+            MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(1, device=loss.device)
         attached: torch.Tensor = MoEAuxLossAutoScaler.apply(probs, loss * self.balance.num_targets)
         return attached
 
