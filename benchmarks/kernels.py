@@ -1,4 +1,5 @@
-"""Element-wise ops, forward and backward, beside eager torch: RMSNorm, gated linear unit, rotary positions, normalised patches.
+"""Element-wise ops, forward and backward, beside eager torch: RMSNorm, gated linear unit, rotary positions, normalised patches, and visual
+features among token embeddings.
 
     python benchmarks/kernels.py [--rounds 5] [--threads 1] [--device cpu|cuda] [--out benchmarks/results/kernels.json]
     python benchmarks/kernels.py --tiny        (seconds; to see that it runs)
@@ -29,6 +30,8 @@ from megavlm_kernels.rms_norm import rms_norm
 from megavlm_kernels.rms_norm.reference import rms_norm_reference
 from megavlm_kernels.rotary import rotary
 from megavlm_kernels.rotary.reference import rotary_reference
+from megavlm_kernels.scatter_features import scatter_features
+from megavlm_kernels.scatter_features.reference import scatter_features_reference
 from megavlm_kernels.swiglu import gated_linear_unit
 from megavlm_kernels.swiglu.reference import gated_linear_unit_reference
 
@@ -87,6 +90,13 @@ def cases(dtype: torch.dtype, device: str, tiny: bool) -> Iterator[Case]:
         moved = pixels.numel() * (1 + torch.finfo(dtype).bits // 8)
         ours, eager_patches = partial(patches_of_tiles, **settings), partial(patches_reference, **settings)
         yield Case("normalise_patchify", (tiles, 3, side, patch), ours, eager_patches, [pixels, *numbers], moved)
+    for width, replaced in [(640, rows // 2)] if tiny else [(640, rows // 8), (640, rows // 2), (4096, rows // 2)]:
+        x, features = (normal(number, 1, width).requires_grad_() for number in (rows, replaced))
+        # Pictures stand in the text as runs of tokens.
+        start = torch.arange(replaced, device=device) // 16 * 16 * (rows // replaced)
+        moved = 4 * x.numel() * x.element_size()
+        tensors = [x, features, start + torch.arange(replaced, device=device) % 16]
+        yield Case("scatter_features", (rows, replaced, width), scatter_features, scatter_features_reference, tensors, moved)
 
 
 def run(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor], upstream: torch.Tensor) -> list[torch.Tensor]:

@@ -41,6 +41,7 @@ from megavlm.parallel.step_parts import turn_on_gradient
 from megavlm.topology.context import ContextLayout, context_layout
 from megavlm.topology.pipeline import PipelineSplit
 from megavlm.tracking.timers import part as time_part
+from megavlm_kernels.scatter_features import scatter_features
 
 
 class TargetLoss(NamedTuple):
@@ -187,7 +188,7 @@ class VisionLanguageModel(MegatronModule):
                 f"{batch.image_positions_N.numel()} image placeholders, but {features_ND.shape[0]} visual features "
                 f"of {batch.num_tiles} tiles or pictures: the data were prepared for another model.vision or model.projector"
             )
-        return x.index_put((batch.image_positions_N,), features_ND.unsqueeze(1).to(x.dtype)), sides
+        return scatter_features(x, features_ND.unsqueeze(1), batch.image_positions_N), sides
 
     def _read_pictures(self, batch: PackedBatch, features_MD: torch.Tensor) -> Sides:
         """Side rows for layers that read pictures; their tokens stay in the text as they are."""

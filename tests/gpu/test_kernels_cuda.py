@@ -16,6 +16,8 @@ from megavlm_kernels.rms_norm import rms_norm
 from megavlm_kernels.rms_norm.reference import rms_norm_reference
 from megavlm_kernels.rotary import rotary
 from megavlm_kernels.rotary.reference import rotary_reference
+from megavlm_kernels.scatter_features import scatter_features
+from megavlm_kernels.scatter_features.reference import scatter_features_reference
 from megavlm_kernels.swiglu import gated_linear_unit
 from megavlm_kernels.swiglu.reference import ACTIVATIONS, gated_linear_unit_reference
 from megavlm_kernels.testing.tolerance import errors_against_truth, forward_and_gradients
@@ -83,3 +85,22 @@ def test_patches_have_the_same_bits(dtype: torch.dtype, order: dict[str, Any]) -
     run = tiles.flatten()[: sum(3 * 14 * 14 * rows * columns for rows, columns in grids)]
     got = patches_of_pictures(run.cuda(), grids, mean.cuda(), inverse_std.cuda(), 14, dtype, **order)
     assert torch.equal(got.cpu(), patches_of_pictures(run, grids, mean, inverse_std, 14, dtype, **order))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize(("rows", "width", "replaced"), [(8192, 4096, 5000), (2049, 640, 2049), (70001, 40, 1), (33, 7, 0)])
+def test_features_take_their_rows_without_a_sync(rows: int, width: int, replaced: int, dtype: torch.dtype, frozen: bool) -> None:
+    """The bits of torch's indexing, forward and backward, by the kernels and (fp64) by torch; the host never waits for the device."""
+    x, features, upstream = (normal(number, 1, width).to(dtype) for number in (rows, replaced, rows))
+    positions = torch.randperm(rows, generator=torch.Generator().manual_seed(1))[:replaced].sort().values.cuda()
+    tensors = [x.requires_grad_(not frozen), features.requires_grad_(), positions]
+    want = forward_and_gradients(scatter_features_reference, tensors, upstream)
+    forward_and_gradients(scatter_features, tensors, upstream)  # Triton compiles at the first call
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = forward_and_gradients(scatter_features, tensors, upstream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
