@@ -7,7 +7,8 @@ Shape legend: T tiles, C channels, X pixels of all pictures, N patches, E = C x 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -38,10 +39,12 @@ def patches_of_tiles(
 
         starts = starts_in_tiles(count, channels, height, width, patch_px, tiles_TCHW.device)
         return patches_at(tiles_TCHW.reshape(-1), starts, mean_C, inverse_std_C, patch_px, dtype, frames, channels_last)
+    numbers = {"mean_C": mean_C, "inverse_std_C": inverse_std_C}
+    patches_of = partial(patches_reference, **numbers, patch_px=patch_px, dtype=dtype, frames=frames, channels_last=channels_last)
     if tiles_TCHW.numel() <= BLOCK_ELEMENTS:
-        return patches_reference(tiles_TCHW, mean_C, inverse_std_C, patch_px, dtype, frames=frames, channels_last=channels_last)
+        return patches_of(tiles_TCHW)
     out_NE = _room(tiles_TCHW, count * (height // patch_px) * (width // patch_px), channels * frames * patch_px**2, dtype)
-    _fill(out_NE, tiles_TCHW, mean_C, inverse_std_C, patch_px, frames, channels_last)
+    _fill(out_NE, tiles_TCHW, patch_px, patches_of)
     return out_NE
 
 
@@ -71,11 +74,13 @@ def patches_of_pictures(
 
         starts = starts_in_pictures(grids, channels, patch_px, pixels_X.device)
         return patches_at(pixels_X, starts, mean_C, inverse_std_C, patch_px, dtype, frames, channels_last)
+    numbers = {"mean_C": mean_C, "inverse_std_C": inverse_std_C}
+    patches_of = partial(patches_reference, **numbers, patch_px=patch_px, dtype=dtype, frames=frames, channels_last=channels_last)
     out_NE = _room(pixels_X, sum(counts), channels * frames * area, dtype)
     runs = pixels_X.split([channels * area * count for count in counts])
     for (rows, columns), run, part in zip(grids, runs, out_NE.split(counts), strict=True):
         picture = run.view(1, channels, rows * patch_px, columns * patch_px)
-        _fill(part, picture, mean_C, inverse_std_C, patch_px, frames, channels_last)
+        _fill(part, picture, patch_px, patches_of)
     return out_NE
 
 
@@ -83,16 +88,8 @@ def _room(like: torch.Tensor, num_patches: int, num_elements: int, dtype: torch.
     return torch.empty(num_patches, num_elements, dtype=dtype, device=like.device)
 
 
-def _fill(
-    out_NE: torch.Tensor,
-    tiles_TCHW: torch.Tensor,
-    mean_C: torch.Tensor,
-    inverse_std_C: torch.Tensor,
-    patch_px: int,
-    frames: int,
-    channels_last: bool,
-) -> None:
-    """Plain torch, as many rows of patches at a time as stay in the cache."""
+def _fill(out_NE: torch.Tensor, tiles_TCHW: torch.Tensor, patch_px: int, patches_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """`patches_of` (T, C, H, W) -> (N, E) in plain torch, of as many tiles, or rows of patches, at a time as stay in the cache."""
     count, channels, height, width = tiles_TCHW.shape
     down, across = height // patch_px, width // patch_px
     if out_NE.numel() == 0:
@@ -100,13 +97,8 @@ def _fill(
     for tiles in row_blocks(count, channels * height * width):
         target = out_NE[tiles.start * down * across : tiles.stop * down * across]
         if tiles.stop - tiles.start > 1:
-            target.copy_(
-                patches_reference(
-                    tiles_TCHW[tiles], mean_C, inverse_std_C, patch_px, out_NE.dtype, frames=frames, channels_last=channels_last
-                )
-            )
+            target.copy_(patches_of(tiles_TCHW[tiles]))
             continue
         for rows in row_blocks(down, channels * patch_px * width):
             band = tiles_TCHW[tiles, :, rows.start * patch_px : rows.stop * patch_px]
-            part = target[rows.start * across : rows.stop * across]
-            part.copy_(patches_reference(band, mean_C, inverse_std_C, patch_px, out_NE.dtype, frames=frames, channels_last=channels_last))
+            target[rows.start * across : rows.stop * across].copy_(patches_of(band))
