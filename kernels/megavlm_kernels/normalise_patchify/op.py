@@ -39,8 +39,15 @@ def patches_of_tiles(
 
         starts = starts_in_tiles(count, channels, height, width, patch_px, tiles_TCHW.device)
         return patches_at(tiles_TCHW.reshape(-1), starts, mean_C, inverse_std_C, patch_px, dtype, frames, channels_last)
-    numbers = {"mean_C": mean_C, "inverse_std_C": inverse_std_C}
-    patches_of = partial(patches_reference, **numbers, patch_px=patch_px, dtype=dtype, frames=frames, channels_last=channels_last)
+    patches_of = partial(
+        patches_reference,
+        mean_C=mean_C,
+        inverse_std_C=inverse_std_C,
+        patch_px=patch_px,
+        dtype=dtype,
+        frames=frames,
+        channels_last=channels_last,
+    )
     if tiles_TCHW.numel() <= BLOCK_ELEMENTS:
         return patches_of(tiles_TCHW)
     out_NE = _room(tiles_TCHW, count * (height // patch_px) * (width // patch_px), channels * frames * patch_px**2, dtype)
@@ -74,8 +81,15 @@ def patches_of_pictures(
 
         starts = starts_in_pictures(grids, channels, patch_px, pixels_X.device)
         return patches_at(pixels_X, starts, mean_C, inverse_std_C, patch_px, dtype, frames, channels_last)
-    numbers = {"mean_C": mean_C, "inverse_std_C": inverse_std_C}
-    patches_of = partial(patches_reference, **numbers, patch_px=patch_px, dtype=dtype, frames=frames, channels_last=channels_last)
+    patches_of = partial(
+        patches_reference,
+        mean_C=mean_C,
+        inverse_std_C=inverse_std_C,
+        patch_px=patch_px,
+        dtype=dtype,
+        frames=frames,
+        channels_last=channels_last,
+    )
     out_NE = _room(pixels_X, sum(counts), channels * frames * area, dtype)
     runs = pixels_X.split([channels * area * count for count in counts])
     for (rows, columns), run, part in zip(grids, runs, out_NE.split(counts), strict=True):
