@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megavlm.config.schema import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, StageConfig, VisionConfig
 from megavlm.config.tensor_split import encoder_tensor_ranks, projector_tensor_ranks
@@ -49,6 +50,17 @@ class RankMemory:
         return state + self.gathered_bytes + self.activations_bytes + self.head_bytes
 
 
+class Fullest(NamedTuple):
+    """The most of each that a microbatch held, where steps were seen or planned."""
+
+    tiles: int = 0
+    """Tiles (of canvases all places), or pictures in their own size."""
+    patches: int = 0
+    targets: int = 0
+    segments: int = 0
+    """Where context ranks share a microbatch, pads among them."""
+
+
 def estimate_memory(
     model: ModelConfig,
     stage: StageConfig,
@@ -58,13 +70,14 @@ def estimate_memory(
     precision: PrecisionConfig,
     segments: int = 0,
     device: str = "cuda",
+    fullest: Fullest | None = None,
 ) -> list[RankMemory]:
     """One estimate a pipeline rank (ranks that differ on other axes need the same), for the fullest microbatch that budgets allow.
 
     Without a hard data.max_patches_per_pack a pack is taken to hold as many tiles as its tokens have room for (with policy=native
     one picture as large as that; with policy=anyres tiles that keep all their features). Where pictures are always dealt to the ranks of
     a microbatch a rank has its share of them. `segments` of a microbatch have pads where context ranks share it. On a `device` cpu the
-    head takes fewer logits at a time.
+    head takes fewer logits at a time. With `fullest` pictures, targets and segments are what it says, and not what budgets allow.
 
     Raises:
         PipelineError: the layers cannot be split over the grid. GridError: the batch cannot. TrainingError: see planner.parameters.
@@ -73,7 +86,7 @@ def estimate_memory(
     split = PipelineSplit.of(model.language.num_layers, parallel)
     own = {"encoder_tensor": encoder_tensor_ranks(model, parallel), "projector_tensor": projector_tensor_ranks(model, parallel)}
     blocks = list(parameter_blocks(model, stage, grid.tensor, grid.expert, **own))
-    load = _Load.of(model, stage, data, grid, parallel, precision, segments, device)
+    load = _Load.of(model, stage, data, grid, parallel, precision, segments, device, fullest)
     return [_rank_memory(rank, blocks, split, load, model, num_microbatches) for rank in range(grid.pipeline)]
 
 
@@ -102,6 +115,7 @@ class _Load:
     tiles: int
     """Tiles, or pictures in their own size."""
     patches: int
+    targets: int
     tensor: int
     encoder_tensor: int
     projector_tensor: int
@@ -126,20 +140,26 @@ class _Load:
         precision: PrecisionConfig,
         segments: int = 0,
         device: str = "cuda",
+        fullest: Fullest | None = None,
     ) -> _Load:
         tokens, tiles, patches = {
             "multimodal": (data.seq_len_tokens, *_most_pictures(model, data)),
             "text": (data.seq_len_tokens, 0, 0),
             "vision_classification": (0, stage.images_per_pack, stage.images_per_pack * model.vision.num_patches),
         }[stage.objective]
+        tiles, patches = tiles * stage.micro_batch_packs, patches * stage.micro_batch_packs
+        rows = tokens * stage.micro_batch_packs
+        targets = rows
+        if fullest is not None:
+            tiles, patches, targets, segments = fullest
         if parallel.encoder_data_parallel is True:
-            tiles, patches = _dealt(tiles * stage.micro_batch_packs, patches * stage.micro_batch_packs, model, grid.tensor * grid.context)
-        else:
-            tiles, patches = tiles * stage.micro_batch_packs, patches * stage.micro_batch_packs
+            tiles, patches = _dealt(tiles, patches, model, grid.tensor * grid.context)
+        rows = most_rows(rows, segments, parallel)
         return cls(
-            tokens=most_rows(tokens * stage.micro_batch_packs, segments, parallel),
+            tokens=rows,
             tiles=tiles,
             patches=patches,
+            targets=min(targets, rows),
             tensor=grid.tensor,
             encoder_tensor=encoder_tensor_ranks(model, parallel),
             projector_tensor=projector_tensor_ranks(model, parallel),
@@ -327,10 +347,10 @@ def _projector_elements(load: _Load, model: ModelConfig) -> float:
 
 def _head(load: _Load, model: ModelConfig, embedding: ParameterBlock | None, blocks: Sequence[ParameterBlock]) -> int:
     """Hidden states of the targets and their gradient, one chunk of logits, and the fp32 gradient of the head's weight with its scaled
-    copy. On a GPU gradients take the logits' place; on a CPU logits exist in fp32 too. Every row is taken to be a target."""
+    copy. On a GPU gradients take the logits' place; on a CPU logits exist in fp32 too."""
     head = next((b for b in blocks if b.module == "language" and b.part == "head"), embedding)
     assert head is not None
     columns, width = head.local // model.language.hidden_size, model.language.hidden_size
-    chunk = min(load.tokens, max(HEAD_CHUNK_ELEMENTS[load.device] // columns, 1)) * columns
+    chunk = min(load.targets, max(HEAD_CHUNK_ELEMENTS[load.device] // columns, 1)) * columns
     logits = chunk * (load.element_bytes if load.device == "cuda" or load.precision.dtype == "fp32" else load.element_bytes + 4)
-    return 2 * load.tokens * width * load.element_bytes + logits + (2 * 4 * head.local if head.trains else 0)
+    return 2 * load.targets * width * load.element_bytes + logits + (2 * 4 * head.local if head.trains else 0)

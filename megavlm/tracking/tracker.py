@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,10 +20,14 @@ from megavlm.tracking.curves import plot_curves
 from megavlm.tracking.environment import environment_report
 from megavlm.tracking.metrics import EVALUATION_FILE, METRICS_FILE, MetricsWriter, flatten, to_plain
 from megavlm.tracking.mlflow_sink import MlflowSink, sink_for
+from megavlm.tracking.ranks import RankReport, write_ranks
 
 MLFLOW_EVERY_STEP = ("loss", "grad_norm")
 """What MLflow gets of every step; the whole record goes there every tracking.log_every_steps. One number costs the store
 0.12 ms of CPU (sqlite, mlflow 3.17): forty of each step would take 5 ms from a training thread that shares its interpreter."""
+
+MLFLOW_WHEN_THERE = ("memory/", "all_ranks_time_s/")
+"""What is in few records, and goes to MLflow from each of them."""
 
 _log = get_logger(__name__)
 
@@ -112,7 +116,7 @@ class Tracker:
         self._steps_since_start += 1
         values = _numbers(record)
         if not whole:
-            values = {k: v for k, v in values.items() if k in MLFLOW_EVERY_STEP}
+            values = {k: v for k, v in values.items() if k in MLFLOW_EVERY_STEP or k.startswith(MLFLOW_WHEN_THERE)}
         if "loss" in values and record.get("stage"):
             values[f"stage_loss/{record['stage']}"] = values["loss"]
         return values
@@ -128,6 +132,11 @@ class Tracker:
         self._display.message(f"evaluation at step {record['step']}  {shown}")
         if self._mlflow is not None:
             self._mlflow.metrics(record["step"], {f"evaluation/{k}": v for k, v in values.items()})
+
+    def ranks(self, stage: str, reports: Sequence[RankReport]) -> None:
+        """What each rank needed in the stage, for ranks.json and MLflow's artifacts."""
+        if self.writes and reports:
+            self.artifact(write_ranks(self.run_dir, stage, reports))
 
     def message(self, text: str) -> None:
         """A line for whoever watches."""

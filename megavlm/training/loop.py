@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,7 @@ from megavlm.training.checkpointing import Checkpointer, prepare_model
 from megavlm.training.data import RunData, StageStream
 from megavlm.training.layout import settled_layout, stage_layout
 from megavlm.training.loss_scale import scale_of
+from megavlm.training.memory import MemoryWatch
 from megavlm.training.optimizer import set_learning_rate
 from megavlm.training.pictures import log_sample_pictures
 from megavlm.training.signals import StopRequest
@@ -73,6 +75,7 @@ def _run_stage(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker,
     streams: list[StageStream] = []
     try:
         checkpointer = Checkpointer(recipe, ctx)
+        memory = MemoryWatch(recipe, stage, layout, ctx)
         model = prepare_model(recipe, stage, layout, state, ctx)
         if recipe.precision.fp8 != "none":
             backend = choose_fp8(recipe.model, recipe.precision, layout, machine_of(device.type))
@@ -89,7 +92,8 @@ def _run_stage(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker,
             tracker.message(f"warning: {stream.early_end}")
         held_out = data.held_out(stage, ctx)
         stream.tasks = sorted({*stream.tasks, *data.held_out_tasks})
-        return _StageRun(recipe, stage, state, ctx, model, stream, held_out, tracker, checkpointer, stop).run()
+        watch = StepWatch(recipe, stage, ctx, tracker, memory)
+        return _StageRun(recipe, stage, state, ctx, model, stream, held_out, tracker, checkpointer, stop, watch).run()
     finally:
         for stream in streams:
             stream.close()
@@ -111,12 +115,13 @@ class _StageRun:
         tracker: Tracker,
         checkpointer: Checkpointer,
         stop: StopRequest,
+        watch: StepWatch,
     ) -> None:
         self.recipe, self.stage, self.state, self.ctx, self.model = recipe, stage, state, ctx, model
         self.stream, self.held_out, self.tracker, self.checkpointer, self.stop = stream, held_out, tracker, checkpointer, stop
         name = torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else None
         self.accountant = Accountant(recipe, stage, ctx.grid.world_size, name)
-        self.watch = StepWatch(recipe, stage.name, ctx, tracker)
+        self.watch = watch
 
     def run(self) -> int:
         """Steps until the stage or its data are done, run.max_steps is reached or a signal came. Returns the signal's number or 0."""
@@ -166,13 +171,13 @@ class _StageRun:
         scale = scale_of(self.model.optimizer)
         loss, grad_norm = train_step(self.model, data.microbatches, self.stream.tasks, self.ctx)
         seconds = time.perf_counter() - start
-        parts = self.watch.finish_step()
+        watched = self.watch.finish_step(data.plan, self.state.stage_step + 1)
         self.state.step += 1
         self.state.stage_step += 1
         self.state.cursor = dict(data.plan.cursor_after)
         if grad_norm is None:
             self.state.stage_skipped += 1
-        self._record(data, loss, grad_norm, rates, seconds, scale, parts)
+        self._record(data, loss, grad_norm, rates, seconds, scale, watched)
         if grad_norm is None:
             self._skipped(scale)
         elif not (math.isfinite(loss.loss) and math.isfinite(grad_norm)):
@@ -201,7 +206,7 @@ class _StageRun:
         rates: dict[str, float],
         seconds: float,
         scale: float | None,
-        parts: dict[str, float],
+        watched: dict[str, Any],
     ) -> None:
         pack_tokens = self.stream.pack_tokens
         scaling = {} if scale is None else {"loss_scale": scale, "skipped_steps": self.state.stage_skipped}
@@ -216,7 +221,7 @@ class _StageRun:
                 **scaling,
                 "lr": rates,
                 **self.accountant.record(data.plan, seconds, data.wait_s, pack_tokens, self.ctx.grid.context),
-                **({"time_s": parts} if parts else {}),
+                **watched,
                 "images": self.stream.count_images(data.plan),
                 "task_loss": loss.by_task,
                 "source_samples": self.stream.count_sources(data.plan),
@@ -232,7 +237,7 @@ class _StageRun:
         # When data end right behind a step that was due, that step's measurement is the last.
         if is_due == self.state.stage_ended and self.state.stage_step != self.stage.steps:
             return
-        with self._whole_parameters():
+        with self._whole_parameters(), self.watch.memory.aside():
             loss = measure(self.model.chunks, [d.microbatches for d in self.held_out], self.stream.tasks, self.ctx)
         self.tracker.evaluation(
             {"step": self.state.step, "stage": self.stage.name, "loss": loss.loss, "targets": loss.num_targets, "task_loss": loss.by_task}
@@ -248,7 +253,7 @@ class _StageRun:
 
     def _save(self) -> None:
         start = time.perf_counter()
-        with self._whole_parameters():
+        with self._whole_parameters(), self.watch.memory.aside():
             path = self.checkpointer.save(self.model, self.stage, self.state)
         self.tracker.message(f"saved {path.name} in {time.perf_counter() - start:.1f} s")
 

@@ -1,31 +1,42 @@
-"""Watches the steps of a stage: the parts of each step's time, and the profile of those that tracking.profile names."""
+"""Watches the steps of a stage: the parts of each step's time, the memory of ranks, and the profile of steps that tracking.profile names."""
 
 from __future__ import annotations
 
 import gzip
 import shutil
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megavlm.config.schema import Recipe
+from megavlm.config.schema import Recipe, StageConfig
+from megavlm.data.types import StepPlan
 from megavlm.parallel.context import ParallelContext
 from megavlm.parallel.step_parts import CudaStamps, wrap_collectives
+from megavlm.planner.memory import RankMemory
+from megavlm.tracking.ranks import RankReport, mean_times, memory_line, memory_record, time_line
 from megavlm.tracking.timeline import RankTimeline, StepSpan, write_timeline
-from megavlm.tracking.timers import Segment, StepClock, WallStamps, use_clock
+from megavlm.tracking.timers import PARTS, Segment, StepClock, WallStamps, use_clock
 from megavlm.tracking.tracker import Tracker
+from megavlm.training.memory import MemoryWatch
 
 PROFILE_FOLDER = "profile"
+LINES_PER_TIME_LINE = 50
+"""Lines of the console for each that says where time goes."""
 
 
 class StepWatch:
     """One stage's. Every rank calls the same methods at the same steps."""
 
-    def __init__(self, recipe: Recipe, stage: str, ctx: ParallelContext, tracker: Tracker) -> None:
+    def __init__(self, recipe: Recipe, stage: StageConfig, ctx: ParallelContext, tracker: Tracker, memory: MemoryWatch) -> None:
         wanted = recipe.tracking.profile
-        self.ctx, self.tracker, self.stage = ctx, tracker, stage
+        self.ctx, self.tracker, self.memory, self.stage = ctx, tracker, memory, stage.name
+        self._every, self._num_stage_steps = recipe.tracking.log_every_steps, stage.steps
+        self._num_steps = 0
+        self._recent, self._steady = _MeanTimes(), _MeanTimes()
         self._stamps = CudaStamps() if ctx.device.type == "cuda" else WallStamps()
         self._first = wanted.first_step
         self._last = -1 if self._first is None else self._first + wanted.steps - 1
@@ -49,8 +60,26 @@ class StepWatch:
         if self._clock is not None:
             self._clock.begin_step()
 
-    def finish_step(self) -> dict[str, float]:
-        """Seconds of each part of the step; empty with tracking.step_parts=false."""
+    def finish_step(self, plan: StepPlan, stage_step: int) -> dict[str, Any]:
+        """The step of `plan`, the stage's `stage_step`-th from 1, is done. Returns what its record says of time and memory: `time_s`
+        (unless tracking.step_parts=false), and where all ranks tell of theirs `memory` and `all_ranks_time_s`."""
+        parts = self._parts()
+        self.memory.saw(plan)
+        self._num_steps += 1
+        if self._num_steps == 2:
+            # The first step starts up libraries and makes the optimizer's state.
+            self._recent, self._steady = _MeanTimes(), _MeanTimes()
+        found: dict[str, Any] = {}
+        if self._reports:
+            self._recent.add(parts)
+            self._steady.add(parts)
+            found["time_s"] = parts
+        if self._num_steps == 2 or stage_step % self._every == 0 or stage_step == self._num_stage_steps:
+            found |= self._of_all_ranks(tells=stage_step % (LINES_PER_TIME_LINE * self._every) == 0)
+        return found
+
+    def _parts(self) -> dict[str, float]:
+        """Seconds of each part of the step; a profile takes them too."""
         if self._clock is None:
             return {}
         if self._profile is not None and self.ctx.device.type == "cuda":
@@ -60,7 +89,42 @@ class StepWatch:
             self._profile.add(self._step, self._clock)
             if self._step == self._last:
                 self._write()
-        return parts if self._reports else {}
+        return parts
+
+    def _of_all_ranks(self, *, tells: bool) -> dict[str, Any]:
+        reports = self._gather(self._recent)
+        self._recent = _MeanTimes()
+        if not reports:
+            return {}
+        times = mean_times(reports)
+        if tells and times:
+            self.tracker.message(time_line(times, len(reports)))
+        return {"memory": memory_record(reports), **({"all_ranks_time_s": times} if times else {})}
+
+    def _gather(self, times: _MeanTimes) -> list[RankReport]:
+        """What every rank says, on the rank that writes; nothing on others."""
+        mine = [self.memory.peak_bytes, self.memory.reserved_bytes or 0, *times.seconds().values()]
+        # Exact: fp64 counts bytes up to 8 PiB.
+        sent = torch.tensor(mine, dtype=torch.float64, device=self.ctx.device)
+        found = [torch.empty_like(sent) for _ in range(self.ctx.grid.world_size)]
+        dist.all_gather(found, sent)
+        if not self.tracker.writes:
+            return []
+        estimates = [_by_part(e) for e in self.memory.estimates()]
+        has_reserved, reports = self.memory.reserved_bytes is not None, []
+        for rank, (peak, reserved, *seconds) in enumerate(torch.stack(found).tolist()):
+            place = self.ctx.grid.coordinates(rank)
+            reports.append(
+                RankReport(
+                    rank=rank,
+                    place=place._asdict(),
+                    peak_bytes=int(peak),
+                    estimated_bytes=estimates[place.pipeline],
+                    reserved_bytes=int(reserved) if has_reserved else None,
+                    time_s=dict(zip(PARTS, seconds, strict=True)) if self._reports else None,
+                )
+            )
+        return reports
 
     def close(self) -> None:
         """The stage is over: what of a profile there is is written."""
@@ -70,9 +134,14 @@ class StepWatch:
             self._profile = None
 
     def end(self) -> None:
-        """All ranks have made their last step of the stage."""
+        """All ranks have made their last step of the stage, for now."""
         if self._profile is not None and self._profile.has_steps:
             self._write()
+        if self._num_steps and (reports := self._gather(self._steady)):
+            self.tracker.ranks(self.stage, reports)
+            if times := mean_times(reports):
+                self.tracker.message(time_line(times, len(reports)))
+            self.tracker.message(memory_line(reports))
 
     def _write(self) -> None:
         assert self._profile is not None
@@ -81,6 +150,27 @@ class StepWatch:
             self.tracker.message(f"profile of {self.stage}: {picture.parent}")
             self.tracker.artifact(picture.parent, PROFILE_FOLDER)
         self._profile = None
+
+
+class _MeanTimes:
+    """Seconds of each part of a step, over several."""
+
+    def __init__(self) -> None:
+        self._sums, self._number = dict.fromkeys(PARTS, 0.0), 0
+
+    def add(self, parts: Mapping[str, float]) -> None:
+        for part, seconds in parts.items():
+            self._sums[part] += seconds
+        self._number += 1
+
+    def seconds(self) -> dict[str, float]:
+        """The means, in the order of PARTS."""
+        return {part: total / max(self._number, 1) for part, total in self._sums.items()}
+
+
+def _by_part(estimate: RankMemory) -> dict[str, int]:
+    """Part of the memory (parameters, activations, ...) -> bytes; they add up to the total."""
+    return {f.name.removesuffix("_bytes"): getattr(estimate, f.name) for f in fields(estimate) if f.name.endswith("_bytes")}
 
 
 class _Profile:
