@@ -46,12 +46,16 @@ def layer_flops(config: LanguageConfig, layer: int) -> int:
     A cross-attention layer's keys and values are paid for by feature: `picture_flops`.
     """
     width, query, key_value = config.hidden_size, config.num_attention_heads * config.head_width, config.kv_heads * config.head_width
-    matrices = 3 if config.gated_mlp else 2
     attention = 2 * width * query + 2 * query * width + (0 if reads_pictures(config, layer) else 4 * width * key_value)
+    return attention + 2 * _router(config, layer) + mlp_flops(config, layer)
+
+
+def mlp_flops(config: LanguageConfig, layer: int) -> int:
+    """Forward FLOPs of a layer's MLP, or of the experts that a token goes to, on one token."""
     inner = config.ffn_hidden_size
     if config.moe is not None and has_experts(config, layer):
         inner = config.moe.top_k * config.moe.ffn_hidden_size
-    return attention + 2 * _router(config, layer) + 2 * matrices * width * inner
+    return 2 * (3 if config.gated_mlp else 2) * config.hidden_size * inner
 
 
 def picture_flops(config: LanguageConfig) -> int:

@@ -10,14 +10,15 @@ Costs are FLOPs, forward and backward, of encoder and projector (before the firs
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
 
 from megavlm.config.schema import DataConfig, ModelConfig, ParallelConfig, StageConfig
-from megavlm.config.tensor_split import encoder_tensor_ranks
 from megavlm.planner.flops import FlopsModel, VisionWork, Work
+from megavlm.planner.pictures import copies_of_pictures
+from megavlm.planner.recompute import NOTHING_AGAIN, Again, recomputed
 from megavlm.planner.schedule import Timeline, even_bubble_share, simulate
 from megavlm.topology.pipeline import PipelineError, PipelineSplit
 from megavlm.topology.table import human_count, text_table
@@ -37,27 +38,32 @@ class PackShape(NamedTuple):
     num_targets: int
 
 
-class Again(NamedTuple):
-    """Shares of the layers, 0 to 1, that run forward once more in the backward pass: parallel.recompute=full."""
-
-    encoder: float = 0.0
-    language: float = 0.0
+ONE_COPY: Mapping[str, int] = {}
 
 
-NOTHING_AGAIN = Again()
-
-
-def microbatch_cost(flops: FlopsModel, packs: Iterable[PackShape], *, again: Again = NOTHING_AGAIN, encoder_copies: int = 1) -> list[Work]:
-    """What the packs of a microbatch cost together, by depth. `encoder_copies`: ranks that each do all of the encoder's work."""
+def microbatch_cost(
+    flops: FlopsModel, packs: Iterable[PackShape], *, again: Again = NOTHING_AGAIN, copies: Mapping[str, int] = ONE_COPY
+) -> list[Work]:
+    """What ranks compute for the packs of a microbatch, by depth. `again`: what they compute twice. `copies`: how many of them do all of
+    the same work, by part of the model (planner.pictures.copies_of_pictures)."""
     total: list[Work] = []
     for pack in packs:
-        cost = flops.by_depth(*pack)
+        cost = pack_cost(flops, pack, again, copies)
         total = [a + b for a, b in zip(total, cost, strict=True)] if total else cost
-    for depth, work in enumerate(total[:-1]):
-        if work.backward:
-            share = again.language if depth else again.encoder
-            total[depth] = Work(work.forward, work.backward + round(share * work.forward))
-    return [Work(total[0].forward * encoder_copies, total[0].backward * encoder_copies), *total[1:]]
+    return total
+
+
+def pack_cost(flops: FlopsModel, pack: PackShape, again: Again = NOTHING_AGAIN, copies: Mapping[str, int] = ONE_COPY) -> list[Work]:
+    """The same of one pack."""
+    cost = flops.by_depth(*pack)
+    if again != NOTHING_AGAIN:
+        extra = flops.recomputed(pack.lengths_tokens, pack.vision, again)
+        cost = [Work(work.forward, work.backward + more) for work, more in zip(cost, extra, strict=True)]
+    if any(number > 1 for number in copies.values()):
+        projector = flops.pack((), pack.vision, 0).by_part.get("projector", Work())
+        encoder = Work(cost[0].forward - projector.forward, cost[0].backward - projector.backward)
+        cost[0] = encoder * copies.get("vision", 1) + projector * copies.get("projector", 1)
+    return cost
 
 
 def mean_cost(microbatches: Sequence[Depths]) -> list[Work]:
@@ -155,32 +161,11 @@ def settled(
     if parallel.pipeline == 1:
         return parallel.model_copy(update={"split": "even"})
     flops = FlopsModel(model, stage)
-    again, copies = recomputed(parallel, model), encoder_copies(model, parallel)
+    again, copies = recomputed(parallel, model), copies_of_pictures(model, parallel)
     shapes = packs or [typical_pack(model, data)]
-    costs = [microbatch_cost(flops, [pack], again=again, encoder_copies=copies) for pack in shapes]
+    costs = [pack_cost(flops, pack, again, copies) for pack in shapes]
     split = balanced_split(mean_cost(costs), parallel.pipeline, parallel.virtual_pipeline, num_microbatches)
     return parallel.model_copy(update={"split": "even", "layers_per_stage": list(split.counts)})
-
-
-def encoder_copies(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Of the tensor x context ranks that share a microbatch, how many do the same work in the encoder: context ranks all see every
-    picture, tensor ranks share each layer unless the encoder is whole on each. Dealt out pictures are no work done twice."""
-    if parallel.encoder_data_parallel is not False:
-        return 1
-    return parallel.context * parallel.tensor // encoder_tensor_ranks(model, parallel)
-
-
-def recomputed(parallel: ParallelConfig, model: ModelConfig) -> Again:
-    """Which share of whole layers is computed again; selective recomputation, which spares the products, is left out."""
-
-    def share(chosen: str, layers: float) -> float:
-        limit = layers if parallel.recompute_layers is None else parallel.recompute_layers
-        return min(limit / layers, 1.0) if chosen == "full" else 0.0
-
-    chunks = parallel.pipeline * parallel.virtual_pipeline
-    return Again(
-        share(parallel.encoder_recompute, model.vision.num_run_layers), share(parallel.recompute, model.language.num_layers / chunks)
-    )
 
 
 def stage_table(split: PipelineSplit, ranks: Sequence[Sequence[Depths]]) -> str:

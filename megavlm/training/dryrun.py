@@ -15,9 +15,10 @@ from megavlm.planner.context import check_context, segments_of, split_table
 from megavlm.planner.flops import FlopsModel
 from megavlm.planner.memory import estimate_memory, memory_table
 from megavlm.planner.parameters import params
-from megavlm.planner.pictures import PictureDeal, PictureDealer, encoder_layout_table
+from megavlm.planner.pictures import PictureDeal, PictureDealer, copies_of_pictures, encoder_layout_table
 from megavlm.planner.precision import check_fp8, precision_table
-from megavlm.planner.stages import encoder_copies, microbatch_cost, recomputed, stage_table
+from megavlm.planner.recompute import recomputed
+from megavlm.planner.stages import microbatch_cost, stage_table
 from megavlm.topology.grid import RankGrid
 from megavlm.topology.pipeline import PipelineSplit
 from megavlm.topology.table import human_count, text_table
@@ -92,10 +93,8 @@ def _deals(recipe: Recipe, layout: ParallelConfig, plan: StepPlan, indexes: Mapp
 
 def _stages_table(recipe: Recipe, stage: StageConfig, layout: ParallelConfig, plan: StepPlan) -> str:
     flops, again = FlopsModel(recipe.model, stage), recomputed(layout, recipe.model)
-    copies = encoder_copies(recipe.model, layout)
-    ranks = [
-        [microbatch_cost(flops, map(shape_of, packs), again=again, encoder_copies=copies) for packs in rank] for rank in plan.assignment
-    ]
+    copies = copies_of_pictures(recipe.model, layout)
+    ranks = [[microbatch_cost(flops, map(shape_of, packs), again=again, copies=copies) for packs in rank] for rank in plan.assignment]
     return stage_table(PipelineSplit.of(recipe.model.language.num_layers, layout), ranks)
 
 

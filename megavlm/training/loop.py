@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megavlm.config.load import dump_recipe
-from megavlm.config.schema import Recipe, StageConfig
+from megavlm.config.schema import ParallelConfig, Recipe, StageConfig
 from megavlm.data.plan import EndOfData
 from megavlm.data.types import StepData
 from megavlm.parallel.context import ParallelContext, enter_grid, leave_grid
@@ -93,7 +93,7 @@ def _run_stage(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker,
         held_out = data.held_out(stage, ctx)
         stream.tasks = sorted({*stream.tasks, *data.held_out_tasks})
         watch = StepWatch(recipe, stage, ctx, tracker, memory)
-        return _StageRun(recipe, stage, state, ctx, model, stream, held_out, tracker, checkpointer, stop, watch).run()
+        return _StageRun(recipe, stage, state, ctx, layout, model, stream, held_out, tracker, checkpointer, stop, watch).run()
     finally:
         for stream in streams:
             stream.close()
@@ -109,6 +109,7 @@ class _StageRun:
         stage: StageConfig,
         state: RunState,
         ctx: ParallelContext,
+        layout: ParallelConfig,
         model: StageModel,
         stream: StageStream,
         held_out: list[StepData],
@@ -120,7 +121,7 @@ class _StageRun:
         self.recipe, self.stage, self.state, self.ctx, self.model = recipe, stage, state, ctx, model
         self.stream, self.held_out, self.tracker, self.checkpointer, self.stop = stream, held_out, tracker, checkpointer, stop
         name = torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else None
-        self.accountant = Accountant(recipe, stage, ctx.grid.world_size, name)
+        self.accountant = Accountant(recipe, stage, ctx.grid.world_size, name, layout)
         self.watch = watch
 
     def run(self) -> int:

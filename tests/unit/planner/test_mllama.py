@@ -8,7 +8,8 @@ from megavlm.checkpoint.hf.reading import Problems, quiet_transformers
 from megavlm.checkpoint.hf.registry import family
 from megavlm.config.schema import ModelConfig
 from megavlm.models.vision.canvas import ROW_MULTIPLE
-from megavlm.planner.flops import CANVAS_ROW_MULTIPLE, FlopsModel, VisionWork
+from megavlm.planner.flops import FlopsModel, VisionWork
+from megavlm.planner.products import CANVAS_ROW_MULTIPLE
 from megavlm.planner.parameters import params
 from megavlm.testing.families.mllama import CASES
 

@@ -5,22 +5,21 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from itertools import combinations, pairwise
+from typing import Any
 
 import pytest
 
 from megavlm.config.schema import DataConfig, ModelConfig, ParallelConfig, StageConfig
 from megavlm.planner.flops import FlopsModel, VisionWork, Work
+from megavlm.planner.recompute import Again, LayerAgain, recomputed
 from megavlm.planner.stages import (
-    Again,
     PackShape,
     balanced_split,
     chunk_costs,
     chunk_totals,
-    encoder_copies,
     mean_cost,
     microbatch_cost,
     play,
-    recomputed,
     settled,
     stage_table,
     typical_pack,
@@ -89,28 +88,45 @@ def test_costs_of_chunks_are_those_of_the_pack() -> None:
 
 def test_recomputed_layers_run_twice_and_the_head_does_not() -> None:
     flops = FlopsModel(ModelConfig())
-    plain, again = microbatch_cost(flops, [PACK]), microbatch_cost(flops, [PACK], again=Again(1.0, 1.0))
-    assert [b.backward - a.backward for a, b in zip(plain, again, strict=True)] == [w.forward for w in plain[:-1]] + [0]
-    encoder = microbatch_cost(flops, [PACK], again=Again(encoder=1.0))
+    whole = recomputed(ParallelConfig(recompute="full"), ModelConfig())
+    plain, again = microbatch_cost(flops, [PACK]), microbatch_cost(flops, [PACK], again=whole)
+    layers = flops.pack(*PACK).by_part
+    encoder_layers = layers["vision.linear"].forward + layers["vision.attention"].forward
+    added = [b.backward - a.backward for a, b in zip(plain, again, strict=True)]
+    assert added == [encoder_layers, *(w.forward for w in plain[1:-1]), 0], "neither patch embedding nor projector is run again"
+    encoder = microbatch_cost(flops, [PACK], again=Again(encoder=whole.encoder))
     assert encoder[0] == again[0] and encoder[1:] == plain[1:]
 
 
-def test_shares_of_recomputed_layers() -> None:
-    model = tiny_model_config()
-    assert recomputed(ParallelConfig(), model) == Again() == recomputed(ParallelConfig(recompute="selective"), model)
-    assert recomputed(ParallelConfig(recompute="full"), model) == Again(1.0, 1.0)
-    assert recomputed(ParallelConfig(recompute="full", recompute_encoder="none", pipeline=2, recompute_layers=1), model) == Again(0.0, 0.5)
+def test_selective_recomputation_weighs_on_its_layers() -> None:
+    """The stage with more layers has more to compute again: a balance that left it out would give it too many."""
+    model = ModelConfig()
+    flops = FlopsModel(model)
+    again = recomputed(ParallelConfig(recompute="selective", recompute_modules=["mlp", "core_attn"], recompute_encoder="none"), model)
+    plain, selective = microbatch_cost(flops, [PACK]), microbatch_cost(flops, [PACK], again=again)
+    language = model.language
+    mlp = 6 * language.hidden_size * language.ffn_hidden_size * 1000
+    attention = 2 * language.hidden_size * (500**2 + 300**2 + 200**2)
+    assert [b.backward - a.backward for a, b in zip(plain, selective, strict=True)] == [0, *[mlp + attention] * language.num_layers, 0]
 
 
-def test_an_encoder_that_several_ranks_repeat_weighs_as_much_more() -> None:
-    model = tiny_model_config()
-    assert encoder_copies(model, ParallelConfig(tensor=2)) == 1
-    assert encoder_copies(model, ParallelConfig(tensor=2, context=2)) == 2
-    assert encoder_copies(model, ParallelConfig(tensor=2, context=2, encoder_tensor=1)) == 4
-    assert encoder_copies(model, ParallelConfig(tensor=2, context=2, encoder_data_parallel=True)) == 1
+def test_which_layers_are_recomputed() -> None:
+    model, all_of_it = tiny_model_config(), LayerAgain(1.0, 1.0, 1.0)
+    assert recomputed(ParallelConfig(), model) == Again()
+    assert recomputed(ParallelConfig(recompute="selective"), model) == Again((LayerAgain(1.0),) * 2, (LayerAgain(1.0),) * 4)
+    assert recomputed(ParallelConfig(recompute="full"), model) == Again((all_of_it,) * 2, (all_of_it,) * 4)
+    some: dict[str, Any] = {"recompute": "full", "recompute_encoder": "none", "pipeline": 2, "recompute_layers": 1}
+    first, not_at_all = recomputed(ParallelConfig(**some, layers_per_stage=[3, 1]), model), LayerAgain(0.0, 0.0, 0.0)
+    assert first == Again((), (all_of_it, not_at_all, not_at_all, all_of_it)), "the first of each chunk"
+    assert recomputed(ParallelConfig(**some, split="balanced"), model) == Again((), (LayerAgain(0.5, 0.5, 0.5),) * 4)
+
+
+def test_what_several_ranks_repeat_weighs_as_much_more() -> None:
     flops = FlopsModel(ModelConfig())
-    once, thrice = microbatch_cost(flops, [PACK]), microbatch_cost(flops, [PACK], encoder_copies=3)
-    assert thrice[0].total == 3 * once[0].total and thrice[1:] == once[1:]
+    parts = flops.pack(*PACK).by_part
+    projector = parts["projector"].total
+    once, more = microbatch_cost(flops, [PACK]), microbatch_cost(flops, [PACK], copies={"vision": 3, "projector": 2})
+    assert more[0].total == 3 * (once[0].total - projector) + 2 * projector and more[1:] == once[1:]
 
 
 def test_an_encoder_as_heavy_as_the_llm_gets_a_stage_of_its_own() -> None:
