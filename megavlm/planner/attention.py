@@ -17,6 +17,8 @@ def attention_calls(recipe: Recipe) -> dict[str, Call]:
             calls["language"] = Call(dtype, language.head_width, False, softcap, masked)
         if language.sliding_layers:
             calls["language, sliding layers"] = Call(dtype, language.head_width, True, softcap, masked)
+        if language.cross_attention is not None:
+            calls["language, cross-attention"] = Call(dtype, language.head_width)
     if model.text_only:
         return calls
     for number, encoder in enumerate(model.encoders):

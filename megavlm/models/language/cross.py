@@ -3,7 +3,7 @@
 Flamingo's gated cross-attention (https://arxiv.org/abs/2204.14198, section 2.2) and Mllama's cross-attention layers (transformers 5.23,
 models/mllama). The features are `packing.sides[PICTURES]`: whole on every rank, brought to later stages by models/handover.py. Which
 of them a token sees follows from where pictures stand in the text (`Sight`), so no mask is ever built: rows that see the same features are
-one attention call, and samples of a pack never see each other's pictures.
+one segment of packed attention, and samples of a pack never see each other's pictures.
 
 Shape legend: S rows of the packed sequence, L this rank's rows, M features of all pictures, H heads, G key/value heads (of this tensor
 rank), K head width, D LLM width.
@@ -12,14 +12,12 @@ rank), K head width, D LLM width.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, copy_to_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -28,12 +26,16 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megavlm.config.schema import CrossAttentionConfig, LanguageConfig, ModelConfig
 from megavlm.data.types import PackedBatch
+from megavlm.models.layers.attention import backend_of
 from megavlm.models.layers.gates import TanhGate
 from megavlm.models.layers.linear import PostRowParallelLinear
 from megavlm.models.layers.norms import NORMS, new
 from megavlm.models.layers.packing import Packing
 from megavlm.models.layers.specs import LayerStyle, layer_spec
 from megavlm.topology.context import ContextLayout, Span
+from megavlm_kernels.packed_attention import Call, Segments, choose, machine_of, packed_attention
+from megavlm_kernels.packed_attention.machine import DTYPE_NAMES
+from megavlm_kernels.rms_norm import rms_norm
 
 PICTURES = "pictures"
 """Name of the features among `Packing.sides`."""
@@ -50,6 +52,17 @@ class Look:
     """A picture of the sample stands at or before these rows."""
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a sight is for packed attention: one segment for each look that sees something."""
+
+    segments: Segments
+    rows_R: torch.Tensor | None
+    """int64: rows of the text that see something; None: all do."""
+    features_F: torch.Tensor | None
+    """int64: what the segments see, one after the other; None: each feature once, in order."""
+
+
 @dataclass
 class Sight:
     """What every row of a packed sequence sees of the pictures."""
@@ -59,13 +72,41 @@ class Sight:
     last: tuple[Look, ...]
     """Of each segment: what a token sees that would follow it."""
     _after_L: torch.Tensor | None = None
+    _reading: Reading | None = None
 
     def after_picture(self, device: torch.device) -> torch.Tensor:
         """bool (L,): rows that a picture stands before; built once for all layers."""
         if self._after_L is None:
             lengths, after = torch.tensor([look.length for look in self.looks]), torch.tensor([look.after_picture for look in self.looks])
-            self._after_L = torch.repeat_interleave(after, lengths).to(device)
+            self._after_L = _to(torch.repeat_interleave(after, lengths), device)
         return self._after_L
+
+    def reading(self, num_features: int, device: torch.device) -> Reading:
+        """Of `num_features` in all; built once for all layers."""
+        if self._reading is None:
+            starts = accumulate((look.length for look in self.looks), initial=0)
+            seeing = [(start, look) for start, look in zip(starts, self.looks, strict=False) if look.features]
+            lengths = tuple(look.length for _, look in seeing)
+            runs = [run for _, look in seeing for run in look.features]
+            self._reading = Reading(
+                Segments(lengths, tuple(sum(number for _, number in look.features) for _, look in seeing)),
+                _unless_all([(start, look.length) for start, look in seeing], sum(look.length for look in self.looks), device),
+                _unless_all(runs, num_features, device),
+            )
+        return self._reading
+
+
+def _unless_all(runs: list[tuple[int, int]], num_rows: int, device: torch.device) -> torch.Tensor | None:
+    """int64: rows of runs (first, number); None where these are all rows in order."""
+    if [first for first, _ in runs] == list(accumulate((n for _, n in runs), initial=0))[:-1] and sum(n for _, n in runs) == num_rows:
+        return None
+    ranges = [torch.arange(first, first + number) for first, number in runs]
+    return _to(torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64), device)
+
+
+def _to(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy that does not make the host wait for the GPU."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def picture_rows(model: ModelConfig, batch: PackedBatch) -> list[tuple[int, int]]:
@@ -149,7 +190,7 @@ class HeadNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = copy_to_tensor_model_parallel_region(self.weight)
-        return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
+        return rms_norm(x, weight, self.eps)
 
 
 class CrossAttention(MegatronModule):
@@ -158,8 +199,9 @@ class CrossAttention(MegatronModule):
     def __init__(self, config: TransformerConfig, layer_number: int, style: CrossAttentionConfig, **_: Any) -> None:
         super().__init__(config=config)
         self.layer_number, self.head_width = layer_number, config.kv_channels
-        self.scale = 1.0 / math.sqrt(config.kv_channels)
+        self.backend = backend_of(config)
         device = torch.device("cpu" if config.use_cpu_initialization else "cuda")
+        choose(Call(DTYPE_NAMES[config.params_dtype], config.kv_channels), machine_of(device.type), self.backend)
         # Features are whole on every tensor rank, and so must be their gradients: no sequence parallelism on their side.
         whole = copy.copy(config)
         whole.sequence_parallel = False
@@ -192,7 +234,7 @@ class CrossAttention(MegatronModule):
             key, value = self._keys_and_values(packing.sides[PICTURES])
             if packing.cache is not None:
                 packing.cache.pictures[self.layer_number] = key, value
-        out = _attend(query, key, value, packing.sight.looks, self.scale)
+        out = _attend(query, key, value, packing.sight, self.backend)
         gated: tuple[torch.Tensor, None] = self.linear_proj(out.flatten(1).unsqueeze(1))
         return gated
 
@@ -204,21 +246,18 @@ class CrossAttention(MegatronModule):
         return self.key_norm(key), value
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, looks: Sequence[Look], scale: float) -> torch.Tensor:
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sight: Sight, backend: str) -> torch.Tensor:
     """(L, H, K), (M, G, K), (M, G, K) -> (L, H, K), zeros for rows that see nothing."""
-    grouped, outputs = query.shape[1] != key.shape[1], []
-    for q, look in zip(query.split([look.length for look in looks]), looks, strict=True):
-        if not look.features:
-            outputs.append(torch.zeros_like(q))
-            continue
-        k, v = (torch.cat([x[first : first + number] for first, number in look.features]) for x in (key, value))
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped).squeeze(0).transpose(0, 1))
-    out = torch.cat(outputs)
-    if any(look.features for look in looks):
-        return out
-    # Overlapped gradient reduction waits for the gradient of every weight, here too.
-    return out + 0.0 * (query.sum() + key.sum() + value.sum())
+    if not any(look.features for look in sight.looks):
+        # Overlapped gradient reduction waits for the gradient of every weight, here too.
+        return 0.0 * query + 0.0 * (key.sum() + value.sum())
+    reading = sight.reading(key.shape[0], query.device)
+    if reading.features_F is not None:
+        key, value = (x.index_select(0, reading.features_F) for x in (key, value))
+    if reading.rows_R is None:
+        return packed_attention(query, key, value, reading.segments, causal=False, backend=backend)
+    out = packed_attention(query.index_select(0, reading.rows_R), key, value, reading.segments, causal=False, backend=backend)
+    return query.new_zeros(query.shape).index_copy(0, reading.rows_R, out)
 
 
 class CrossAttentionLayer(TransformerLayer):

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
 from megavlm.models.layers.norms import new
+from megavlm_kernels.rms_norm import rms_norm
 
 QK_NORM_EPS = 1e-6
 """Of InternViT's norms of query and key, whatever its other norms have (transformers 5.23, models/internvl)."""
@@ -71,11 +72,12 @@ class WideRMSNorm(torch.nn.Module):
         self.weight.tensor_model_parallel, self.weight.partition_dim, self.weight.partition_stride = True, 0, 1  # type: ignore[attr-defined]
 
     def forward(self, x_LBHK: torch.Tensor) -> torch.Tensor:
+        if self.ranks == 1:
+            return rms_norm(x_LBHK.flatten(-2), self.weight, QK_NORM_EPS).view_as(x_LBHK)
         x = x_LBHK.flatten(-2).float()
         total = x.square().sum(-1, keepdim=True)
-        if self.ranks > 1:
-            # Summed over ranks forward, and backward too: every rank's heads depend on the one sum.
-            total = reduce_from_tensor_model_parallel_region(copy_to_tensor_model_parallel_region(total, self.group), self.group)
+        # Summed over ranks forward, and backward too: every rank's heads depend on the one sum.
+        total = reduce_from_tensor_model_parallel_region(copy_to_tensor_model_parallel_region(total, self.group), self.group)
         normed = (x * torch.rsqrt(total / self.width + QK_NORM_EPS)).to(x_LBHK.dtype)
         return (self.weight * normed).view_as(x_LBHK)
 
