@@ -66,7 +66,8 @@ class ParallelConfig(Block):
     """What is split over data and context ranks instead of copied to each (ZeRO, https://arxiv.org/abs/1910.02054). 0: nothing. 1: the
     optimizer's state (megatron-core's distributed optimizer). 2: gradients too; parameters are gathered once a step. 3: parameters too;
     each transformer layer gathers its own when it runs, forward and backward. 2 and 3 are torch's FSDP2: parameters that train are kept
-    in fp32 (split), and gradients are reduced in every microbatch."""
+    in fp32 (split), and gradients are reduced in every microbatch. Experts that `expert` ranks share are split over the ranks that hold
+    the same ones."""
     overlap_grad_reduce: bool = False
     """Overlap gradient reduction with the backward pass. zero=2 and 3 always do."""
     overlap_param_gather: bool = False
@@ -129,11 +130,6 @@ class ParallelConfig(Block):
             raise ValueError("recompute_modules is for recompute=selective (or recompute_encoder=selective): leave it out")
         if self.recompute_layers is not None and "full" not in chosen:
             raise ValueError("recompute_layers is for recompute=full (or recompute_encoder=full): leave it out")
-        if self.zero >= 2 and self.expert > 1:
-            raise ValueError(
-                f"zero={self.zero} splits weights over ranks that hold the same ones, and with expert={self.expert} ranks hold experts of "
-                "their own: use zero=1"
-            )
         return self
 
     @property

@@ -166,6 +166,14 @@ def entered_data_group() -> dist.ProcessGroup:
     return group
 
 
+def entered_expert_group() -> dist.ProcessGroup:
+    """Ranks of the grid that this process is in that hold copies of the same experts, where expert ranks share them (parallel.expert)."""
+    from megatron.core import parallel_state as ps
+
+    group: dist.ProcessGroup = ps.get_expert_data_parallel_group()
+    return group
+
+
 def leave_grid() -> None:
     """Dissolve megatron-core's groups, so that another grid can be entered (stages may differ in layout)."""
     from megatron.core import parallel_state as ps

@@ -33,7 +33,8 @@ class ShardedDataParallel(_BaseDataParallel):
 
     `units` gather their parameters when they run; the rest of the chunk does so at its beginning, until the end of its backward pass.
     Every rank must run the same units in every microbatch (see `touch`). With `keeps_gathered` (ZeRO-2) parameters stay whole from the
-    first microbatch of a step to its last.
+    first microbatch of a step to its last. `experts`, units or inside them, have copies on the ranks of `expert_group` only and are split
+    over these; all else is split over `group`.
     """
 
     def __init__(
@@ -46,6 +47,8 @@ class ShardedDataParallel(_BaseDataParallel):
         group: dist.ProcessGroup,
         device: torch.device,
         keeps_gathered: bool,
+        experts: Iterable[torch.nn.Module] = (),
+        expert_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(config=config, module=module)
         self.ddp_config, self.keeps_gathered = ddp_config, keeps_gathered
@@ -56,10 +59,14 @@ class ShardedDataParallel(_BaseDataParallel):
             param_dtype=None if is_fp32 else computes, reduce_dtype=None if is_fp32 else reduces, cast_forward_inputs=False
         )
         options: dict[str, Any] = {
-            "mesh": DeviceMesh.from_group(group, device.type),
+            "mesh": _mesh(group, device),
             "mp_policy": policy,
             "reshard_after_forward": not keeps_gathered,
         }
+        if expert_group is not None:
+            expert_options = options | {"mesh": _mesh(expert_group, device)}
+            for unit in experts:
+                _shard(unit, computes, expert_options)
         for unit in units:
             _shard(unit, computes, options)
         _shard(module, computes, options | {"reshard_after_forward": False})
@@ -107,6 +114,12 @@ class ShardedDataParallel(_BaseDataParallel):
         for parameter in self.module.parameters():
             if parameter.grad is not None:
                 _local(parameter.grad).mul_(scaling_factor)
+
+
+def _mesh(group: dist.ProcessGroup, device: torch.device) -> DeviceMesh:
+    """The group as a mesh of its own. torch keeps results of DTensor operations by mesh, and takes two of the same ranks for one unless
+    their names differ: a parameter would be given the mesh of another grid, whose group may be gone."""
+    return DeviceMesh.from_group(group, device.type, mesh_dim_names=(f"group_{group.group_name}",))
 
 
 def _shard(module: torch.nn.Module, computes: torch.dtype, options: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from megavlm.planner.parameters import ParameterBlock, parameter_blocks
 from megavlm.planner.precision import fp8_parts, fp8_weights
 from megavlm.planner.projectors import projector_elements
 from megavlm.planner.schedule import most_in_flight, pass_order
-from megavlm.planner.state import element_bytes, gathered_bytes, state_bytes
+from megavlm.planner.state import StateBytes, element_bytes, gathered_bytes, state_bytes
 from megavlm.topology.context import most_rows
 from megavlm.topology.grid import RankGrid
 from megavlm.topology.pipeline import PipelineSplit
@@ -222,6 +222,24 @@ def _most_pictures(model: ModelConfig, data: DataConfig) -> tuple[int, int]:
     return tiles, tiles * model.vision.num_patches
 
 
+def _held(parameters: int, trainable: int, shards: int, load: _Load) -> StateBytes:
+    """Bytes of this rank's parameters, gradients and optimizer state, of which `shards` ranks hold copies."""
+    each = state_bytes(load.precision, shards, load.zero, offloads=load.offloads_optimizer)
+    # What is frozen is kept in the format of computation, and split with the rest.
+    frozen = (parameters - trainable) * load.element_bytes / (shards if load.zero >= 2 else 1)
+    return StateBytes(trainable * each.weight + frozen, trainable * each.gradient, trainable * each.optimizer)
+
+
+def _whole_layers(blocks: Sequence[ParameterBlock]) -> list[tuple[int, int]]:
+    """(parameters, those that train) of each transformer layer, its experts included."""
+    layers: dict[tuple[str, int, int | None], tuple[int, int]] = {}
+    for block in blocks:
+        if block.part in ("layer", "experts"):
+            number, trained = layers.get((block.module, block.encoder, block.layer), (0, 0))
+            layers[block.module, block.encoder, block.layer] = number + block.local, trained + (block.local if block.trains else 0)
+    return list(layers.values())
+
+
 def _rank_memory(
     rank: int, blocks: Sequence[ParameterBlock], split: PipelineSplit, load: _Load, model: ModelConfig, num_microbatches: int
 ) -> RankMemory:
@@ -232,13 +250,11 @@ def _rank_memory(
     if embedding is not None and model.language.tie_embeddings and split.pipeline > 1 and split.is_last(rank):
         parameters += embedding.local
         trainable += embedding.local if embedding.trains else 0
-    # Experts are copied over fewer ranks than the rest, so each rank has more of their optimizer state.
-    experts = sum(b.local for b in mine if b.trains and b.part == "experts")
-    weight, gradient, optimizer = state_bytes(load.precision, load.shards, load.zero, offloads=load.offloads_optimizer)
-    expert_optimizer = state_bytes(load.precision, load.expert_shards, load.zero, offloads=load.offloads_optimizer).optimizer
-    # What is frozen is kept in the format of computation, and split with the rest.
-    frozen = load.element_bytes / (load.shards if load.zero >= 2 else 1)
-    layers = [(b.local, b.local if b.trains else 0) for b in mine if b.part == "layer"]
+    # Experts are copied over fewer ranks than the rest, so each rank has more of what is split.
+    experts = (sum(b.local for b in mine if b.part == "experts"), sum(b.local for b in mine if b.trains and b.part == "experts"))
+    others = (parameters - experts[0], trainable - experts[1])
+    held = [_held(*others, load.shards, load), _held(*experts, load.expert_shards, load)]
+    layers = _whole_layers(mine)
     outside = (parameters - sum(n for n, _ in layers), trainable - sum(n for _, n in layers))
     # Cast once a step, as they are and transposed, but where ZeRO-3 keeps no whole weights.
     copies = 2 * sum(fp8_weights(b, model, load.precision, load.tensor, load.encoder_tensor) for b in mine) if load.zero < 3 else 0
@@ -246,9 +262,9 @@ def _rank_memory(
         pipeline_rank=rank,
         num_parameters=parameters,
         num_trainable=trainable,
-        parameters_bytes=math.ceil(trainable * weight + (parameters - trainable) * frozen) + copies,
-        gradients_bytes=math.ceil(trainable * gradient),
-        optimizer_bytes=math.ceil((trainable - experts) * optimizer + experts * expert_optimizer),
+        parameters_bytes=math.ceil(sum(h.weight for h in held)) + copies,
+        gradients_bytes=math.ceil(sum(h.gradient for h in held)),
+        optimizer_bytes=math.ceil(sum(h.optimizer for h in held)),
         activations_bytes=_activations(rank, blocks, split, load, model, num_microbatches),
         head_bytes=_head(load, model, embedding, blocks) if load.tokens and split.is_last(rank) else 0,
         gathered_bytes=gathered_bytes(load.zero, load.precision, layers, outside),

@@ -12,9 +12,9 @@ from megavlm.config.schema import ParallelConfig, Recipe, StageConfig
 from megavlm.models.classifier import VisionClassifier
 from megavlm.models.freezing import apply_freezing
 from megavlm.models.layers.fp8 import apply_fp8
-from megavlm.models.units import layer_units
+from megavlm.models.units import expert_units, layer_units
 from megavlm.models.vlm import VisionLanguageModel
-from megavlm.parallel.context import ParallelContext, entered_data_group
+from megavlm.parallel.context import ParallelContext, entered_data_group, entered_expert_group
 from megavlm.parallel.encoder_layout import finalize_gradients
 from megavlm.parallel.sharded import ShardedDataParallel
 from megavlm.planner.precision import choose_fp8
@@ -92,8 +92,20 @@ def _sharded(
     modules: list[torch.nn.Module], ddp_config: DistributedDataParallelConfig, parallel: ParallelConfig
 ) -> list[ShardedDataParallel]:
     group = entered_data_group()
+    # Expert ranks hold experts of their own: fewer ranks have copies of the same ones.
+    expert_group = entered_expert_group() if parallel.expert > 1 else None
     device = next(parameter.device for module in modules for parameter in module.parameters())
     return [
-        ShardedDataParallel(m.config, ddp_config, m, layer_units(m), group=group, device=device, keeps_gathered=parallel.zero == 2)
+        ShardedDataParallel(
+            m.config,
+            ddp_config,
+            m,
+            layer_units(m),
+            group=group,
+            device=device,
+            keeps_gathered=parallel.zero == 2,
+            experts=expert_units(m),
+            expert_group=expert_group,
+        )
         for m in modules
     ]
