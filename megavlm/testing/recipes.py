@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -38,6 +39,22 @@ def tiny_stage(name: str = "all", steps: int = 5, **changes: Any) -> dict[str, A
         "optimizer": PARITY_OPTIMIZER,
         "schedule": {"kind": "cosine", "warmup_steps": 1, "min_lr_fraction": 0.5},
         **(ALL_TRAIN | changes),
+    }
+
+
+def encoder_stage(name: str = "encoder", steps: int = 2, **changes: Any) -> dict[str, Any]:
+    """A stage that pretrains the encoder alone, on what its patches show."""
+    return {
+        "name": name,
+        "objective": "vision_classification",
+        "steps": steps,
+        "packs_per_step": 4,
+        "images_per_pack": 4,
+        "num_classes": 11,
+        "mixture": {"patches": 1.0},
+        "vision": {"train": "full"},
+        "optimizer": PARITY_OPTIMIZER,
+        **changes,
     }
 
 
@@ -93,6 +110,17 @@ def _merged(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
     for key, value in update.items():
         merged[key] = _merged(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
     return merged
+
+
+def assert_same_records(
+    records: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]], loss: float = 1e-5, grad_norm: float = 1e-4
+) -> None:
+    """The same steps, with losses and gradient norms that are equal up to these relative differences: what layouts promise."""
+    assert [record["step"] for record in records] == [record["step"] for record in reference]
+    for record, expected in zip(records, reference, strict=True):
+        for name, allowed in (("loss", loss), ("grad_norm", grad_norm)):
+            got, wanted = record[name], expected[name]
+            assert abs(got - wanted) <= allowed * abs(wanted), f"step {record['step']}: {name} {got}, not {wanted} (allowed: {allowed:g})"
 
 
 def train_and_read(recipe: Recipe) -> list[dict[str, Any]]:

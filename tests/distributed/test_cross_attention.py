@@ -19,7 +19,7 @@ from megavlm.models.language.cross import PICTURES, Look, picture_rows, sight_of
 from megavlm.models.weights import sharded_tensors
 from megavlm.parallel.context import enter_grid
 from megavlm.testing.pool import RankPool
-from megavlm.testing.recipes import ENCODER_FROZEN, tiny_recipe, tiny_stage, train_and_read
+from megavlm.testing.recipes import ENCODER_FROZEN, assert_same_records, tiny_recipe, tiny_stage, train_and_read
 from megavlm.testing.tiny import tiny_chunks, tiny_model_config
 from megavlm.topology.context import context_layout
 
@@ -299,12 +299,6 @@ def one_rank(pool: RankPool, data_dir: Path, tmp_path_factory: pytest.TempPathFa
     return found
 
 
-def assert_same(records: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
-    for record, expected in zip(records, reference, strict=True):
-        assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5), f"step {expected['step']}"
-        assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), f"step {expected['step']}"
-
-
 @pytest.mark.parametrize(
     "layout", [pytest.param(name, marks=[pytest.mark.slow] if size > 2 else []) for name, (size, _) in LAYOUTS.items()]
 )
@@ -312,7 +306,7 @@ def test_layouts(pool: RankPool, data_dir: Path, tmp_path: Path, one_rank: dict[
     """The same losses and gradient norms however the model is spread; some microbatches have no picture."""
     size, parallel = LAYOUTS[layout]
     style = "mllama" if layout in ("TP2+SP", "PP2", "CP2xPP2", "DP2+overlap") else "flamingo"
-    assert_same(run(pool, tmp_path, data_dir, size, parallel, style), one_rank[style])
+    assert_same_records(run(pool, tmp_path, data_dir, size, parallel, style), one_rank[style])
 
 
 @pytest.mark.parametrize(
@@ -331,11 +325,11 @@ def test_other_pictures(
 ) -> None:
     """An encoder that sees a picture's tiles together, and pictures in their own size."""
     size, parallel = LAYOUTS[layout]
-    assert_same(run(pool, tmp_path, data_dir, size, parallel, "mllama", kind), one_rank[kind])
+    assert_same_records(run(pool, tmp_path, data_dir, size, parallel, "mllama", kind), one_rank[kind])
 
 
 def test_frozen_encoder_and_pipeline(pool: RankPool, data_dir: Path, tmp_path: Path, one_rank: dict[str, list[dict[str, Any]]]) -> None:
-    assert_same(run(pool, tmp_path, data_dir, 2, {"pipeline": 2}, "flamingo", **ENCODER_FROZEN), one_rank["frozen"])
+    assert_same_records(run(pool, tmp_path, data_dir, 2, {"pipeline": 2}, "flamingo", **ENCODER_FROZEN), one_rank["frozen"])
 
 
 def test_pictures_matter(one_rank: dict[str, list[dict[str, Any]]]) -> None:

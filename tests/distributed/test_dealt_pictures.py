@@ -17,7 +17,7 @@ from megavlm.parallel import encoder_layout
 from megavlm.parallel.context import ParallelContext, enter_grid
 from megavlm.parallel.encoder_layout import RowLayout, gather_rows, shared_gradient
 from megavlm.testing.pool import RankPool
-from megavlm.testing.recipes import tiny_recipe, tiny_stage, train_and_read
+from megavlm.testing.recipes import assert_same_records, tiny_recipe, tiny_stage, train_and_read
 from megavlm.testing.tiny import tiny_batch, tiny_chunks, tiny_model_config, tiny_native_batch
 from tests.distributed.test_cross_attention import CANVAS, MLLAMA, train_with_open_gates
 from tests.distributed.test_layouts import PICTURES, first_plans
@@ -71,19 +71,12 @@ def one_rank(pool: RankPool, data_dir: Path, words: Path, tmp_path_factory: pyte
     return {kind: train(pool, base / str(i), data_dir, 1, kind, words, {}) for i, kind in enumerate(KINDS)}
 
 
-def assert_same(records: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
-    assert len(records) == len(reference)
-    for record, expected in zip(records, reference, strict=True):
-        assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5), expected["step"]
-        assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), expected["step"]
-
-
 @pytest.mark.parametrize(("kind", "grid"), RUNS)
 def test_every_kind(
     kind: str, grid: str, pool: RankPool, data_dir: Path, words: Path, tmp_path: Path, one_rank: dict[str, list[dict[str, Any]]]
 ) -> None:
     size, parallel = GRIDS[grid]
-    assert_same(train(pool, tmp_path, data_dir, size, kind, words, parallel | DEALT), one_rank[kind])
+    assert_same_records(train(pool, tmp_path, data_dir, size, kind, words, parallel | DEALT), one_rank[kind])
 
 
 SPARSE = tiny_stage(steps=4) | {"mixture": {"pages": 0.06, "text": 0.94}}
@@ -106,7 +99,7 @@ def test_few_pictures_or_none(pool: RankPool, data_dir: Path, tmp_path: Path) ->
     reference = pool.run(train_and_read, tiny_recipe(tmp_path / "one", data_dir, [SPARSE]))[0]
     for name, parallel in SHARED.items():
         recipe = tiny_recipe(tmp_path / name, data_dir, [SPARSE], parallel=parallel | DEALT)
-        assert_same(pool.run(train_and_read, recipe, world_size=4)[0], reference)
+        assert_same_records(pool.run(train_and_read, recipe, world_size=4)[0], reference)
 
 
 @pytest.mark.parametrize("limit", [1.0, 60.0, 1e9])
@@ -116,7 +109,7 @@ def test_auto_changes_no_number(limit: float, pool: RankPool, data_dir: Path, tm
     reference = pool.run(train_and_read, tiny_recipe(tmp_path / "one", data_dir, [stage]))[0]
     auto = {"tensor": 2, "context": 2, "encoder_data_parallel": "auto", "encoder_min_flops_per_byte": limit}
     recipe = tiny_recipe(tmp_path / "four", data_dir, [stage], parallel=auto)
-    assert_same(pool.run(train_and_read, recipe, world_size=4)[0], reference)
+    assert_same_records(pool.run(train_and_read, recipe, world_size=4)[0], reference)
 
 
 def decisions(parallel: ParallelConfig) -> tuple[list[bool], list[int]]:

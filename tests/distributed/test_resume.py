@@ -12,24 +12,21 @@ from typing import Any
 import pytest
 
 from megavlm.testing.pool import RankError, RankPool
-from megavlm.testing.recipes import ENCODER_FROZEN, PARITY_OPTIMIZER, tiny_recipe, tiny_stage, train_and_read
+from megavlm.testing.recipes import (
+    ENCODER_FROZEN,
+    PARITY_OPTIMIZER,
+    assert_same_records,
+    encoder_stage,
+    tiny_recipe,
+    tiny_stage,
+    train_and_read,
+)
 
 TOTAL_STEPS = 8
 
 
 def stages() -> list[dict[str, Any]]:
     """Encoder, words, everything: each stage trains other modules, and two of them do not build the whole model."""
-    encoder = {
-        "name": "encoder",
-        "objective": "vision_classification",
-        "steps": 2,
-        "packs_per_step": 4,
-        "images_per_pack": 4,
-        "num_classes": 11,
-        "mixture": {"patches": 1.0},
-        "vision": {"train": "full"},
-        "optimizer": PARITY_OPTIMIZER,
-    }
     words = {
         "name": "words",
         "objective": "text",
@@ -39,7 +36,7 @@ def stages() -> list[dict[str, Any]]:
         "optimizer": PARITY_OPTIMIZER,
         "schedule": {"kind": "wsd", "warmup_steps": 1, "decay_steps": 1},
     }
-    return [encoder, words, tiny_stage("frozen", steps=2, **ENCODER_FROZEN), tiny_stage("all", steps=2)]
+    return [encoder_stage(), words, tiny_stage("frozen", steps=2, **ENCODER_FROZEN), tiny_stage("all", steps=2)]
 
 
 def run(
@@ -96,9 +93,8 @@ def test_resume_through_changing_layouts(pool: RankPool, data_dir: Path, tmp_pat
     run(pool, tmp_path, data_dir, 2, {"pipeline": 2, "split": "balanced"}, 7)
     records = run(pool, tmp_path, data_dir, 2, {"pipeline": 2, "virtual_pipeline": 2}, None)
     assert len(records) == TOTAL_STEPS
+    assert_same_records(records, uninterrupted)
     for record, expected in zip(records, uninterrupted, strict=True):
-        assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5), f"step {expected['step']}"
-        assert record["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), f"step {expected['step']}"
         assert record["source_samples"] == expected["source_samples"]
 
 
