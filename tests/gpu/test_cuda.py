@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +10,27 @@ import torch
 
 from megavlm.models.layers.attention import attend_packed
 from megavlm.models.layers.packing import pack
-from megavlm.testing.recipes import make_tiny_data, tiny_recipe, tiny_stage
+from megavlm.testing.own_process import OwnTraining, train_apart
+from megavlm.testing.recipes import tiny_recipe, tiny_stage
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
-TRAIN = """
-import json, sys
-from megavlm.config.load import load_recipe
-from megavlm.testing.recipes import train_and_read
-print("RESULT " + json.dumps([r["loss"] for r in train_and_read(load_recipe(sys.argv[1]))]))
-"""
 
-
-def losses(folder: Path, data_dir: Path, device: str, dtype: str) -> list[float]:
-    """Train in a process of its own: a CPU process redirects CUDA names and cannot use the GPU any more."""
-    from megavlm.config.load import dump_recipe
-
+def train(folder: Path, data_dir: Path, device: str, dtype: str) -> OwnTraining:
     run: dict[str, Any] = {"device": device, "deterministic": False}
-    recipe = tiny_recipe(folder / "run", data_dir, [tiny_stage()], run=run, precision={"dtype": dtype})
-    folder.mkdir(parents=True)
-    dump_recipe(recipe, folder / "recipe.yaml")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", TRAIN, str(folder / "recipe.yaml")], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-    result: list[float] = json.loads(line.removeprefix("RESULT "))
-    return result
+    return train_apart(tiny_recipe(folder / "run", data_dir, [tiny_stage()], run=run, precision={"dtype": dtype}))
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> OwnTraining:
+    return train(tmp_path_factory.mktemp("cpu"), data_dir, "cpu", "fp32")
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-3), ("bf16", 3e-2)])
-def test_training_on_the_gpu_equals_the_cpu(dtype: str, tolerance: float, tmp_path: Path) -> None:
-    data_dir = make_tiny_data(tmp_path / "data")
-    on_cpu = losses(tmp_path / "cpu", data_dir, "cpu", "fp32")
-    on_gpu = losses(tmp_path / "gpu", data_dir, "cuda", dtype)
-    assert on_gpu == pytest.approx(on_cpu, rel=tolerance)
+def test_training_on_the_gpu_equals_the_cpu(dtype: str, tolerance: float, on_cpu: OwnTraining, data_dir: Path, tmp_path: Path) -> None:
+    on_gpu = train(tmp_path, data_dir, "cuda", dtype)
+    assert on_gpu.peak_bytes > on_cpu.peak_bytes == 0
+    assert on_gpu.losses == pytest.approx(on_cpu.losses, rel=tolerance)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,8 @@ import pytest
 import torch
 
 from megavlm.config.load import dump_recipe
-from megavlm.testing.recipes import make_tiny_data, tiny_recipe, tiny_stage
+from megavlm.testing.own_process import run_python
+from megavlm.testing.recipes import tiny_recipe, tiny_stage
 from megavlm.tracking.metrics import read_metrics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -37,16 +35,8 @@ print("RESULT same")
 """
 
 
-def in_process(*command: str) -> str:
-    """Output of a process of its own: one that has used the CPU backend cannot use the GPU any more."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
-
-
 def test_rows_over_nccl() -> None:
-    assert "RESULT same" in in_process("-c", GATHER)
+    assert "RESULT same" in run_python("-c", GATHER)
 
 
 def train(folder: Path, data_dir: Path, ranks: int, dtype: str, parallel: dict[str, Any]) -> list[dict[str, Any]]:
@@ -54,7 +44,7 @@ def train(folder: Path, data_dir: Path, ranks: int, dtype: str, parallel: dict[s
     recipe = tiny_recipe(folder / "run", data_dir, [tiny_stage()], run=run, precision={"dtype": dtype}, parallel=parallel)
     folder.mkdir(parents=True)
     dump_recipe(recipe, folder / "recipe.yaml")
-    in_process("-m", "megavlm.cli", "train", str(folder / "recipe.yaml"))
+    run_python("-m", "megavlm.cli", "train", str(folder / "recipe.yaml"))
     return read_metrics(folder / "run")
 
 
@@ -68,8 +58,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-3), ("bf16", 3e-2)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_gpus_equal_one(layout: str, dtype: str, tolerance: float, tmp_path: Path) -> None:
-    data_dir = make_tiny_data(tmp_path / "data")
+def test_two_gpus_equal_one(layout: str, dtype: str, tolerance: float, data_dir: Path, tmp_path: Path) -> None:
     one = train(tmp_path / "one", data_dir, 1, dtype, {})
     two = train(tmp_path / "two", data_dir, 2, dtype, LAYOUTS[layout])
     for record, expected in zip(two, one, strict=True):

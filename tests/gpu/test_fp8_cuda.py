@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megavlm.testing.recipes import make_tiny_data, tiny_recipe, tiny_stage
+from megavlm.testing.own_process import train_apart
+from megavlm.testing.recipes import tiny_recipe, tiny_stage
 from megavlm_kernels.fp8_cast import E4M3, E5M2, fp8_cast
 from megavlm_kernels.fp8_cast import reference as cast_reference
 from megavlm_kernels.fp8_linear import Fp8Format, fp8_linear
@@ -22,12 +19,6 @@ from megavlm_kernels.packed_attention import machine_of
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 MODEL = {"vision": {"hidden_size": 64, "ffn_hidden_size": 128}, "language": {"hidden_size": 64, "ffn_hidden_size": 128}}
-TRAIN = """
-import json, sys
-from megavlm.config.load import load_recipe
-from megavlm.testing.recipes import train_and_read
-print("RESULT " + json.dumps([r["loss"] for r in train_and_read(load_recipe(sys.argv[1]))]))
-"""
 
 
 def needs_fp8() -> None:
@@ -63,20 +54,13 @@ def test_layer_equals_products_of_rounded_operands(form: Fp8Format, rows: int) -
 
 
 def losses(folder: Path, data_dir: Path, precision: dict[str, Any]) -> list[float]:
-    """Train in a process of its own, as tests/gpu/test_cuda.py does."""
-    from megavlm.config.load import dump_recipe
-
     run: dict[str, Any] = {"device": "cuda", "deterministic": False}
-    recipe = tiny_recipe(folder / "run", data_dir, [tiny_stage(steps=4)], run=run, precision=precision, model=MODEL)
-    folder.mkdir(parents=True)
-    dump_recipe(recipe, folder / "recipe.yaml")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", TRAIN, str(folder / "recipe.yaml")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-    result: list[float] = json.loads(line.removeprefix("RESULT "))
-    return result
+    return train_apart(tiny_recipe(folder / "run", data_dir, [tiny_stage(steps=4)], run=run, precision=precision, model=MODEL)).losses
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> list[float]:
+    return losses(tmp_path_factory.mktemp("fp32"), data_dir, {"dtype": "fp32"})
 
 
 @pytest.mark.parametrize(
@@ -91,7 +75,9 @@ def losses(folder: Path, data_dir: Path, precision: dict[str, Any]) -> list[floa
         ({"fp8": "blockwise"}, 5e-2),
     ],
 )
-def test_training_stays_close_to_fp32(precision: dict[str, Any], tolerance: float, tmp_path: Path) -> None:
+def test_training_stays_close_to_fp32(
+    precision: dict[str, Any], tolerance: float, reference: list[float], data_dir: Path, tmp_path: Path
+) -> None:
     """Encoder tiles have 37 rows: Transformer Engine alone would refuse them."""
     if precision.get("fp8") in ("delayed", "blockwise") or precision.get("fp8_backend") == "transformer_engine":
         from megavlm.planner.precision import machine_stops
@@ -101,6 +87,4 @@ def test_training_stays_close_to_fp32(precision: dict[str, Any], tolerance: floa
             pytest.skip(reason)
     elif "fp8" in precision:
         needs_fp8()
-    data_dir = make_tiny_data(tmp_path / "data")
-    reference = losses(tmp_path / "fp32", data_dir, {"dtype": "fp32"})
-    assert losses(tmp_path / "run", data_dir, precision) == pytest.approx(reference, rel=tolerance)
+    assert losses(tmp_path, data_dir, precision) == pytest.approx(reference, rel=tolerance)
