@@ -22,6 +22,7 @@ REQUIREMENTS = [
     "psutil>=6",
     "pydantic>=2.10,<3",
     "omegaconf>=2.3,<3",
+    "jinja2>=3.1,<4",
     "PyYAML>=6,<7",
     "typer>=0.15,<1",
     "rich>=13.8,<16",

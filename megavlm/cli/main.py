@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from megavlm.cli import config, convert, data, doctor, evaluate, generate, quickstart, train
-from megavlm.cli.errors import DEBUG_VARIABLE, report
+from megavlm.cli import config, convert, data, doctor, evaluate, generate, jobs, launch, quickstart, train
+from megavlm.cli.errors import DEBUG_VARIABLE, note_exit, report
 
 app = typer.Typer(
     name="megavlm",
@@ -39,6 +39,8 @@ def _root(
 
 
 app.command("train")(train.train)
+app.command("launch")(launch.launch)
+app.add_typer(jobs.app, name="jobs")
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
 app.add_typer(convert.app, name="convert")
@@ -55,5 +57,10 @@ def main(arguments: list[str] | None = None) -> None:
         arguments = ["--debug", *(a for a in arguments if a != "--debug")]
     try:
         app(args=arguments, prog_name="megavlm")
+    except SystemExit as end:
+        note_exit(end.code if isinstance(end.code, int) else 0)
+        raise
     except Exception as error:
-        sys.exit(report(error))
+        code = report(error)
+        note_exit(code)
+        sys.exit(code)

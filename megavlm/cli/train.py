@@ -28,7 +28,7 @@ def train(
 
     loaded = load(recipe, overrides)
     if dry_run:
-        _dry_run(loaded, nproc)
+        show(loaded, nproc)
         return
     # In the shell of an sbatch script --nproc is an answer to what found_ranks would ask; inside an srun step it may contradict.
     environment = None if nproc and inside_batch_script(os.environ) else found_ranks(os.environ)
@@ -38,7 +38,8 @@ def train(
     raise typer.Exit(launch(loaded, recipe, overrides or [], nproc))
 
 
-def _dry_run(recipe: Recipe, nproc: int | None) -> None:
+def show(recipe: Recipe, nproc: int | None) -> None:
+    """What the run would come to with so many ranks here."""
     import os
 
     from megavlm.training.dryrun import dry_run

@@ -40,6 +40,7 @@ def train(recipe: Recipe) -> int:
                 tracker.message(f"resuming at step {state.step}, stage {recipe.stages[state.stage_index].name}")
             code = run_stages(recipe, state, RunData(recipe), tracker, stop, device)
             tracker.finish("FINISHED" if code == 0 else "KILLED")
+            dist.barrier()  # SLURM ends all ranks when one has ended with a code: rank 0's last words come first
             return code
     finally:
         stop_process_group()

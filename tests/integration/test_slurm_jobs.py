@@ -1,0 +1,154 @@
+"""Scripts of `megavlm launch` on a real SLURM of two nodes: signals, crashes, restarts, chains. Ranks are small shell scripts that write
+checkpoints as training does."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megavlm.config.cluster import ClusterConfig
+from megavlm.testing.slurm import SlurmCluster, missing_programs
+from megavlm_launchers import jobs
+from megavlm_launchers.sbatch import SlurmJob, render, submit
+
+pytestmark = pytest.mark.skipif(bool(missing_programs()), reason=f"no SLURM here: {', '.join(missing_programs())} missing")
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT"}
+RANK = """
+save() { # rank 0 writes; a rank that ended before it would have it killed
+  if [ "$SLURM_PROCID" != 0 ]; then sleep 2; return; fi
+  local step=$(($(cut -d- -f1 "$RUN/checkpoints/latest" 2> /dev/null || echo 0) + 1))
+  echo "0000000$step-all" > "$RUN/checkpoints/latest"
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        before = os.environ.get("SLURM_CONF")
+        os.environ["SLURM_CONF"] = str(cluster.configuration)
+        try:
+            yield cluster
+        finally:
+            os.environ.pop("SLURM_CONF") if before is None else os.environ.update(SLURM_CONF=before)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """With everything in its name that a shell could fall over."""
+    run_dir = tmp_path / 'o d\'d $HOME %j "q" `é`; #'
+    (run_dir / "checkpoints").mkdir(parents=True)
+    (run_dir / "slurm").mkdir()
+    monkeypatch.setenv("RUN", str(run_dir))
+    monkeypatch.setenv("MEGAVLM_JOBS", str(tmp_path / "jobs"))
+    return run_dir
+
+
+def start(run_dir: Path, ranks: str, *, chain: int | None = None, env_file: Path | None = None, **facts: object) -> jobs.Job:
+    given = {"nodes": 2, "gpus_per_node": 0, "ranks_per_node": 1, "exclusive": False, "memory_per_node": None, "time": "5"}
+    command = ["bash", "-c", RANK + ranks]
+    job = SlurmJob("fake", ClusterConfig.model_validate({**given, **facts}), command, run_dir, run_dir.parent, env_file, chain)
+    script = run_dir / "slurm" / "job.sbatch"
+    script.write_text(render(job))
+    launched = jobs.Job(submit(script), "slurm", "fake", str(run_dir), time.time(), str(script))
+    jobs.remember(launched)
+    return launched
+
+
+def log(run_dir: Path) -> str:
+    return "".join(path.read_text() for path in sorted((run_dir / "slurm").glob("*.log")))
+
+
+def until(job: jobs.Job, words: str, timeout_s: float = 60) -> None:
+    end = time.monotonic() + timeout_s
+    while words not in log(Path(job.run_dir)):
+        assert time.monotonic() < end, f"never said {words!r}:\n{log(Path(job.run_dir))}"
+        time.sleep(0.1)
+
+
+def test_every_task_is_a_rank_that_can_find_the_first(cluster: SlurmCluster, run_dir: Path) -> None:
+    secret = run_dir / "env file"
+    secret.write_text("# of the run\nTOKEN=a b $HOME 'c'=d\n\nEMPTY=\n")
+    job = start(
+        run_dir,
+        'echo "rank $SLURM_PROCID of $SLURM_NTASKS at $MASTER_ADDR: $ODD|$TOKEN|${EMPTY-unset}|$MADE"',
+        env={"ODD": "x  y $Z 'q' \\"},
+        env_file=secret,
+        setup=["export MADE=$(echo here)"],
+    )
+    assert cluster.wait(job.id, ENDED)["JobState"] == "COMPLETED"
+    for rank in (0, 1):
+        assert f"{rank}: rank {rank} of 2 at 127.0.0.1: x  y $Z 'q' \\|a b $HOME 'c'=d||here" in log(run_dir)
+    assert jobs.state(job) == "COMPLETED"
+    assert "a b" not in Path(job.script or "").read_text(), "what the env file says stays out of the script"
+
+
+def test_the_warning_before_the_limit_saves_and_the_job_goes_on_by_itself(cluster: SlurmCluster, run_dir: Path) -> None:
+    job = start(run_dir, 'trap "save; exit 140" USR2; if [ "$MEGAVLM_START" = 0 ]; then echo ready; while :; do sleep 0.1; done; fi')
+    until(job, "1: ready")
+    cluster.run("scancel", "--batch", "--signal=USR2", job.id)  # as SLURM sends it
+    cluster.start_requeued(job.id)
+    until(job, "done at step 1")
+    assert cluster.wait(job.id, ENDED)["Restarts"] == "1"
+    assert "USR2: the ranks save and end" in log(run_dir)
+    assert jobs.state(job) == "COMPLETED"
+
+
+def test_restarts_without_progress_come_to_an_end(cluster: SlurmCluster, run_dir: Path) -> None:
+    """One start that got on, then two restarts that did not."""
+    job = start(run_dir, '[ "$MEGAVLM_START" = 0 ] && save; exit 7')
+    found = cluster.wait(job.id, ENDED)
+    assert (found["JobState"], found["ExitCode"]) == ("FAILED", "86:0"), log(run_dir)
+    assert log(run_dir).count("again, on the same nodes") == 2
+    assert "no checkpoint newer than step 1 after 2 restarts" in log(run_dir)
+
+
+def test_a_recipe_that_cannot_be_run_is_not_started_again(cluster: SlurmCluster, run_dir: Path) -> None:
+    job = start(run_dir, "exit 2")
+    found = cluster.wait(job.id, ENDED)
+    assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", "2:0", "0")
+
+
+def test_one_failed_rank_ends_the_others_and_all_start_again(cluster: SlurmCluster, run_dir: Path) -> None:
+    fails = 'echo 9 > "$MEGAVLM_EXIT_NOTE"; exit 9'  # as megavlm's command line does
+    ranks = f'[ "$MEGAVLM_START" = 1 ] && exit 0; [ "$SLURM_PROCID" = 1 ] && {{ {fails}; }}; while :; do sleep 0.1; done'
+    job = start(run_dir, ranks)
+    assert cluster.wait(job.id, ENDED)["JobState"] == "COMPLETED"
+    assert "exit code 9 at step 0: again, on the same nodes" in log(run_dir)
+
+
+def test_stop_saves_and_nothing_starts_again(cluster: SlurmCluster, run_dir: Path) -> None:
+    job = start(run_dir, 'trap "save; exit 140" USR2; echo ready; while :; do sleep 0.1; done')
+    until(job, "1: ready")
+    assert "save and end" in jobs.stop(jobs.find("fake"))
+    found = cluster.wait(job.id, ENDED)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "0")
+    assert jobs.progress(job).checkpoint == "00000001-all"
+    with pytest.raises(ValueError, match="it is COMPLETED"):
+        jobs.stop(job)
+
+
+def test_a_chain_goes_on_until_the_run_is_done(cluster: SlurmCluster, run_dir: Path) -> None:
+    ranks = 'trap "save; exit 140" USR2; [ "$SLURM_ARRAY_TASK_ID" = 2 ] && exit 0; echo ready; while :; do sleep 0.1; done'
+    job = start(run_dir, ranks, chain=5)
+    until(job, "1: ready")
+    first = cluster.run("squeue", f"--jobs={job.id}_1", "--noheader", "--format=%A").strip()
+    cluster.run("scancel", "--batch", "--signal=USR2", first, check=False)  # see jobs.stop
+    until(job, "done at step 1")
+    end = time.monotonic() + 60
+    while "PENDING" in jobs.state(job) or "RUNNING" in jobs.state(job):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    assert len(list((run_dir / "slurm").glob(f"{job.id}_*.log"))) == 2, "what was left of the chain was cancelled"
+
+
+def test_cancelling_ends_the_job_for_good(cluster: SlurmCluster, run_dir: Path) -> None:
+    job = start(run_dir, 'trap "save; exit 143" TERM; echo ready; while :; do sleep 0.1; done')
+    until(job, "1: ready")
+    cluster.run("scancel", job.id)
+    assert cluster.wait(job.id, ENDED)["JobState"] == "CANCELLED"
+    until(job, "ended by SLURM at step 1")
