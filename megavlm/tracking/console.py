@@ -13,6 +13,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from megavlm.tracking.ranks import size
+
 ROOT = "megavlm"
 _REFRESH_PER_S = 2  # the bar's thread must not take time from training on a small machine
 
@@ -81,11 +83,12 @@ class TrainingDisplay:
         self._task: TaskID | None = None
         self._stage, self._total, self._first = "", 0, 0
         self._seconds_per_step: float | None = None
+        self._peak = ""
 
     def stage_begins(self, stage: str, total_steps: int, first_step: int = 0) -> None:
         """Start showing `stage`: `total_steps` in all, of which `first_step` were done before (a resumed stage)."""
         self._end_bar()
-        self._stage, self._total, self._first, self._seconds_per_step = stage, total_steps, first_step, None
+        self._stage, self._total, self._first, self._seconds_per_step, self._peak = stage, total_steps, first_step, None, ""
         resumed = f", from step {first_step}" if first_step else ""
         self._log.info("stage %s: %d steps%s", stage, total_steps, resumed)
         if self._interactive:
@@ -110,11 +113,14 @@ class TrainingDisplay:
             # A slow first step (compilation, cold caches) fades from the estimate with the steps that follow.
             old = self._seconds_per_step
             self._seconds_per_step = float(seconds) if old is None else 0.9 * old + 0.1 * float(seconds)
+        if (memory := record.get("memory")) is not None:
+            self._peak = f"  memory {size(int(memory['peak_bytes']))}"
+        line = summary(record, self._shows_mfu) + self._peak
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=done, summary=summary(record, self._shows_mfu))
+            self._progress.update(self._task, completed=done, summary=line)
         elif done % self._every == 0 or done == self._first + 1 or done == self._total:
             eta = f"  eta {clock((self._total - done) * self._seconds_per_step)}" if self._seconds_per_step and done < self._total else ""
-            self._log.info("%s %d/%d  %s%s", self._stage, done, self._total, summary(record, self._shows_mfu), eta)
+            self._log.info("%s %d/%d  %s%s", self._stage, done, self._total, line, eta)
 
     def message(self, text: str) -> None:
         """One line for the person who watches."""

@@ -1,4 +1,4 @@
-"""The run in one picture: loss by stage, loss by task, learning rates; drawn from metrics.jsonl alone."""
+"""The run in one picture: loss by stage, loss by task, learning rates, where time went, memory; drawn from metrics.jsonl alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megavlm.tracking.curves_of_ranks import draw_memory, draw_times, read_of_ranks
 from megavlm.tracking.metrics import EVALUATION_FILE, METRICS_FILE, MetricsError, count_lines, flatten, read_metrics
 
 MAX_POINTS = 5000
@@ -33,12 +34,19 @@ def plot_curves(run_dir: str | Path, name: str = "curves.png") -> Path:
     stages = _stages(records)
     tasks, rates = _series(records, "task_loss/"), _series(records, "lr/")
     rows = [_draw_loss] + ([_draw_tasks] if tasks else []) + ([_draw_rates] if rates else [])
+    of_ranks = read_of_ranks(path, MAX_POINTS)
+    below = [draw for key, draw in (("all_ranks_time_s", draw_times), ("memory", draw_memory)) if any(key in r for r in of_ranks)]
     # Figure without pyplot: no global state, no window, safe beside a user's own plots.
-    figure = Figure(figsize=(9.0, 1.0 + 2.6 * len(rows)), layout="constrained")
+    number = len(rows) + len(below)
+    figure = Figure(figsize=(9.0, 1.0 + 2.6 * number), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, draw in zip(axes, rows, strict=True):
+    axes = figure.subplots(number, 1, sharex=True, squeeze=False)[:, 0]
+    for axis, draw in zip(axes, rows, strict=False):
         draw(axis, records, _evaluation(run_dir), tasks if draw is _draw_tasks else rates, stages)
+    for axis, draw_ranks in zip(axes[len(rows) :], below, strict=True):
+        draw_ranks(axis, of_ranks, dict(stages))
+        _legend(axis)
+    for axis in axes:
         for _, first in stages[1:]:
             axis.axvline(first - 0.5, color="0.8", linewidth=0.8, zorder=0)
         axis.grid(axis="y", color="0.92", linewidth=0.6)

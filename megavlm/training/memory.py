@@ -5,10 +5,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megavlm.config.schema import ParallelConfig, Recipe, StageConfig
 from megavlm.data.types import StepPlan
@@ -19,11 +17,11 @@ from megavlm.tracking.process_memory import ProcessMemory
 
 
 class CudaMemory:
-    """What tensors take on the device, as torch's allocator counts it."""
+    """What tensors take on the device, as torch's allocator counts it, since this was made."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.restart()
+        torch.cuda.reset_peak_memory_stats(device)
 
     def peak_bytes(self) -> int:
         return torch.cuda.max_memory_allocated(self._device)
@@ -33,14 +31,14 @@ class CudaMemory:
         return torch.cuda.max_memory_reserved(self._device)
 
     def restart(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self._device)
+        """The peak stays: saving and measuring take less on the device than a step does, and others may read it."""
 
 
 class MemoryWatch:
     """One stage's on this rank. Make it before the stage's model is built.
 
     On a GPU the peak is that of tensors. On a CPU it is the growth of the process since then: data, Python, and freed memory that the
-    C library keeps are in it. Saving and measuring are not training, and what they take is left out (`aside`).
+    C library keeps are in it. Saving and measuring are not training, and what they take on a CPU is left out (`aside`).
     """
 
     def __init__(self, recipe: Recipe, stage: StageConfig, layout: ParallelConfig, ctx: ParallelContext) -> None:
@@ -78,7 +76,7 @@ class MemoryWatch:
 
     @property
     def reserved_bytes(self) -> int | None:
-        """On a GPU what the allocator took from the device, since the last time `aside` began."""
+        """On a GPU what the allocator took from the device, at its most."""
         return self._source.reserved_bytes() if isinstance(self._source, CudaMemory) else None
 
     def estimates(self) -> list[RankMemory]:

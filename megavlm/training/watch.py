@@ -1,4 +1,4 @@
-"""Watches the steps of a stage: the parts of each step's time, the memory of ranks, and the profile of steps that tracking.profile names."""
+"""Watches the steps of a stage: the parts of each step's time, the memory of ranks, and the profile that tracking.profile asks for."""
 
 from __future__ import annotations
 
