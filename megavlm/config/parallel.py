@@ -26,7 +26,7 @@ class ParallelConfig(Block):
     the slowest stage is as fast as can be, by the FLOPs of the stage's first packs: encoder, projector and embedding weigh on the first
     stage, head and loss on the last, and what is frozen has no backward pass. The first and the last stage may end up without a layer,
     and the layers need not be divisible. It is worked out for each stage of the recipe, equally on every rank and again after a resume;
-    `megavlm train --dry-run` prints it with each stage's FLOPs and the bubble to expect."""
+    `megavlm train --dry-run` prints it with each stage's FLOPs and the bubble to expect. With pipeline=1 nothing is spread."""
     layers_per_stage: list[NonNegativeInt] | None = None
     """Instead of `split`: number of LLM layers on each pipeline rank. With virtual_pipeline > 1 one number a chunk, from the bottom of the
     model to its top: chunk 0 of every rank, then chunk 1 of every rank, and so on. 0 is allowed for the first (encoder, projector and
@@ -39,7 +39,8 @@ class ParallelConfig(Block):
     samples. zigzag: each segment in 2 x context chunks in the same way. The work is even in every pack, and nearly all keys travel: for
     samples about as long as the pack, and what Transformer Engine's ring wants. contiguous: each segment in `context` chunks; the last rank
     has the most work. Pads that make chunks equal are rows of a rank only: plans, batches, positions and losses are those of one rank.
-    `megavlm train --dry-run` compares the three on the first step's packs; benchmarks/context_split.py is where the default comes from."""
+    `megavlm train --dry-run` compares the three on the first step's packs; benchmarks/context_split.py is where the default comes from.
+    With context=1 nothing is shared."""
     context_comm: ContextComm = "auto"
     """How keys and values travel between context ranks. keys: each rank is sent those that its queries see, in one exchange, and any kernel
     of precision.attention follows. Transformer Engine's own ways, on GPUs and with context_split=zigzag: p2p passes them around a ring

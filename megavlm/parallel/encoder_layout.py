@@ -93,7 +93,8 @@ class _GatherRows(torch.autograd.Function):
         ctx.layout, ctx.num_rows = layout, rows_RD.shape[0]
         padded = torch.nn.functional.pad(rows_RD, (0, 0, 0, layout.longest - rows_RD.shape[0])).contiguous()
         gathered = padded.new_empty(len(layout.counts) * layout.longest, padded.shape[1])
-        _all_gather(gathered, padded, group=layout.ctx.microbatch_group)
+        with part("communication"):
+            _all_gather(gathered, padded, group=layout.ctx.microbatch_group)
         return gathered.index_select(0, layout.order_N)
 
     @staticmethod
@@ -104,7 +105,8 @@ class _GatherRows(torch.autograd.Function):
         own = taken
         if layout.ctx.grid.context > 1:
             own = taken.new_empty(layout.longest, taken.shape[1])
-            _reduce_scatter(own, taken, group=layout.ctx.context_group)
+            with part("communication"):
+                _reduce_scatter(own, taken, group=layout.ctx.context_group)
         return own[: ctx.num_rows], None
 
 

@@ -129,7 +129,7 @@ def check_context(recipe: Recipe) -> None:
         return
     if parallel.context_comm == "auto":
         return
-    heads, key_heads = language.num_attention_heads // parallel.tensor, language.kv_heads // parallel.tensor
+    heads, key_heads = language.num_attention_heads // parallel.tensor, max(1, language.kv_heads // parallel.tensor)
     found = {
         part: SharedCall(call, parallel.context, heads, key_heads, parallel.context_split)
         for part, call in attention_calls(recipe).items()

@@ -99,6 +99,7 @@ def choose_fp8(model: ModelConfig, precision: PrecisionConfig, parallel: Paralle
     """
     if precision.fp8 == "none":
         return None
+    _check_that_something_is_left(model, precision)
     check_shapes(model, precision, parallel)
     wanted = BACKENDS if precision.fp8_backend == "auto" else (precision.fp8_backend,)
     reasons = {}
@@ -117,6 +118,17 @@ def check_fp8(recipe: Recipe) -> None:
         return
     best = Machine("cuda", (9, 0), transformer_engine=(99,)) if recipe.run.device != "cpu" else Machine("cpu")
     choose_fp8(recipe.model, recipe.precision, recipe.parallel, best)
+
+
+def _check_that_something_is_left(model: ModelConfig, precision: PrecisionConfig) -> None:
+    in_bf16 = precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16
+    encoders = [] if model.text_only else [e.num_layers for e in model.encoders]
+    layers = {"vision": max(encoders, default=0), "projector": 0 if model.text_only else in_bf16 + 1, "language": model.language.num_layers}
+    if not any(number > in_bf16 for module, number in layers.items() if module not in precision.keep_bf16):
+        raise PrecisionError(
+            f"precision.fp8={precision.fp8}: keep_bf16=[{', '.join(precision.keep_bf16)}] and {in_bf16} layers in bf16 at the ends "
+            "leave nothing of this model to multiply in FP8: set fp8=none, or keep less"
+        )
 
 
 def check_shapes(model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig) -> None:

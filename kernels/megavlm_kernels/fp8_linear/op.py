@@ -81,13 +81,15 @@ def fp8_linear(
     return out if bias_N is None else out + bias_N
 
 
-def scaled_matmul(a_RS: torch.Tensor, a_scale: torch.Tensor, b_CS: torch.Tensor, b_scale: torch.Tensor, out: torch.dtype) -> torch.Tensor:
-    """(R, C): rows of FP8 times rows of FP8. Sums are exact to fp32 but in e4m3 x e4m3 on Hopper's fast path, which the forward takes."""
+def scaled_matmul(
+    a_RS: torch.Tensor, a_scale: torch.Tensor, b_CS: torch.Tensor, b_scale: torch.Tensor, out: torch.dtype, *, fast: bool = False
+) -> torch.Tensor:
+    """(R, C): rows of FP8 times rows of FP8. Sums are exact to fp32 but where `fast`: Hopper's quicker, shorter ones, good enough for a
+    forward pass and not for a gradient."""
     if not a_RS.numel():
         return torch.zeros(a_RS.shape[0], b_CS.shape[0], dtype=out, device=a_RS.device)
     if a_scale.dim():
         b_scale = b_scale.view(1, -1)
-    fast = a_RS.dtype == b_CS.dtype == E4M3
     return torch._scaled_mm(a_RS, b_CS.t(), scale_a=a_scale, scale_b=b_scale, out_dtype=out, use_fast_accum=fast)
 
 
@@ -108,7 +110,7 @@ class _Fp8Linear(torch.autograd.Function):
         if cast is None or (wants_x and cast.data_CP is None):
             cast = cast_weight(weight_NK, form, transpose=wants_x)
         own = fp8_cast(x_MK, E4M3, by_row=form.by_row, transpose=wants_weight)
-        out = scaled_matmul(own.data_PC, own.scale, cast.data_PC, cast.scale, x.dtype)[: x_MK.shape[0]]
+        out = scaled_matmul(own.data_PC, own.scale, cast.data_PC, cast.scale, x.dtype, fast=True)[: x_MK.shape[0]]
         kept = own.data_CP
         if kept is not None and gather is not None:
             start = dist.get_rank(gather) * x_LK.shape[0]

@@ -142,7 +142,8 @@ def ring_of(layer: PackedAttention, config: TransformerConfig, style: AttentionS
 
     Raises CommError where the way that was asked for cannot be.
     """
-    heads, key_heads = (number // config.tensor_model_parallel_size for number in (config.num_attention_heads, config.num_query_groups))
+    tensor = config.tensor_model_parallel_size
+    heads, key_heads = config.num_attention_heads // tensor, max(1, config.num_query_groups // tensor)  # fewer than ranks: copies
     call = Call(DTYPE_NAMES[config.params_dtype], config.kv_channels, layer.window is not None, layer.softcap is not None, style.masked)
     shared = SharedCall(call, config.context_parallel_size, heads, key_heads, getattr(config, "context_split", "pack"))
     machine = machine_of("cpu" if config.use_cpu_initialization else "cuda")

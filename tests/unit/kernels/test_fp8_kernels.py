@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -128,6 +129,21 @@ def test_products_are_those_of_rounded_operands(form: Fp8Format) -> None:
     x, weight, grad = inputs(48)
     for got, want in zip(run_layer(x, weight, grad, form), truth(x, weight, grad, by_row=form.by_row, hybrid=form.hybrid), strict=True):
         assert relative(got, want) < 2e-6
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_only_the_forward_pass_takes_short_sums(form: Fp8Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of weights are sums over all tokens; also where they are e4m3."""
+    fast: list[bool] = []
+    real = torch._scaled_mm
+
+    def spy(*args: Any, use_fast_accum: bool, **options: Any) -> Any:
+        fast.append(use_fast_accum)
+        return real(*args, use_fast_accum=use_fast_accum, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", spy)
+    run_layer(*inputs(32), form)
+    assert fast == [True, False, False]
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,8 @@ def test_memory_has_room_for_pads() -> None:
             {},
             "4 context ranks, which do not divide a tensor rank's 4 query heads and 2 key heads",
         ),
+        # Two key heads on four tensor ranks: each has a copy of one, and two context ranks do not divide it.
+        ({"tensor": 4, "context": 2, "context_comm": "a2a", "context_split": "zigzag"}, {}, "1 query heads and 1 key heads"),
         ({"context": 2, "context_comm": "a2a", "context_split": "zigzag"}, {}, "it needs a CUDA device"),
     ],
 )

@@ -52,6 +52,24 @@ def test_chosen(machine: Machine, fp8: str, want: str | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text_only", "precision"),
+    [
+        (False, {"num_layers_at_start_in_bf16": 99}),
+        (False, {"keep_bf16": ["projector", "vision"], "num_layers_at_end_in_bf16": 4}),
+        (True, {"keep_bf16": ["language"]}),
+        (True, {"keep_bf16": ["projector", "language"]}),
+    ],
+)
+def test_a_model_of_which_nothing_is_left_is_refused(text_only: bool, precision: dict[str, Any]) -> None:
+    model = MODEL.model_copy(update={"text_only": text_only})
+    with pytest.raises(PrecisionError, match="leave nothing of this model to multiply in FP8"):
+        choose(HOPPER, model=model, fp8="current", **({"keep_bf16": ["projector"]} | precision))
+    assert (
+        choose(HOPPER, model=MODEL, fp8="current", keep_bf16=["projector", "vision"], num_layers_at_end_in_bf16=3) == "transformer_engine"
+    )
+
+
+@pytest.mark.parametrize(
     ("machine", "precision", "message"),
     [
         (AMPERE, {"fp8": "current"}, "transformer_engine: it needs compute capability 8.9, this GPU has 8.0; scaled_mm: it needs"),
