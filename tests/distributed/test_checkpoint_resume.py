@@ -14,6 +14,7 @@ from megavlm.config.schema import ModelConfig, ParallelConfig, Recipe
 from megavlm.data.types import PackedBatch
 from megavlm.models.init import initialise
 from megavlm.parallel.context import enter_grid
+from megavlm.testing.marks import slow_unless
 from megavlm.testing.pool import RankPool
 from megavlm.testing.tiny import tiny_batch, tiny_chunks, tiny_model_config
 from megavlm.training.build import wrap_for_training
@@ -167,7 +168,7 @@ def test_masters_and_ranks_that_train_nothing(pool: RankPool, tmp_path: Path, fr
         torch.testing.assert_close(got, expected, rtol=rtol, atol=0.0, msg=lambda m, t=target: f"{t}: {m}")
 
 
-@pytest.mark.parametrize("freezing", FREEZING)
+@pytest.mark.parametrize("freezing", slow_unless(FREEZING, lambda freezing: freezing == "partial"))
 def test_fp32_parameters_of_zero_3_are_masters(pool: RankPool, tmp_path: Path, freezing: str) -> None:
     """Stored as masters beside bf16 weights, and taken from them: in both directions, with modules that are frozen."""
     for source, target in (("dp2zero3", "dp2zero3"), ("dp2zero3", "1"), ("1", "dp2zero3")):

@@ -313,10 +313,8 @@ def test_layouts(pool: RankPool, data_dir: Path, tmp_path: Path, one_rank: dict[
     ("layout", "kind"),
     [
         ("TP2", "canvas"),
-        ("PP2", "canvas"),
-        ("DP2+overlap", "canvas"),
         ("PP2", "native"),
-        *(pytest.param(layout, "canvas", marks=pytest.mark.slow) for layout in ("CP2", "recompute")),
+        *(pytest.param(layout, "canvas", marks=pytest.mark.slow) for layout in ("PP2", "DP2+overlap", "CP2", "recompute")),
         *(pytest.param(layout, "native", marks=pytest.mark.slow) for layout in ("TP2", "DP2+overlap", "CP2", "recompute")),
     ],
 )

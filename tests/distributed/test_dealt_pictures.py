@@ -102,7 +102,7 @@ def test_few_pictures_or_none(pool: RankPool, data_dir: Path, tmp_path: Path) ->
         assert_same_records(pool.run(train_and_read, recipe, world_size=4)[0], reference)
 
 
-@pytest.mark.parametrize("limit", [1.0, 60.0, 1e9])
+@pytest.mark.parametrize("limit", [1.0, pytest.param(60.0, marks=pytest.mark.slow), 1e9])
 def test_auto_changes_no_number(limit: float, pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
     """Dealt, partly dealt, never dealt within one step: gradients of both kinds of microbatches add up."""
     stage = tiny_stage(steps=2)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megavlm.config.schema import Recipe
+from megavlm.testing.marks import slow_unless
 from megavlm.testing.pool import RankError, RankPool
 from megavlm.testing.recipes import ALL_TRAIN, PROJECTOR_ONLY, assert_same_records, tiny_recipe, tiny_stage, train_and_read
 
@@ -44,12 +45,10 @@ def test_fp16_trains_as_fp32_does(one_rank: dict[str, list[dict[str, Any]]]) -> 
 
 @pytest.mark.parametrize(
     ("world_size", "parallel"),
-    [
-        (2, {"tensor": 2, "sequence": True}),
-        (2, {"pipeline": 2}),
-        (2, {"zero": 1}),
-        (2, {"context": 2}),
-    ],
+    slow_unless(
+        [(2, {"tensor": 2, "sequence": True}), (2, {"pipeline": 2}), (2, {"zero": 1}), (2, {"context": 2})],
+        lambda world_size, parallel: "context" not in parallel,
+    ),
 )
 def test_layouts_agree(
     world_size: int,
@@ -98,7 +97,7 @@ def watched(recipe: Recipe) -> tuple[list[dict[str, Any]], list[bool]]:
         return train_and_read(recipe), changed
 
 
-@pytest.mark.parametrize(("world_size", "parallel"), [(1, {}), (2, {"pipeline": 2}), (2, {"zero": 1})])
+@pytest.mark.parametrize(("world_size", "parallel"), slow_unless([(1, {}), (2, {"pipeline": 2}), (2, {"zero": 1})], lambda _, p: bool(p)))
 def test_an_overflow_skips_the_step_and_halves_the_scale(
     world_size: int, parallel: dict[str, Any], pool: RankPool, data_dir: Path, tmp_path: Path
 ) -> None:
@@ -116,7 +115,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(
         assert records[-1]["loss"] < records[len(skipped)]["loss"]
 
 
-@pytest.mark.parametrize("stop_after", [3, 13])
+@pytest.mark.parametrize("stop_after", [3, pytest.param(13, marks=pytest.mark.slow)])
 def test_resume_is_bit_exact(stop_after: int, pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
     """In the middle of overflows, and after them with a window half run down."""
     precision = {"dtype": "fp16", "loss_scale": {"initial": 2.0**17, "window_steps": 3, "hysteresis": 2}}

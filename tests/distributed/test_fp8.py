@@ -5,6 +5,7 @@ Through torch._scaled_mm, which multiplies FP8 on a CPU too.
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megavlm.config.schema import ParallelConfig, PrecisionConfig
 from megavlm.models.layers.fp8 import Fp8Product, apply_fp8, constant_weights
 from megavlm.parallel.context import ParallelContext, enter_grid
 from megavlm.testing.in_rank import in_rank
+from megavlm.testing.marks import slow_unless
 from megavlm.testing.pool import RankError, RankPool
 from megavlm.testing.recipes import PROJECTOR_ONLY, tiny_recipe, tiny_stage, train_and_read
 from megavlm.testing.tiny import tiny_batch, tiny_chunks, tiny_model_config
@@ -70,8 +72,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["current", "rowwise"])
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    slow_unless(product(["current", "rowwise"], LAYOUTS), lambda kind, layout: kind == "current" or layout in ("TP2+SP", "DP2+ZeRO3")),
+)
 def test_layouts_agree(
     layout: str, kind: str, pool: RankPool, data_dir: Path, tmp_path: Path, one_rank: dict[str, list[dict[str, Any]]]
 ) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megavlm.data.types import StepPlan
+from megavlm.testing.marks import slow_unless
 from megavlm.testing.pool import RankPool
 from megavlm.testing.recipes import (
     ALL_TRAIN,
@@ -80,8 +82,14 @@ def single_rank(pool: RankPool, data_dir: Path, tmp_path_factory: pytest.TempPat
     return {name: run(pool, base / name, data_dir, 1, stage_of(name)) for name in TRAINING}
 
 
-@pytest.mark.parametrize("training", TRAINING)
-@pytest.mark.parametrize("layout", LAYOUTS)
+# Each way of freezing on every axis, and frozen layers below trained ones in every layout; the rest with `make test-all`.
+EVERY_TRAINING = {"TP2+SP", "PP2", "PP2xVPP2xDP2+overlap", "CP2"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "training"),
+    slow_unless(product(LAYOUTS, TRAINING), lambda layout, training: layout in EVERY_TRAINING or training in ("all", "top_layers")),
+)
 def test_layout_equals_single_rank(
     layout: str, training: str, pool: RankPool, data_dir: Path, tmp_path: Path, single_rank: dict[str, list[dict[str, Any]]]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from megavlm.config.schema import ModelConfig, ParallelConfig, Recipe
 from megavlm.data.types import PackedBatch
 from megavlm.planner.state import state_bytes
+from megavlm.testing.marks import slow_unless
 from megavlm.testing.pool import RankPool
 from megavlm.testing.recipes import (
     ALL_TRAIN,
@@ -88,8 +90,9 @@ def test_ranks_without_any_picture_and_evaluation_between_steps(zero: int, pool:
     assert_same_records(run(pool, tmp_path / "two", data_dir, 2, stage, evaluation=evaluation, parallel={"zero": zero}), reference)
 
 
-@pytest.mark.parametrize("training", ["all", "top_layers"])
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize(
+    ("zero", "training"), slow_unless(product([2, 3], ["all", "top_layers"]), lambda zero, training: (zero == 3) == (training == "all"))
+)
 def test_bf16_is_that_of_the_distributed_optimizer(zero: int, training: str, pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
     """Parameters are computed with in bf16 and updated in fp32, as megatron-core's bf16 optimizers do with their masters."""
     stage, bf16 = tiny_stage(steps=4, **TRAINING[training]), {"dtype": "bf16"}
