@@ -37,7 +37,7 @@ def put_grids(columns: dict[str, np.ndarray], at: int, grids: list[PictureGrid],
 
 def flat_grid(grid: PictureGrid) -> tuple[int, ...]:
     """Its values in the order of GRID_COLUMNS."""
-    return (grid.cols, grid.rows, int(grid.thumbnail), grid.tokens, *grid.work)
+    return (grid.cols, grid.rows, int(grid.thumbnail), grid.tokens, *grid.work[:3])
 
 
 def plan_all(widths: np.ndarray, heights: np.ndarray, starts: np.ndarray, resizing: Resizing, image: ImageConfig) -> PicturePlans:

@@ -76,7 +76,7 @@ class StepPlanner:
         if missing := sorted(set(stage.sources) - set(indexes)):
             raise PlanError(f"stage {stage.name!r}: the mixture names sources without an index: {', '.join(missing)}")
         self._columns = {name: Columns(name, indexes[name], stage, data) for name in sorted(stage.sources)}
-        self._flops = FlopsModel(model, stage)
+        self._model, self._flops = model, FlopsModel(model, stage)
         depends_on = identity(self._columns, stage, data, model, seed)
         if cursor is not None:
             check_cursor(cursor, depends_on)
@@ -101,7 +101,7 @@ class StepPlanner:
             PlanError: the same before the first step.
         """
         packs = self._next_packs()
-        vision = [self._flops.total((), pack.vision, 0) for pack in packs]
+        vision = [self._flops.total((), pack.vision._replace(looks=0), 0) for pack in packs]
         costs = [(pack.flops, float(part)) for pack, part in zip(packs, vision, strict=True)]
         dealt = deal(costs, self._dp_size, self._num_microbatches)
         assignment = tuple(tuple(tuple(packs[i] for i in items) for items in rank) for rank in dealt)
@@ -173,6 +173,8 @@ class StepPlanner:
     def _pack(self, chosen: Sequence[Waiting[Draw]]) -> PackPlan:
         lengths = tuple(w.length for w in chosen)
         work = VisionWork.total(self._columns[w.sample.source].work(w.sample.row) for w in chosen)
+        if self._model.language.cross_attention is not None:
+            work = work._replace(looks=sum(self._columns[w.sample.source].looks(w.sample.row, self._model) for w in chosen))
         num_targets = sum(int(self._columns[w.sample.source].targets[w.sample.row]) for w in chosen)
         return PackPlan(
             samples=tuple(SampleRef(w.sample.source, w.sample.row) for w in chosen),

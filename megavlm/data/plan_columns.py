@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from megavlm.config.schema import DataConfig, StageConfig
+from megavlm.config.schema import DataConfig, ModelConfig, StageConfig
 from megavlm.data.packing import Budget, Packer, Waiting
+from megavlm.data.resizing_base import PictureGrid
 from megavlm.planner.flops import VisionWork
 
 _PILOT_WINDOWS, _PILOT_WINDOW_SAMPLES = 3, 256
@@ -50,6 +51,7 @@ class Index(Protocol):
     def num_targets(self) -> npt.NDArray[np.integer]: ...
     @property
     def fingerprint(self) -> str: ...
+    def grids(self, row: int) -> Sequence[PictureGrid]: ...
     def __len__(self) -> int: ...
 
 
@@ -62,6 +64,7 @@ class Columns:
 
     def __init__(self, name: str, index: Index, stage: StageConfig, data: DataConfig) -> None:
         self.num_rows, self.fingerprint = len(index), str(index.fingerprint)
+        self._index, self._native = index, data.image.policy == "native"
         self.tiles, self.patches, self.pairs = (np.asarray(c) for c in (index.num_tiles, index.num_patches, index.patch_pairs))
         self.targets = np.asarray(index.num_targets)
         images_only = stage.objective == "vision_classification"
@@ -87,6 +90,18 @@ class Columns:
     def work(self, row: int) -> VisionWork:
         """Of one sample's pictures."""
         return VisionWork(int(self.tiles[row]), int(self.patches[row]), int(self.pairs[row]))
+
+    def looks(self, row: int, model: ModelConfig) -> int:
+        """Rows of one sample's text times the features that each sees in a cross-attention layer, as if all pictures were seen by
+        equally many and none stood before the first: the plan does not know where in the text they stand."""
+        grids = self._index.grids(row)
+        if not grids:
+            return 0
+        if self._native:
+            features = sum(model.visual_tokens(grid.rows, grid.cols) for grid in grids)
+        else:
+            features = sum(grid.work.tiles for grid in grids) * model.visual_tokens_per_tile
+        return int(self.lengths[row]) * features // len(grids)
 
     @property
     def mean_length(self) -> Fraction:

@@ -31,6 +31,8 @@ class VisionWork(NamedTuple):
     """Over all tiles."""
     patch_pairs: int = 0
     """Sum over tiles of the square of their patches."""
+    looks: int = 0
+    """Rows of text times the features that each sees, where layers of the LLM read pictures (model.language.cross_attention)."""
 
     @classmethod
     def of(cls, patches_per_tile: Iterable[int]) -> VisionWork:
@@ -71,7 +73,7 @@ class Work:
 @dataclass(frozen=True)
 class PackFlops:
     """FLOPs of one pack, and of its parts: vision.embedding, vision.linear, vision.attention, vision.head, projector,
-    language.linear, language.attention, language.head."""
+    language.linear, language.attention, language.cross_attention, language.head."""
 
     by_part: dict[str, Work] = field(default_factory=dict)
 
@@ -162,7 +164,7 @@ class FlopsModel:
             for length in lengths:
                 tokens += length
                 squares += length * length
-        tiles, patches, pairs = work if self._objective != "text" else (0, 0, 0)
+        tiles, patches, pairs, looks = work if self._objective != "text" else VisionWork()
         places = patches // self._patches_per_place if self._patches_per_place else tiles
         features = patches // self._patches_per_feature + self._kept_class_tokens * places
         return (
@@ -171,6 +173,7 @@ class FlopsModel:
             patches,
             pairs,
             tiles if self._pooled else features,
+            looks,
             tokens,
             squares,
             num_targets,

@@ -10,7 +10,7 @@ from megavlm.planner.language import layer_flops, mlp_flops, picture_flops, read
 from megavlm.planner.parameters import first_trainable_layer, head_trains, objective_of
 from megavlm.planner.projectors import projector_products
 
-UNITS = ("tile", "place", "patch", "patch_pair", "feature", "token", "token_squared", "target")
+UNITS = ("tile", "place", "patch", "patch_pair", "feature", "look", "token", "token_squared", "target")
 _EVERYTHING = ModuleTraining(train="full")
 
 
@@ -23,7 +23,7 @@ class Product:
     """Forward FLOPs per unit."""
     unit: str
     """What it is paid for: tile, place (of a tile in a canvas, filled or not; without a canvas a tile), patch, patch_pair (patches squared
-    within a tile), feature (what the projector takes), token, token_squared, target."""
+    within a tile), feature (what the projector takes), look (a row of text at a feature), token, token_squared, target."""
     trains: bool = False
     """Its own weight gets a gradient."""
     trains_below: bool = False
@@ -129,8 +129,7 @@ def _projector(model: ModelConfig, trains: bool, encoder_trains: bool) -> Iterab
 
 def _language(model: ModelConfig, training: ModuleTraining, pictures_train: bool) -> Iterable[Product]:
     """Decoder layers per token and per token squared, head per target. The embedding is a look-up: no FLOPs, but with train=full
-    it trains, and every layer above needs input gradients. A sliding window counts as the whole triangle; of what cross-attention
-    layers read, keys and values count, and not the scores."""
+    it trains, and every layer above needs input gradients. A sliding window counts as the whole triangle."""
     config = model.language
     query = config.num_attention_heads * config.head_width
     first = first_trainable_layer(training, config.num_layers, "language")
@@ -144,6 +143,8 @@ def _language(model: ModelConfig, training: ModuleTraining, pictures_train: bool
         if reads_pictures(config, layer):
             flops = picture_flops(config)
             yield Product("language.linear", flops, "feature", trains, trains_below_with_tiles=pictures_train, layer=layer)
+            below = {"trains_below": trains or seen, "trains_below_with_tiles": pictures_train}
+            yield Product("language.cross_attention", 4 * query, "look", **below, attention=True, layer=layer)
         else:
             yield Product("language.attention", 2 * query, "token_squared", False, trains, seen, attention=True, layer=layer)
     yield Product(

@@ -30,6 +30,8 @@ class Again(NamedTuple):
         if number is None or number >= len(layers):
             return 0.0
         layer = layers[number]
+        if product.unit == "look":
+            return layer.rest  # what selective recomputation calls attention is that of text to text
         return layer.attention if product.attention else layer.mlp if product.mlp else layer.rest
 
 

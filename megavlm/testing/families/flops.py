@@ -14,6 +14,7 @@ from megavlm.config.schema import ModelConfig, StageConfig
 from megavlm.data.prompt import Prompt, prompt_batch
 from megavlm.data.types import PackedBatch
 from megavlm.models.freezing import apply_freezing
+from megavlm.models.language.cross import sight_of
 from megavlm.planner.flops import VisionWork
 from megavlm.planner.pictures import PictureDealer
 from megavlm.testing.families.in_ranks import loaded
@@ -78,5 +79,9 @@ def _work(batch: PackedBatch, model: ModelConfig) -> VisionWork:
     if not batch.num_tiles:
         return VisionWork()
     tiles = [picture.tiles for picture in batch.picture_tiles] if batch.picture_tiles is not None else None
+    looks = 0
+    if model.language.cross_attention is not None:
+        sight = sight_of(model, batch, None)
+        looks = sum(look.length * sum(number for _, number in look.features) for look in sight.looks)
     works = [picture.work for picture in PictureDealer(model, 1, 4).pictures(batch.num_tiles, batch.tile_grids, tiles)]
-    return VisionWork.total(works)
+    return VisionWork.total(works)._replace(looks=looks)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from megavlm.data.resizing_base import PictureGrid
+
 
 @dataclass
 class FakeIndex:
@@ -19,6 +21,9 @@ class FakeIndex:
 
     def __len__(self) -> int:
         return len(self.length_tokens)
+
+    def grids(self, row: int) -> list[PictureGrid]:
+        return []
 
 
 def make_index(name: str, rows: int, most_tiles: int = 2, text: tuple[int, int] = (5, 60), tile_tokens: int = 36) -> FakeIndex:

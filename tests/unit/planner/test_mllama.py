@@ -8,9 +8,9 @@ from megavlm.checkpoint.hf.reading import Problems, quiet_transformers
 from megavlm.checkpoint.hf.registry import family
 from megavlm.config.schema import ModelConfig
 from megavlm.models.vision.canvas import ROW_MULTIPLE
-from megavlm.planner.flops import FlopsModel, VisionWork
-from megavlm.planner.products import CANVAS_ROW_MULTIPLE
+from megavlm.planner.flops import FlopsModel, VisionWork, Work
 from megavlm.planner.parameters import params
+from megavlm.planner.products import CANVAS_ROW_MULTIPLE
 from megavlm.testing.families.mllama import CASES
 
 
@@ -45,3 +45,15 @@ def test_empty_tiles_and_keys_cost() -> None:
 
 def test_rows_of_a_tile_are_filled_up_as_the_encoder_does() -> None:
     assert CANVAS_ROW_MULTIPLE == ROW_MULTIPLE
+
+
+def test_scores_of_cross_attention_are_counted_by_look() -> None:
+    """4 H K for each text row and feature that it sees, in each layer that reads; twice that backward."""
+    model: ModelConfig = family("mllama").model_from_hf(CASES[0].config(quiet_transformers()), Problems())
+    language, flops = model.language, FlopsModel(model)
+    assert language.cross_attention is not None
+    picture = VisionWork(1, 4 * model.vision.num_patches, (4 * model.vision.num_patches) ** 2)
+    blind, seeing = flops.pack([20], picture, 5), flops.pack([20], picture._replace(looks=300), 5)
+    scores = 4 * language.num_attention_heads * language.head_width * 300 * len(language.cross_attention.layers)
+    assert seeing.by_part.pop("language.cross_attention") == Work(scores, 2 * scores)
+    assert blind.by_part.pop("language.cross_attention") == Work() and seeing == blind
