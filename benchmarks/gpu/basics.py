@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -62,7 +64,7 @@ def gpu_tests(place: Place) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", f"--junitxml={results}", "-p", "no:cacheprovider"]
     if place.device == "cuda" and find_spec("xdist") is not None:
         command += ["-n", str(TEST_PROCESSES), "--dist", "load"]
-    if place.limit_s > 2 * TEST_RESERVE_S:
+    if place.limit_s > 2 * TEST_RESERVE_S and _version("pytest-timeout") >= (2, 3):
         # pytest then stops between two tests and still writes what it knows.
         command.append(f"--session-timeout={place.limit_s - TEST_RESERVE_S:.0f}")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -74,6 +76,14 @@ def gpu_tests(place: Place) -> dict[str, Any]:
         raise RuntimeError(f"pytest ended with exit code {done.returncode} and ran nothing: {told}")
     note = "no GPU: every test was collected and skipped" if place.tiny else "the GPU's own tests"
     return {"note": note, "ended_early": "session-timeout" in done.stdout, **found}
+
+
+def _version(distribution: str) -> tuple[int, ...]:
+    """(0,) where it is not installed."""
+    try:
+        return tuple(int(part) for part in re.findall(r"\d+", metadata.version(distribution))[:2])
+    except metadata.PackageNotFoundError:
+        return (0,)
 
 
 def read_junit(results: Path) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def fp8_speed_up(*kinds: Mapping[str, Any]) -> float | None:
 
 def loss_gaps(local: Mapping[str, Any], engine: Mapping[str, Any]) -> dict[str, float]:
     """Relative gap of each FP8 run's mean loss to that of the bf16 run with the same layers, over the second half of the steps."""
-    gaps = {}
+    gaps: dict[str, float] = {}
     for kind, runs in (("local", local), ("te", engine)):
         if "bf16" not in runs:
             continue
