@@ -80,7 +80,9 @@ class ParallelConfig(Block):
     """The same for the encoder's layers; None: as `recompute` says."""
     recompute_modules: list[RecomputedPart] = Field(["core_attn"], min_length=1)
     """Parts that selective recomputation means. core_attn: attention between queries, keys and values; saves memory only where its scores
-    are kept, which fused attention never does. mlp: what lies between the MLP's input and its output."""
+    are kept, which fused attention never does. mlp: what lies between the MLP's input and its output. Norms are none of them: Transformer
+    Engine computes them inside the linear layer behind them, where nothing can be left out, and without it megatron-core 0.16's way
+    (CheckpointWithoutOutput) fails on the rank that reaches it first, for it asks Transformer Engine for its FP8 state."""
     recompute_layers: PositiveInt | None = None
     """With full: only the first so many layers of each pipeline chunk, and of the encoder; None: all."""
     offload_activations: NonNegativeInt = 0
