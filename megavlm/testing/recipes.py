@@ -19,6 +19,8 @@ TOP_LAYERS = {
     "projector": {"train": "full"},
     "language": {"train": "last_layers", "last_layers": 2, "weight_decay": 0.1},
 }
+TRAINING = {"all": ALL_TRAIN, "encoder_frozen": ENCODER_FROZEN, "projector_only": PROJECTOR_ONLY, "top_layers": TOP_LAYERS}
+"""Ways of freezing that every layout is tried with."""
 # Adam's default epsilon would amplify rounding on gradients that are mathematically zero.
 PARITY_OPTIMIZER = {"lr": 1e-3, "eps": 1e-5, "weight_decay": 0.01}
 

@@ -18,17 +18,7 @@ from megavlm.testing.families import CASES
 from megavlm.testing.families.case import hf_logits, image_token_of, make_hf, prompts_of
 from megavlm.testing.families.in_ranks import loaded, logits_of_packs
 from megavlm.testing.pool import RankPool
-from megavlm.testing.recipes import (
-    ALL_TRAIN,
-    ENCODER_FROZEN,
-    PROJECTOR_ONLY,
-    TOP_LAYERS,
-    assert_same_records,
-    encoder_stage,
-    tiny_recipe,
-    tiny_stage,
-    train_and_read,
-)
+from megavlm.testing.recipes import TRAINING, assert_same_records, encoder_stage, tiny_recipe, tiny_stage, train_and_read
 from megavlm.testing.tiny import tiny_chunks, tiny_model_config
 from megavlm.topology.grid import RankGrid
 from megavlm.tracking.metrics import EVALUATION_FILE, read_metrics
@@ -45,7 +35,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2xDP2": (4, {"tensor": 2}),
     "PP2xTP2": (4, {"pipeline": 2, "tensor": 2}),
 }
-TRAINING = {"all": ALL_TRAIN, "encoder_frozen": ENCODER_FROZEN, "projector_only": PROJECTOR_ONLY, "top_layers": TOP_LAYERS}
 MIXTURE = {"pages": 0.05, "multi": 0.2, "text": 0.75}
 WHOLE = {"encoder_tensor": 1}
 DEALT = {"encoder_data_parallel": True}

@@ -11,16 +11,7 @@ import pytest
 from megavlm.data.types import StepPlan
 from megavlm.testing.marks import slow_unless
 from megavlm.testing.pool import RankPool
-from megavlm.testing.recipes import (
-    ALL_TRAIN,
-    ENCODER_FROZEN,
-    PROJECTOR_ONLY,
-    TOP_LAYERS,
-    assert_same_records,
-    tiny_recipe,
-    tiny_stage,
-    train_and_read,
-)
+from megavlm.testing.recipes import TRAINING, assert_same_records, tiny_recipe, tiny_stage, train_and_read
 
 OVERLAP = {"zero": 1, "overlap_grad_reduce": True, "overlap_param_gather": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -40,7 +31,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2xPP2": (4, {"tensor": 2, "pipeline": 2}),
     "TP2xPP2xDP2": (8, {"tensor": 2, "pipeline": 2}),
 }
-TRAINING = {"all": ALL_TRAIN, "encoder_frozen": ENCODER_FROZEN, "projector_only": PROJECTOR_ONLY, "top_layers": TOP_LAYERS}
 
 
 PICTURES: dict[str, dict[str, Any]] = {

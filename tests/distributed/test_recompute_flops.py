@@ -17,11 +17,10 @@ from megavlm.parallel.context import enter_grid
 from megavlm.planner.flops import FlopsModel, VisionWork
 from megavlm.planner.recompute import Again, LayerAgain, recomputed
 from megavlm.testing.pool import RankPool
-from megavlm.testing.recipes import ALL_TRAIN, ENCODER_FROZEN, PROJECTOR_ONLY, TOP_LAYERS, tiny_recipe
+from megavlm.testing.recipes import TRAINING, tiny_recipe
 from megavlm.testing.tiny import tiny_batch, tiny_chunks, tiny_model_config
 from megavlm.training.accounting import Accountant
 
-TRAINING = {"all": ALL_TRAIN, "encoder_frozen": ENCODER_FROZEN, "projector_only": PROJECTOR_ONLY, "top_layers": TOP_LAYERS}
 SAVINGS: list[dict[str, Any]] = [
     {},
     {"recompute": "full"},

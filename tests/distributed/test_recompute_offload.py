@@ -16,20 +16,10 @@ from megavlm.parallel.context import enter_grid
 from megavlm.planner.memory import estimate_memory
 from megavlm.testing.marks import slow_unless
 from megavlm.testing.pool import RankPool
-from megavlm.testing.recipes import (
-    ALL_TRAIN,
-    ENCODER_FROZEN,
-    PROJECTOR_ONLY,
-    TOP_LAYERS,
-    assert_same_records,
-    tiny_recipe,
-    tiny_stage,
-    train_and_read,
-)
+from megavlm.testing.recipes import TOP_LAYERS, TRAINING, assert_same_records, tiny_recipe, tiny_stage, train_and_read
 from megavlm.testing.tiny import tiny_batch, tiny_chunks, tiny_model_config
 from megavlm.topology.grid import RankGrid
 
-TRAINING = {"all": ALL_TRAIN, "encoder_frozen": ENCODER_FROZEN, "projector_only": PROJECTOR_ONLY, "top_layers": TOP_LAYERS}
 SAVINGS: dict[str, dict[str, Any]] = {
     "attention": {"recompute": "selective"},
     "mlp": {"recompute": "selective", "recompute_modules": ["mlp"]},

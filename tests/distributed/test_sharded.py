@@ -14,19 +14,9 @@ from megavlm.data.types import PackedBatch
 from megavlm.planner.state import state_bytes
 from megavlm.testing.marks import slow_unless
 from megavlm.testing.pool import RankPool
-from megavlm.testing.recipes import (
-    ALL_TRAIN,
-    ENCODER_FROZEN,
-    PROJECTOR_ONLY,
-    TOP_LAYERS,
-    assert_same_records,
-    tiny_recipe,
-    tiny_stage,
-    train_and_read,
-)
+from megavlm.testing.recipes import TRAINING, assert_same_records, tiny_recipe, tiny_stage, train_and_read
 from megavlm.testing.tiny import tiny_batch, tiny_chunks, tiny_model_config
 
-TRAINING = {"all": ALL_TRAIN, "encoder_frozen": ENCODER_FROZEN, "projector_only": PROJECTOR_ONLY, "top_layers": TOP_LAYERS}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ZeRO-2": (2, {"zero": 2}),
     "ZeRO-3": (2, {"zero": 3}),
