@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
+from megavlm.config.parallel import ContextSplit
 from megavlm.models.layers.fp8 import ROW_UNITS, _inside, fill_rows
+from megavlm.topology.context import rows_of_rank
 
 
 class Layer:
@@ -48,6 +50,17 @@ def test_any_number_of_rows(mode: str, ranks: int, sequence: bool, rows: int) ->
     (got_x,), (want_x,) = torch.autograd.grad(out, x, gradient), torch.autograd.grad(want, x, gradient)
     assert torch.allclose(got_x, want_x, rtol=1e-12)
     assert strict.seen == [-(-rows // 16) * 16 * (ranks if sequence and mode == "row" else 1)]
+
+
+@pytest.mark.parametrize("split", get_args(ContextSplit))
+@pytest.mark.parametrize("sequence", [False, True])
+def test_rows_of_a_context_rank(sequence: bool, split: ContextSplit) -> None:
+    """Linear layers see this rank's rows only, however odd a split leaves them: filled up, they need no other split."""
+    whole = rows_of_rank((37, 6, 22), split, 2, 2 if sequence else 1)
+    assert whole % 16, "or nothing would be filled up"
+    rows = whole // 2 if sequence else whole
+    for mode in ("column", "row"):
+        test_any_number_of_rows(mode, 2 if sequence else 1, sequence, rows)
 
 
 def test_units_are_multiples_of_what_the_products_take() -> None:
