@@ -24,6 +24,11 @@ def interprets() -> bool:
 
 
 def uses_triton(x: torch.Tensor) -> bool:
-    """True when kernels run for `x`: on CUDA, or anywhere under the interpreter. Never in fp64, which they do not accumulate in."""
+    """True when kernels run for `x`: on CUDA, or anywhere under the interpreter.
+
+    Never in fp64, which they do not accumulate in; nor in what torch.compile traces, where plain torch is fused with what is around it.
+    """
+    if torch.compiler.is_compiling():
+        return False
     runs = has_triton() if x.is_cuda else interprets() and x.device.type == "cpu"
     return runs and x.dtype != torch.float64

@@ -54,6 +54,10 @@ class PrecisionConfig(Block):
     Another name is that one or an error that says why not; `megavlm doctor` lists what this machine has."""
     loss_scale: LossScaleConfig = Field(default_factory=LossScaleConfig)
     """Only with dtype=fp16."""
+    compile_encoder: bool = False
+    """Compile the MLP half of the encoder's layers (norm, products, biases, activation, residual) with torch.compile: one graph for all
+    layers and any number of pictures, made in the first step, which takes up to a minute longer. These layers are then megatron-core's own,
+    also where Transformer Engine is there. Not for layers in FP8 or split over tensor ranks. Off until measured."""
 
     fp8: Literal["none", "delayed", "current", "rowwise", "blockwise"] = "none"
     """Multiply linear layers in FP8, with scales of: delayed, the largest values of the last steps (Transformer Engine; not for the
@@ -118,8 +122,8 @@ class PrecisionConfig(Block):
         return self.fp8 != "none" and self.fp8_backend == "scaled_mm"
 
     def without_fp8(self) -> PrecisionConfig:
-        """The same with fp8=none: what answers and exports are computed in."""
-        return self.model_copy(update={"fp8": "none", **{name: _default(name) for name in _ONLY_WITH_FP8}})
+        """The same with fp8=none and nothing compiled: what answers and exports are computed in."""
+        return self.model_copy(update={"fp8": "none", "compile_encoder": False, **{name: _default(name) for name in _ONLY_WITH_FP8}})
 
 
 _ONLY_WITH_FP8 = (

@@ -222,7 +222,8 @@ def precision_table(recipe: Recipe) -> str:
     rows: list[tuple[str, str]] = []
     for part, layers in (*parts, ("language", model.language.num_layers)):
         if precision.fp8 == "none" or part in precision.keep_bf16:
-            rows.append((part, precision.dtype))
+            compiled = ", MLPs compiled" if part == "vision" and precision.compile_encoder else ""
+            rows.append((part, precision.dtype + compiled))
             continue
         numbers = fp8_layers(layers, precision)
         kept = [name for name in ("attention", "mlp") if name in precision.keep_bf16]

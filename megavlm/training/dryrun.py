@@ -11,6 +11,7 @@ from megavlm.data.plan import StepPlanner, check_tasks, step_table
 from megavlm.data.tokenizer import load_tokenizer
 from megavlm.data.types import StepPlan
 from megavlm.planner.attention import attention_table, check_attention
+from megavlm.planner.compiled import check_compiled
 from megavlm.planner.context import check_context, segments_of, split_table
 from megavlm.planner.flops import FlopsModel
 from megavlm.planner.memory import estimate_memory, memory_table
@@ -36,6 +37,7 @@ def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object]) -> N
     check_attention(recipe)
     check_context(recipe)
     check_fp8(recipe)
+    check_compiled(recipe)
     check_start(recipe.init)
     echo(attention_table(recipe) + "\n")
     echo(precision_table(recipe) + "\n")

@@ -11,6 +11,7 @@ from megavlm.checkpoint.hf.texts import KEPT, keep_texts
 from megavlm.config.schema import Recipe
 from megavlm.parallel.context import choose_device, start_process_group, stop_process_group
 from megavlm.planner.attention import check_attention
+from megavlm.planner.compiled import check_compiled
 from megavlm.planner.context import check_context
 from megavlm.planner.precision import check_fp8
 from megavlm.tracking.tracker import Tracker
@@ -31,6 +32,7 @@ def train(recipe: Recipe) -> int:
         check_attention(recipe)
         check_context(recipe)
         check_fp8(recipe)
+        check_compiled(recipe)
         _make_run_dir(recipe)
         state = resume_point(recipe)
         shows_mfu = device.type == "cuda" or recipe.tracking.peak_tflops_per_rank is not None

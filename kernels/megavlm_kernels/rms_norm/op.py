@@ -30,7 +30,7 @@ def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float, *, zero_center
     gradient of the weight adds up rows in fp32 too. Rows do not depend on each other: any part of them gives the same numbers.
     """
     by_triton = uses_triton(x) and x.shape[-1] <= MAX_TRITON_WIDTH
-    if not by_triton and (x.is_cuda or x.numel() <= FEW_ELEMENTS):
+    if torch.compiler.is_compiling() or (not by_triton and (x.is_cuda or x.numel() <= FEW_ELEMENTS)):
         factor_D = weight_D.to(accumulation_dtype(x.dtype)) + 1.0 if zero_centered else weight_D
         return F.rms_norm(x.to(factor_D.dtype), (x.shape[-1],), factor_D, eps).to(x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or weight_D.requires_grad):

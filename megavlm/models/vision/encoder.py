@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megavlm.config.schema import ParallelConfig, PrecisionConfig, VisionConfig
 from megavlm.config.vision import ROTARY_POSITIONS
 from megavlm.models.layers.attention import AttentionStyle
+from megavlm.models.layers.compiled import compile_mlps
 from megavlm.models.layers.configs import DTYPES, vision_transformer_config
 from megavlm.models.layers.norms import NORMS
 from megavlm.models.layers.run import run_layers
@@ -58,14 +59,18 @@ class VisionEncoder(MegatronModule):
             self.register_tokens = torch.nn.Parameter(torch.empty(vision.num_register_tokens, width, **new))
         self.mask_token = torch.nn.Parameter(torch.empty(width, **new)) if vision.mask_token else None
         norm = NORMS[vision.norm]
+        # Transformer Engine's layers cannot be traced.
+        config.local_layers = config.local_layers or precision.compile_encoder
         self.pre_norm = norm(config, width, vision.norm_eps).to(device) if vision.pre_norm else None
         self.decoder = TransformerBlock(
             config=config,
-            spec=block_spec(config, layer_spec(vision_style(vision), local=precision.wants_local_layers), norm=vision.norm),
+            spec=block_spec(config, layer_spec(vision_style(vision), local=config.local_layers), norm=vision.norm),
             pre_process=True,
             post_process=True,
             post_layer_norm=False,
         )
+        if precision.compile_encoder:
+            compile_mlps(self.decoder, device)
         self.final_norm = norm(config, width, vision.norm_eps).to(device) if vision.has_final_norm else None
         self.pooling_head = PoolingHead(vision, new) if vision.pooling_head else None
         mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (vision.image_mean, vision.image_std))
