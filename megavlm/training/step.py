@@ -20,6 +20,7 @@ from megavlm.data.types import PackedBatch
 from megavlm.models.layers.fp8 import constant_weights
 from megavlm.models.vlm import TargetLoss, VisionLanguageModel
 from megavlm.parallel.context import ParallelContext
+from megavlm.parallel.host import on_device
 from megavlm.parallel.reductions import sum_over_data, sum_over_data_then_share
 from megavlm.parallel.sharded import ShardedDataParallel
 from megavlm.parallel.step_parts import turn_on_gradient
@@ -111,16 +112,16 @@ def scale_weights(batches: Sequence[PackedBatch], ctx: ParallelContext) -> list[
 
 def _report(batch: PackedBatch, output: TargetLoss, task_number: dict[str, int], ctx: ParallelContext) -> tuple[torch.Tensor, torch.Tensor]:
     """Number of targets for megatron-core, and [loss sum, targets, z-loss sum, then sum and count of each task] for people."""
-    weights, segments = batch.target_weights_Q[output.mine], batch.target_segments_Q[output.mine]
-    counted = weights > 0
+    segments = batch.target_segments_Q[output.mine]
+    counted = batch.target_weights_Q[output.mine] > 0
     number = counted.sum()
     sums = torch.zeros(3 + 2 * len(task_number), dtype=torch.float64, device=ctx.device)
     sums[0], sums[1], sums[2] = output.total.detach() - output.z_total, number, output.z_total
-    task_of_segment = torch.tensor([task_number.get(t, -1) for t in batch.segment_tasks], device=ctx.device)
     if segments.numel():
-        task = task_of_segment[segments[counted]]
-        sums[3::2].index_add_(0, task, output.loss_Q[counted].double())
-        sums[4::2].index_add_(0, task, torch.ones_like(task, dtype=torch.float64))
+        # Targets that do not count are added as zeros: to pick the others out, the host would have to know how many they are.
+        task = on_device([task_number.get(name, 0) for name in batch.segment_tasks], ctx.device)[segments]
+        sums[3::2].index_add_(0, task, torch.where(counted, output.loss_Q, 0.0).double())
+        sums[4::2].index_add_(0, task, counted.double())
     return number.to(torch.int), sums
 
 

@@ -6,9 +6,11 @@ import pytest
 import yaml
 
 from megavlm.config import RecipeError, dump_recipe, load_blocks, load_recipe
+from megavlm.config.cluster import load_cluster
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted((CONFIGS / "recipes").rglob("*.y*ml"))
+CLUSTERS = sorted((CONFIGS / "clusters").rglob("*.y*ml"))
 PARTS = sorted([*(CONFIGS / "models").rglob("*.y*ml"), *(CONFIGS / "data").rglob("*.y*ml")])
 
 
@@ -18,7 +20,7 @@ def name(path: Path) -> str:
 
 def test_every_file_is_one_of_them():
     found = {p for p in CONFIGS.rglob("*") if p.is_file()}
-    assert found == {*RECIPES, *PARTS}, "configs/ holds models/, data/ and recipes/, YAML only"
+    assert found == {*RECIPES, *PARTS, *CLUSTERS}, "configs/ holds models/, data/, recipes/ and clusters/, YAML only"
 
 
 def test_there_are_recipes():
@@ -30,6 +32,11 @@ def test_recipe_loads_and_survives_a_dump(path, tmp_path):
     recipe = load_recipe(path)
     dump_recipe(recipe, tmp_path / "again.yaml")
     assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=name)
+def test_cluster_is_one(path):
+    assert load_cluster(path).world_size
 
 
 @pytest.mark.parametrize("path", PARTS, ids=name)

@@ -12,6 +12,7 @@ import torch
 from megavlm.config.schema import LanguageConfig
 from megavlm.models.language.mrope import pair_positions
 from megavlm.models.language.rope_scaling import BY_LENGTH, Scaled, scaled_frequencies
+from megavlm.parallel.host import numbers_of_rows
 
 Tables = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Name -> cos and sin, each (S, W): "global", and "local" for layers with a sliding window where these have their own base."""
@@ -54,9 +55,8 @@ def segment_reach(positions_S: torch.Tensor, segment_lengths: Sequence[int] | No
     """For each row, one more than the last position of its segment: the sequence's length, also where only its last token is here."""
     if segment_lengths is None:
         return (positions_S.max() + 1).expand_as(positions_S)
-    lengths = torch.tensor(list(segment_lengths), device=positions_S.device)
-    segment_S = torch.repeat_interleave(torch.arange(len(lengths), device=positions_S.device), lengths)
-    last = positions_S.new_zeros(len(lengths)).scatter_reduce(0, segment_S, positions_S, "amax")
+    segment_S = numbers_of_rows(segment_lengths, positions_S.device)
+    last = positions_S.new_zeros(len(segment_lengths)).scatter_reduce(0, segment_S, positions_S, "amax")
     return last[segment_S] + 1
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import all_to_all
 
+from megavlm.parallel.host import on_device
 from megavlm.topology.context import ContextLayout
 from megavlm_kernels.context_attention.op import ContextBounds
 
@@ -128,6 +129,6 @@ class ContextPart:
 def _bounds(layout: ContextLayout, device: torch.device) -> ContextBounds:
     found = [(length, padded) for length, padded in zip(layout.lengths, layout.padded_lengths, strict=True) if padded]
     has_pads = any(length != padded for length, padded in found)
-    plain = torch.tensor([0, *accumulate(length for length, _ in found)], dtype=torch.int32, device=device)
-    with_pads = torch.tensor([0, *accumulate(padded for _, padded in found)], dtype=torch.int32, device=device)
+    plain = on_device([0, *accumulate(length for length, _ in found)], device, torch.int32)
+    with_pads = on_device([0, *accumulate(padded for _, padded in found)], device, torch.int32)
     return ContextBounds(plain, with_pads if has_pads else plain, max((padded for _, padded in found), default=0))

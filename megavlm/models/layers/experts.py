@@ -25,6 +25,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megavlm.models.layers.activations import GatedActivation
 from megavlm.models.layers.context import ContextPart
+from megavlm.parallel.host import numbers_of_rows, on_device
 
 _SPLITS = ("input_splits", "output_splits", "output_splits_tp")
 
@@ -61,7 +62,7 @@ class Balance:
 def balance_of(lengths: Sequence[int], is_sample: Sequence[bool], weights_Q: torch.Tensor, part: ContextPart | None) -> Balance:
     """From the segments of a pack, which of them are samples, its targets' weights, and this context rank's part of it."""
     device = weights_Q.device
-    padding_S = (~torch.tensor(is_sample, device=device)).repeat_interleave(torch.tensor(lengths, device=device))
+    padding_S = on_device([not it for it in is_sample], device, torch.bool)[numbers_of_rows(lengths, device)]
     num_targets = (weights_Q > 0).sum()
     if part is None:
         return Balance(padding_S, num_targets)

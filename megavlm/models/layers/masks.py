@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
 
 import torch
+
+from megavlm.parallel.host import numbers_of_rows, on_device
 
 Bidirectional = Literal["none", "prefix", "pictures"]
 
@@ -64,13 +67,13 @@ def groups_of(
     if kind == "none" or max(segment_lengths, default=0) <= 1:
         return None
     device, num_rows = target_positions_Q.device, sum(segment_lengths)
-    lengths = torch.tensor(list(segment_lengths), device=device)
-    segment_S = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+    segment_S = numbers_of_rows(segment_lengths, device)
     row_S = torch.arange(num_rows, device=device)
     none = torch.full_like(row_S, -1)
     if kind == "prefix":
-        first_target = lengths.cumsum(0).scatter_reduce(0, target_segments_Q, target_positions_Q, "amin")
-        first_target = torch.where(torch.tensor(list(is_sample), dtype=torch.bool, device=device), first_target, -1)
+        ends = on_device([*accumulate(segment_lengths)], device)
+        first_target = ends.scatter_reduce(0, target_segments_Q, target_positions_Q, "amin")
+        first_target = torch.where(on_device(is_sample, device, torch.bool), first_target, -1)
         group_S = torch.where(row_S <= first_target[segment_S], segment_S, none)
         return Groups(group_S, within_window=False, segments=frozenset(i for i, sample in enumerate(is_sample) if sample))
     is_visual = torch.zeros(num_rows, dtype=torch.bool, device=device)

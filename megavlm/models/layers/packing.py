@@ -18,6 +18,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from megavlm.models.layers.context import ContextPart
 from megavlm.models.layers.masks import Groups, Masks, Piece
+from megavlm.parallel.host import on_device
 from megavlm.topology.context import ContextLayout
 from megavlm_kernels.packed_attention import Segments
 from megavlm_kernels.rotary import rotary
@@ -96,7 +97,7 @@ def pack(
 
 
 def _cumulated(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return on_device([0, *accumulate(lengths)], device, torch.int32)
 
 
 def _pieces(layout: ContextLayout, rank: int, grouped: frozenset[int], whole: frozenset[int] | None) -> tuple[Piece, ...]:

@@ -29,6 +29,7 @@ from megavlm.models.layers.packing import Packing, pack
 from megavlm.models.projectors.arrange import arranged
 from megavlm.models.projectors.perceiver import reading_packing
 from megavlm.models.vision.features import Collect, Features, all_here
+from megavlm.parallel.host import on_device
 
 
 class QFormerProjector(MegatronModule):
@@ -94,8 +95,8 @@ class _Rows:
         lengths = features.instructions[1]
         if len(lengths) != pictures:
             raise ValueError(f"{pictures} tiles come with {len(lengths)} instructions: a Q-Former that reads text takes one tile a picture")
-        is_query = torch.tensor([own for n in lengths for own in [True] * num_queries + [False] * n], device=device)
-        queries_M, words_W = is_query.nonzero().squeeze(1), (~is_query).nonzero().squeeze(1)
+        kinds = [own for n in lengths for own in [True] * num_queries + [False] * n]
+        queries_M, words_W = (on_device([row for row, own in enumerate(kinds) if own is it], device) for it in (True, False))
         order_R = torch.argsort(torch.cat([queries_M, words_W]))
         return cls(queries_M, words_W, order_R, pack([num_queries + n for n in lengths], device, causal=False), reading)
 

@@ -134,10 +134,6 @@ def test_a_file_that_is_none(text: str, words: str, tmp_path: Path) -> None:
         load_cluster(path)
 
 
-def test_the_example_can_be_read() -> None:
-    assert load_cluster("configs/clusters/example.yaml").world_size == 16
-
-
 def test_line_breaks_are_refused() -> None:
     with pytest.raises(LaunchError, match="line break"):
         script(run_dir=Path("/a\nb"))
