@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 
-from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from megavlm.config.schema import ModelConfig, ParallelConfig, PrecisionConfig, StageConfig
 from megavlm.config.tensor_split import encoder_tensor_ranks, projector_tensor_ranks
 from megavlm.data.types import PackedBatch
 from megavlm.models.handover import Sides, deepstack_side, join, pad, part, side_rows
@@ -70,7 +70,9 @@ class VisionLanguageModel(MegatronModule):
         *,
         text_only: bool = False,
         z_loss: float = 0.0,
+        stage: StageConfig | None = None,
     ) -> None:
+        """`stage` says what trains, for what depends on a picture's cost; None: everything."""
         language = LanguageModel(model.language, precision, parallel, ctx, chunk)
         super().__init__(config=language.config)
         self.pre_process, self.post_process, self.vp_stage = ctx.chunk_position(chunk)
@@ -90,7 +92,7 @@ class VisionLanguageModel(MegatronModule):
             self.vision = build(ranks["vision"], build=lambda own: build_encoder(model, precision, own, ctx.device))
             self.projector = build(ranks["projector"], build=lambda own: build_projector(model, precision, own, ctx.device))
             if parallel.encoder_data_parallel is not False and ctx.grid.tensor * ctx.grid.context > 1:
-                self.dealt = DealtPictures(model, parallel, ctx, self.config.params_dtype)
+                self.dealt = DealtPictures(model, parallel, ctx, self.config.params_dtype, stage)
         self.language = language
 
     def set_input_tensor(self, tensor: torch.Tensor | list[torch.Tensor]) -> None:

@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
-from megavlm.config.schema import ModelConfig, ParallelConfig
+from megavlm.config.schema import ModelConfig, ParallelConfig, StageConfig
 from megavlm.config.tensor_split import encoder_tensor_ranks, projector_tensor_ranks
 from megavlm.planner.flops import FlopsModel, VisionWork
 from megavlm.topology.table import text_table
@@ -82,23 +82,32 @@ class PictureDealer:
     """Deals pictures of one model to `num_ranks` ranks.
 
     `min_flops_per_byte` (parallel.encoder_min_flops_per_byte) leaves pictures undealt where that would not pay; None: always deal.
+    `stage` says what trains, and so what a picture costs; None: everything.
     """
 
-    def __init__(self, model: ModelConfig, num_ranks: int, element_bytes: int, min_flops_per_byte: float | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        num_ranks: int,
+        element_bytes: int,
+        min_flops_per_byte: float | None = None,
+        stage: StageConfig | None = None,
+    ) -> None:
         self.model, self.num_ranks, self.min_flops_per_byte = model, num_ranks, min_flops_per_byte
-        # Rows go forward, and their gradients back.
-        self.row_bytes = 2 * element_bytes * model.language.hidden_size * (1 + len(model.vision.deepstack_layers))
-        self._flops = FlopsModel(model)
+        # Rows go forward, and their gradients back to what trains.
+        trains = stage is None or any(module.train != "frozen" for module in (stage.vision, stage.projector))
+        self.row_bytes = (2 if trains else 1) * element_bytes * model.language.hidden_size * (1 + len(model.vision.deepstack_layers))
+        self._flops = FlopsModel(model, stage)
         self._known: dict[VisionWork, int] = {}
 
     @classmethod
-    def of(cls, model: ModelConfig, parallel: ParallelConfig, element_bytes: int) -> PictureDealer | None:
+    def of(cls, model: ModelConfig, parallel: ParallelConfig, element_bytes: int, stage: StageConfig | None = None) -> PictureDealer | None:
         """As the recipe says; None where pictures are never dealt."""
         ranks = parallel.tensor * parallel.context
         if parallel.encoder_data_parallel is False or ranks == 1:
             return None
         limit = parallel.encoder_min_flops_per_byte if parallel.encoder_data_parallel == "auto" else None
-        return cls(model, ranks, element_bytes, limit)
+        return cls(model, ranks, element_bytes, limit, stage)
 
     def deal(
         self, num_tiles: int, tile_grids: Sequence[tuple[int, int]] | None, tiles_per_picture: Sequence[int] | None
@@ -112,7 +121,7 @@ class PictureDealer:
         return deal if deal.spared_flops >= max(self.min_flops_per_byte * deal.first_rows[-1] * self.row_bytes, 1) else None
 
     def flops(self, picture: Picture) -> int:
-        """Forward and backward FLOPs of encoder and projector, everything training."""
+        """Forward and backward FLOPs of encoder and projector."""
         if picture.work not in self._known:
             self._known[picture.work] = self._flops.total((), picture.work, 0)
         return self._known[picture.work]

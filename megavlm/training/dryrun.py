@@ -76,12 +76,14 @@ def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object]) -> N
         if layout.context > 1:
             echo(split_table(recipe.model, stage, microbatches, layout) + "\n")
         if stage.objective == "multimodal" and layout.tensor * layout.context > 1:
-            echo(encoder_layout_table(recipe.model, layout, _deals(recipe, layout, plan, indexes)) + "\n")
+            echo(encoder_layout_table(recipe.model, layout, _deals(recipe, stage, layout, plan, indexes)) + "\n")
 
 
-def _deals(recipe: Recipe, layout: ParallelConfig, plan: StepPlan, indexes: Mapping[str, SampleIndex]) -> list[PictureDeal | None]:
+def _deals(
+    recipe: Recipe, stage: StageConfig, layout: ParallelConfig, plan: StepPlan, indexes: Mapping[str, SampleIndex]
+) -> list[PictureDeal | None]:
     """Of every microbatch with pictures: which rank encodes which."""
-    dealer = PictureDealer.of(recipe.model, layout, 4 if recipe.precision.dtype == "fp32" else 2)
+    dealer = PictureDealer.of(recipe.model, layout, 4 if recipe.precision.dtype == "fp32" else 2, stage)
     if dealer is None:
         return []
     native, found = recipe.data.image.policy == "native", []

@@ -33,8 +33,9 @@ def check_layouts(recipe: Recipe, world_size: int) -> None:
 
     Raises:
         ValueError: ranks that do not form the grid, packs that do not spread over ranks and microbatches, layers that do not spread
-            over pipeline stages, sequences that do not split; each with its numbers.
+            over pipeline stages, sequences that do not split, a profile of steps or ranks that there are not; each with its numbers.
     """
+    _check_profile(recipe, world_size)
     for stage in recipe.stages:
         layout = stage_layout(recipe.parallel, stage, recipe.model)
         grid = RankGrid.from_config(layout, world_size)
@@ -48,6 +49,17 @@ def check_layouts(recipe: Recipe, world_size: int) -> None:
         _check_sequence_split(recipe, stage, layout)
         if held_out := held_out_stage(recipe, stage):
             grid.num_microbatches(held_out)
+
+
+def _check_profile(recipe: Recipe, world_size: int) -> None:
+    profile, steps = recipe.tracking.profile, sum(stage.steps for stage in recipe.stages)
+    if profile.first_step is None:
+        return
+    if profile.first_step > steps:
+        raise ValueError(f"tracking.profile.first_step={profile.first_step}, and the recipe's stages have {steps} steps together")
+    absent = [rank for rank in profile.trace_ranks if isinstance(rank, int) and rank >= world_size]
+    if absent:
+        raise ValueError(f"tracking.profile.trace_ranks names rank {absent[0]}, and there are {world_size} ranks, counted from 0")
 
 
 def settled_layout(recipe: Recipe, number: int, layout: ParallelConfig, world_size: int, indexes: Mapping[str, Index]) -> ParallelConfig:

@@ -27,11 +27,13 @@ def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float, *, zero_center
     """x / sqrt(mean(x^2) + eps) x weight over the last dim of (..., D), in x's format.
 
     `zero_centered` multiplies by 1 + weight (Gemma). Computed in fp32 (fp64 for fp64) whatever the formats of x and weight are; the
-    gradient of the weight adds up rows in fp32 too. Rows do not depend on each other: any part of them gives the same numbers.
+    gradient of the weight adds up rows in fp32 too. Rows do not depend on each other, but how many there are decides which of two ways is
+    quicker, and the two round differently.
     """
     by_triton = uses_triton(x) and x.shape[-1] <= MAX_TRITON_WIDTH
     if torch.compiler.is_compiling() or (not by_triton and (x.is_cuda or x.numel() <= FEW_ELEMENTS)):
-        factor_D = weight_D.to(accumulation_dtype(x.dtype)) + 1.0 if zero_centered else weight_D
+        wide = accumulation_dtype(x.dtype) if zero_centered else torch.promote_types(x.dtype, weight_D.dtype)
+        factor_D = weight_D.to(wide) + 1.0 if zero_centered else weight_D.to(wide)
         return F.rms_norm(x.to(factor_D.dtype), (x.shape[-1],), factor_D, eps).to(x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or weight_D.requires_grad):
         out: torch.Tensor = _RMSNorm.apply(x, weight_D, eps, zero_centered, by_triton)  # type: ignore[no-untyped-call]

@@ -6,7 +6,7 @@ streams of their own, so that they overlap with computation; elsewhere they are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -79,8 +79,9 @@ class Offloader:
         self._layers: list[list[_Kept]] = []
 
     @contextmanager
-    def layer(self, module: torch.nn.Module) -> Iterator[None]:
-        """Around the forward pass of a layer. Its parameters are not copied, nor is what is small."""
+    def layer(self, module: torch.nn.Module, shared: Iterable[torch.Tensor] = ()) -> Iterator[None]:
+        """Around the forward pass of a layer. Its parameters are not copied, nor what is small, nor what all layers share."""
+        elsewhere = {tensor.untyped_storage().data_ptr() for tensor in shared}
         number = len(self._layers)
         kept: list[_Kept] = []
         self._layers.append(kept)
@@ -89,7 +90,7 @@ class Offloader:
 
         def pack(tensor: torch.Tensor) -> torch.Tensor | tuple[int, _Kept]:
             is_small = tensor.numel() * tensor.element_size() < SMALLEST_BYTES
-            if is_small or not tensor.is_floating_point() or _is_weight(tensor, module):
+            if is_small or not tensor.is_floating_point() or tensor.untyped_storage().data_ptr() in elsewhere or _is_weight(tensor, module):
                 return tensor
             place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
             if place not in same:
@@ -131,6 +132,6 @@ def _streams(device: torch.device) -> _Streams:
     return _made[device]
 
 
-def offloaded(offloader: Offloader | None, module: torch.nn.Module) -> AbstractContextManager[None]:
-    """`offloader`'s context of a layer, or none."""
-    return nullcontext() if offloader is None else offloader.layer(module)
+def offloaded(offloader: Offloader | None, module: torch.nn.Module, shared: Iterable[torch.Tensor] = ()) -> AbstractContextManager[None]:
+    """`offloader`'s context of a layer, or none. What all layers share (`shared`) stays on the device anyway, and is not copied."""
+    return nullcontext() if offloader is None else offloader.layer(module, shared)

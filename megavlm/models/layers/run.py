@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def run_layers(
         for place, layer in enumerate(layers):
             number = layer.layer_number
             own = packing(number) if callable(packing) else packing
-            with offloaded(offloader if place < num_offloaded else None, layer):
+            with offloaded(offloader if place < num_offloaded else None, layer, chain.from_iterable(own.rotary.values())):
                 if place < num_recomputed:
                     x_LBD = checkpoint(_layer, layer, x_LBD, own, use_reentrant=False)
                 else:

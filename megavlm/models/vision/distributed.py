@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from megatron.core.transformer.module import MegatronModule
 
-from megavlm.config.schema import ModelConfig, ParallelConfig
+from megavlm.config.schema import ModelConfig, ParallelConfig, StageConfig
 from megavlm.config.vision import ROTARY_POSITIONS
 from megavlm.data.types import PackedBatch
 from megavlm.models.vision.features import Collect
@@ -54,8 +54,10 @@ def build_in_layout(ranks: int, parallel: ParallelConfig, ctx: ParallelContext, 
 class DealtPictures:
     """Deals the pictures of microbatches to the ranks that share them."""
 
-    def __init__(self, model: ModelConfig, parallel: ParallelConfig, ctx: ParallelContext, dtype: torch.dtype) -> None:
-        dealer = PictureDealer.of(model, parallel, dtype.itemsize)
+    def __init__(
+        self, model: ModelConfig, parallel: ParallelConfig, ctx: ParallelContext, dtype: torch.dtype, stage: StageConfig | None = None
+    ) -> None:
+        dealer = PictureDealer.of(model, parallel, dtype.itemsize, stage)
         assert dealer is not None, "the recipe deals no pictures"
         self.dealer = dealer
         self.model, self.ctx = model, ctx

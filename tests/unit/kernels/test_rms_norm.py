@@ -43,7 +43,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("zero_centered", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "weight_dtype"),
-    [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32)],
+    [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
 )
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("way", ["few", "one block", "blocks"])

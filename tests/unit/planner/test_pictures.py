@@ -12,7 +12,7 @@ from megavlm.config.schema import ModelConfig, ParallelConfig, ProjectorConfig, 
 from megavlm.data.types import PackPlan
 from megavlm.planner.flops import VisionWork, pack_flops
 from megavlm.planner.pictures import PictureDealer, copies_of_pictures, deal_pictures, encoder_layout_table
-from megavlm.testing.recipes import tiny_recipe
+from megavlm.testing.recipes import tiny_recipe, tiny_stage
 from megavlm.training.accounting import Accountant
 
 VISION = {"image_size_px": 32, "patch_size_px": 8, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64}
@@ -59,6 +59,17 @@ def test_costs_are_the_planners_flops() -> None:
     assert deal.shares == ((1,), (0, 2)) and deal.first_rows == (0, 16, 80, 84) and deal.num_rows == (64, 20)
     assert deal.spared_flops == deal.flops[0] + deal.flops[2]
     assert deal.idle_share == pytest.approx(1 - sum(deal.flops) / (2 * deal.flops[1]))
+
+
+def test_what_is_frozen_has_no_backward_pass_to_spare_and_no_gradient_to_send() -> None:
+    frozen = tiny_stage(vision={"train": "frozen"}, projector={"train": "frozen"})
+    stages = {name: tiny_recipe("run", "data", [stage]).stages[0] for name, stage in {"frozen": frozen, "all": tiny_stage()}.items()}
+    dealers = {name: PictureDealer(MODEL, 2, 2, stage=stage) for name, stage in stages.items()}
+    (picture,) = dealers["all"].pictures(1, [(4, 4)], None)
+    parts = pack_flops(MODEL, [], picture.work, 0).by_part
+    forward = sum(work.forward for part, work in parts.items() if part.startswith(("vision", "projector")))
+    assert dealers["frozen"].flops(picture) == forward < dealers["all"].flops(picture)
+    assert 2 * dealers["frozen"].row_bytes == dealers["all"].row_bytes == PictureDealer(MODEL, 2, 2).row_bytes
 
 
 def test_rows_are_those_of_the_projector() -> None:
