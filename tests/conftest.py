@@ -34,8 +34,15 @@ for _name in list(os.environ):
         del os.environ[_name]
 
 
+SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines())
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, by name and with the reason, where there is none."""
+    """What tests/slow.txt lists is marked `slow`; tests marked `gpu` are skipped, with the reason, where there is none."""
+    for item in items:
+        if item.nodeid in SLOW:
+            item.add_marker(pytest.mark.slow)
     if num_visible_gpus(os.environ):
         return
     for item in items:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
 
-from megavlm_launchers.environment import free_port
+import psutil
 
+PORTS = (20000, 32000)
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 _CONFIGURATION = """
 ClusterName=megavlm
@@ -125,13 +128,13 @@ class SlurmCluster:
     def start_requeued(self, job: str, timeout_s: float = 60) -> None:
         """Start a job that went back into the queue now: SLURM holds it for two minutes, from when its last process has ended."""
 
-        def runs() -> bool:
-            if self.state(job)["JobState"] == "PENDING":
-                self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
-            return self.state(job)["JobState"] != "PENDING"
+        def has_started() -> bool:
+            # The hold begins when the job's last process has ended, so that a word before that is forgotten.
+            self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+            return self.state(job)["JobState"] in ("RUNNING", "COMPLETED", "FAILED")
 
         self.wait(job, {"PENDING"}, timeout_s)
-        _until(runs, timeout_s, f"job {job} stayed in the queue")
+        _until(has_started, timeout_s, lambda: f"job {job} stayed in the queue: {self.state(job)}")
 
     def close(self) -> None:
         """End all jobs, then all daemons."""
@@ -139,6 +142,8 @@ class SlurmCluster:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 subprocess.run(["scancel", "--user=root", "--signal=KILL", "--full"], env=self.environment, timeout=10, capture_output=True)
                 subprocess.run(["scancel", "--user=root"], env=self.environment, timeout=10, capture_output=True)
+            with contextlib.suppress(TimeoutError, subprocess.TimeoutExpired):
+                _until(lambda: not self.run("squeue", "--noheader", check=False).strip(), 10, "jobs do not end")
         for daemon in reversed(list(self._daemons.values())):
             daemon.send_signal(signal.SIGTERM)
         for daemon in self._daemons.values():
@@ -148,6 +153,14 @@ class SlurmCluster:
                 daemon.kill()
                 daemon.wait()
         self._daemons.clear()
+        self._kill_what_is_left()
+
+    def _kill_what_is_left(self) -> None:
+        """Steps that a killed daemon left behind, and their ranks: they carry the cluster's name."""
+        for process in psutil.process_iter(["environ"]):
+            if (process.info["environ"] or {}).get("SLURM_CONF") == str(self.configuration):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
     def _start(self, name: str, *command: str) -> None:
         with (self.folder / f"{name}.out").open("ab") as out:
@@ -157,11 +170,12 @@ class SlurmCluster:
         for name in ("state", *(f"spool-node{n}" for n in range(1, self.nodes + 1))):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         lost_after, kill_wait = self._times
-        text = _CONFIGURATION.format(port=free_port(), root=self.folder, nodes=self.nodes, lost_after=lost_after, kill_wait=kill_wait)
+        ports = _ports(self.nodes + 1)
+        text = _CONFIGURATION.format(port=ports[0], root=self.folder, nodes=self.nodes, lost_after=lost_after, kill_wait=kill_wait)
         resources = []
         for number in range(1, self.nodes + 1):
             text += (
-                f"NodeName=node{number} NodeHostname=localhost NodeAddr=127.0.0.1 Port={free_port()} CPUs=16 Sockets=1 CoresPerSocket=16 "
+                f"NodeName=node{number} NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[number]} CPUs=16 Sockets=1 CoresPerSocket=16 "
             )
             text += f"ThreadsPerCore=1 RealMemory=4096 {f'Gres=gpu:{self._gpus}' if self._gpus else ''} State=UNKNOWN\n"
             for gpu in range(self._gpus):
@@ -171,6 +185,17 @@ class SlurmCluster:
                 resources.append(f"NodeName=node{number} Name=gpu File={device}\n")
         self.configuration.write_text(text)
         (self.folder / "gres.conf").write_text("".join(resources))
+
+
+def _ports(number: int) -> list[int]:
+    """Ports of the loopback address that nobody listens on, and that no outgoing connection is given."""
+    found: list[int] = []
+    while len(found) < number:
+        port = random.randrange(*PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found += [port] if port not in found else []
+    return found
 
 
 def _until(true: object, timeout_s: float, problem: object) -> None:
