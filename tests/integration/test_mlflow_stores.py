@@ -52,10 +52,14 @@ class MlflowServer:
         self.process = subprocess.Popen(
             self.command, stdout=self.log, stderr=subprocess.STDOUT, cwd=self.folder, start_new_session=True, env=environment
         )
-        end = time.monotonic() + 120
-        while not self._answers():
-            assert self.process.poll() is None and time.monotonic() < end, (self.folder / "server.log").read_text()[-3000:]
-            time.sleep(0.25)
+        end = time.monotonic() + 240
+        try:
+            while not self._answers():
+                assert self.process.poll() is None and time.monotonic() < end, (self.folder / "server.log").read_text()[-3000:]
+                time.sleep(0.25)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def _answers(self):
