@@ -1,6 +1,6 @@
 """Speed of two ranks against one, a core each, on the same global batches: what a layout costs.
 
-    python benchmarks/layouts.py [--steps 6] [--rounds 2] [--out benchmarks/results/layouts.json]
+    python benchmarks/layouts.py [--steps 6] [--rounds 1] [--out benchmarks/results/layouts.json]
     python benchmarks/layouts.py --tiny         (seconds; to see that it runs)
 
 Every rank has one thread, so that two ranks have twice the arithmetic of one. Layouts take turns, and each one's best round counts: a busy
@@ -51,15 +51,15 @@ SIZES: dict[str, dict[str, Any]] = {
 
 def recipe_of(folder: Path, data: Path, size: str, parallel: dict[str, Any], steps: int) -> Recipe:
     """One stage in which everything trains."""
-    stage = tiny_stage(steps=steps, packs_per_step=8) | {"mixture": {"pages": 0.4, "multi": 0.2, "text": 0.4}}
-    seq_len = {"seq_len_tokens": 256 if size == "tiny" else 1024}
+    stage = tiny_stage(steps=steps, packs_per_step=4) | {"mixture": {"pages": 0.4, "multi": 0.2, "text": 0.4}}
+    seq_len = {"seq_len_tokens": 256 if size == "tiny" else 512}
     return tiny_recipe(folder, data, [stage], model=SIZES[size], parallel=parallel, data=seq_len)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6, help="measured steps of a round")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "layouts.json")
     arguments = parser.parse_args()

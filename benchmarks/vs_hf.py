@@ -7,6 +7,9 @@ Two workloads, in useful tokens per second (padding does not count):
   realistic  a long-tailed mix of lengths and image counts: HF pads each batch to its longest sample, as its collator does
 
 Both sides alternate step by step, so that a busy machine hurts both. Losses of the first step must agree, or nothing is written.
+`share_of_matmul_rate`: FLOPs of the formula over seconds, as a share of what a plain matmul of this format reaches on the same threads, in
+the same run. Peak memory is what each side, alone in a process of its own, adds over three steps to what its imports took; blocks that were
+freed go back to the system at once on both sides (MALLOC_MMAP_THRESHOLD_), because glibc would keep them.
 Writes benchmarks/results/vs_hf-<size>-<dtype>.json.
 """
 
@@ -16,12 +19,13 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,18 +65,66 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--batch", type=int, default=8, help="samples in a Hugging Face batch")
+    parser.add_argument("--memory-of", choices=["hf", "megavlm"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     import torch
 
     torch.set_num_threads(args.threads)
+    if args.memory_of:
+        print(json.dumps(memory_of(args)))
+        return
+    memory = {side: memory_apart(side) for side in ("hf", "megavlm")}
     hf, ours = build(args.size, args.dtype)
+    rate = matmul_flops_per_s(args.dtype)
     results = {}
-    for name, lengths in (("equal", equal_lengths), ("realistic", realistic_lengths)):
+    for name, lengths in WORKLOADS.items():
         batches = [make_samples(lengths(args.size, args.batch, seed), args.size, seed) for seed in range(args.steps + 1)]
-        results[name] = compare(hf, ours, batches)
+        results[name] = compare(hf, ours, batches, rate)
+        peaks = {side: memory[side][name] for side in memory}
+        results[name]["peak_memory_mib"] = peaks | {"ratio": round(peaks["megavlm"] / peaks["hf"], 3)}
         print(f"{name:10s} {json.dumps(results[name])}")
-    save(args, results)
+    save(args, results, rate)
+
+
+def memory_apart(side: str) -> dict[str, float]:
+    """`memory_of` in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", side]
+    done = subprocess.run(command, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def memory_of(args: argparse.Namespace) -> dict[str, float]:
+    """MiB at the peak of three steps of each workload, of one side, over what its imports took."""
+    from transformers import LlavaForConditionalGeneration  # noqa: F401
+
+    import megavlm.training.build  # noqa: F401
+    from megavlm.tracking.process_memory import ProcessMemory
+
+    found = {}
+    memory = ProcessMemory()
+    with hf_folder(args.size) as folder:
+        side = HuggingFace(folder, args.dtype) if args.memory_of == "hf" else Megavlm(folder, args.dtype)
+    for name, lengths in WORKLOADS.items():
+        memory.restart()
+        for seed in range(3):
+            side.step(make_samples(lengths(args.size, args.batch, seed), args.size, seed))
+        found[name] = round(memory.peak_bytes() / 2**20, 1)
+    return found
+
+
+def matmul_flops_per_s(dtype: str, size: int = 1536) -> float:
+    """Best of ten square products."""
+    import torch
+
+    a, b = (torch.randn(size, size).to(torch.float32 if dtype == "fp32" else torch.bfloat16) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
 
 
 def equal_lengths(size: str, count: int, seed: int) -> list[tuple[int, int]]:
@@ -88,6 +140,9 @@ def realistic_lengths(size: str, count: int, seed: int) -> list[tuple[int, int]]
     longest = 1200 if size == "100m" else 400
     text = np.clip(rng.lognormal(np.log(80), 0.9, count), 16, longest).astype(int)
     return list(zip(text.tolist(), rng.choice(3, size=count, p=[0.2, 0.65, 0.15]).tolist(), strict=True))
+
+
+WORKLOADS = {"equal": equal_lengths, "realistic": realistic_lengths}
 
 
 def make_samples(shapes: list[tuple[int, int]], size: str, seed: int) -> list[Sample]:
@@ -201,6 +256,13 @@ def as_pack(samples: list[Sample]) -> Any:
 
 def build(size: str, dtype: str) -> tuple[HuggingFace, Megavlm]:
     """Both sides from one randomly initialised Hugging Face folder."""
+    with hf_folder(size) as folder:
+        return HuggingFace(folder, dtype), Megavlm(folder, dtype)
+
+
+@contextmanager
+def hf_folder(size: str) -> Iterator[str]:
+    """A randomly initialised model as a Hugging Face folder."""
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -214,10 +276,20 @@ def build(size: str, dtype: str) -> tuple[HuggingFace, Megavlm]:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         LlavaForConditionalGeneration(config).save_pretrained(folder)
-        return HuggingFace(folder, dtype), Megavlm(folder, dtype)
+        yield folder
 
 
-def compare(hf: HuggingFace, ours: Megavlm, batches: list[list[Sample]]) -> dict[str, Any]:
+def flops_of(ours: Megavlm, samples: list[Sample]) -> int:
+    """What the samples need by formula, without padding."""
+    from megavlm.planner.flops import VisionWork, pack_flops
+
+    model = ours.recipe.model
+    work = VisionWork.of([model.vision.num_patches] * sum(len(s.tiles) for s in samples))
+    targets = sum(int(s.is_target.sum()) for s in samples)
+    return pack_flops(model, [s.tokens.numel() for s in samples], work, targets).total
+
+
+def compare(hf: HuggingFace, ours: Megavlm, batches: list[list[Sample]], matmul_rate: float) -> dict[str, Any]:
     """Alternate steps of both sides; the first warms up, and its losses must agree."""
     first = hf.step(batches[0]), ours.step(batches[0])
     tolerance = 1e-3 if ours.recipe.precision.dtype == "fp32" else 3e-2
@@ -231,19 +303,21 @@ def compare(hf: HuggingFace, ours: Megavlm, batches: list[list[Sample]]) -> dict
             seconds[name].append(time.perf_counter() - start)
     useful = sum(s.tokens.numel() for samples in batches[1:] for s in samples)
     padded = sum(len(samples) * max(s.tokens.numel() for s in samples) for samples in batches[1:])
+    flops = sum(flops_of(ours, samples) for samples in batches[1:])
     speed = {name: useful / sum(times) for name, times in seconds.items()}
     return {
         "hf_tokens_per_s": round(speed["hf"], 1),
         "megavlm_tokens_per_s": round(speed["megavlm"], 1),
         "ratio": round(speed["megavlm"] / speed["hf"], 3),
         "ratio_of_medians": round(statistics.median(seconds["hf"]) / statistics.median(seconds["megavlm"]), 3),
+        "share_of_matmul_rate": {side: round(flops / sum(times) / matmul_rate, 3) for side, times in seconds.items()},
         "hf_padding_share": round(1 - useful / padded, 3),
         "first_losses": first,
         "seconds": seconds,
     }
 
 
-def save(args: argparse.Namespace, results: dict[str, Any]) -> None:
+def save(args: argparse.Namespace, results: dict[str, Any], matmul_rate: float) -> None:
     import megatron.core
     import torch
     import transformers
@@ -259,7 +333,7 @@ def save(args: argparse.Namespace, results: dict[str, Any]) -> None:
             "megatron-core": megatron.core.__version__,
             "transformers": transformers.__version__,
         },
-        "peak_memory_of_both_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "matmul_tflops": round(matmul_rate / 1e12, 4),
         "results": results,
     }
     path = folder / f"vs_hf-{args.size}-{args.dtype}.json"
