@@ -43,6 +43,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "language": {"num_layers": 4, "hidden_size": 48, "ffn_hidden_size": 96},
     },
     "30m": {
+        "init_std": 0.02,
         "vision": {"hidden_size": 256, "ffn_hidden_size": 1024, "num_layers": 7},
         "language": {"num_layers": 8, "hidden_size": 512, "num_attention_heads": 8, "ffn_hidden_size": 1408, "vocab_size": 8192},
     },
@@ -60,27 +61,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6, help="measured steps of a round")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS), help="one rank always runs")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "layouts.json")
     arguments = parser.parse_args()
     size = "tiny" if arguments.tiny else "30m"
-    seconds: dict[str, list[float]] = {name: [] for name in LAYOUTS}
+    chosen = {name: LAYOUTS[name] for name in dict.fromkeys(["one rank", *arguments.layouts])}
+    seconds: dict[str, list[float]] = {name: [] for name in chosen}
     losses: dict[str, float] = {}
     pool = RankPool(2)
     try:
         with tempfile.TemporaryDirectory() as folder:
             data = make_tiny_data(Path(folder) / "data")
             for turn in range(arguments.rounds):
-                for name, (ranks, parallel) in LAYOUTS.items():
+                for name, (ranks, parallel) in chosen.items():
                     recipe = recipe_of(Path(folder) / f"{turn}-{name}", data, size, parallel, arguments.steps + WARM_UP_STEPS)
                     records = pool.run(train_and_read, recipe, world_size=ranks, timeout_s=600)[0]
                     seconds[name].append(statistics.median(r["step_time_s"] for r in records[WARM_UP_STEPS:]))
-                    losses[name] = records[-1]["loss"]
+                    losses[name] = records[0]["loss"]
     finally:
         pool.close()
     best = {name: min(turns) for name, turns in seconds.items()}
     rows = [
-        {"layout": name, "step_s": round(step, 4), "speed-up over one rank": round(best["one rank"] / step, 3), "last_loss": losses[name]}
+        {"layout": name, "step_s": round(step, 4), "speed-up over one rank": round(best["one rank"] / step, 3), "first_loss": losses[name]}
         for name, step in best.items()
     ]
     print(text_table(tuple(rows[0]), [tuple(row.values()) for row in rows], f"{size} model, one thread a rank"))
