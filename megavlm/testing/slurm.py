@@ -15,7 +15,7 @@ import subprocess
 import time
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 PORTS = (20000, 32000)
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
