@@ -10,7 +10,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-EXIT_CODE = 76
+from megavlm.config.exits import Exit
+
+EXIT_CODE = Exit.SAVE_TIMEOUT
 """Exit code of a rank whose save took too long."""
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,39 @@
+"""What a run's exit code says: one table, for ranks, launchers and whoever restarts them."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """Exit codes of a rank, of the local launcher and of a SLURM job's script; 128 + N is signal N."""
+
+    _meaning: str
+
+    def __new__(cls, code: int, meaning: str) -> Exit:
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member._meaning = meaning
+        return member
+
+    @property
+    def meaning(self) -> str:
+        """In words."""
+        return self._meaning
+
+    DONE = 0, "the recipe is done, or run.max_steps is reached"
+    FAULT = 1, "a fault of the program or the machine, with a traceback"
+    USER = 2, "something that the user can mend: recipe, data, files"
+    SAVE_TIMEOUT = 76, "a save took longer than checkpoint.timeout_s"
+    HUNG = 77, "a section of the run (set-up, step, checkpoint, evaluation) took longer than its limit in faults.watchdog"
+    FAULTS_EXHAUSTED = 78, "a loss or gradient that is not a number, or a spike: more than the recipe's faults block lets pass"
+    REPLICAS_DIVERGED = 79, "ranks that must hold the same parameters hold different ones"
+    DISK_FULL = 80, "a checkpoint could not be written, and checkpoint.on_disk_full says to end then"
+    NO_PROGRESS = 86, "restarts in a row that reached no newer checkpoint (script of a SLURM job)"
+
+    @classmethod
+    def describe(cls, code: int) -> str:
+        """What an exit code says, in words; signals included."""
+        if code > 128:
+            return f"ended by signal {code - 128}"
+        return next((known.meaning for known in cls if known == code), "unknown")
