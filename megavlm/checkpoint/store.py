@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing import load as load_sharded
 from megatron.core.dist_checkpointing import save as save_sharded
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
@@ -27,6 +26,7 @@ import megavlm
 from megavlm.checkpoint import folders, optimizer_state
 from megavlm.checkpoint.errors import CheckpointError, some
 from megavlm.checkpoint.folders import newest, prune, read_state
+from megavlm.checkpoint.guarded import load_sharded
 from megavlm.checkpoint.reader import read_metadata
 from megavlm.checkpoint.watchdog import watchdog
 from megavlm.models.weights import sharding_metadata
@@ -165,7 +165,7 @@ def _read_into(path: Path, tensors: Sequence[ShardedTensor]) -> None:
         if tensor.allow_shape_mismatch:
             tensor.data.zero_()
     targets = [t.data for t in tensors]
-    loaded = load_sharded(dict(enumerate(tensors)), str(path), validate_access_integrity=False)
+    loaded = load_sharded(dict(enumerate(tensors)), path)
     for index, target in enumerate(targets):
         source = loaded[index]
         if source.data_ptr() != target.data_ptr():
