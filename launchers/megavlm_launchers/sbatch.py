@@ -54,7 +54,7 @@ def render(job: SlurmJob) -> str:
         run_dir=job.run_dir,
         chain=job.chain,
         requeue=cluster.requeue,
-        env=sorted(cluster.env.items()),
+        env=sorted({"PYTHONUNBUFFERED": "1", **cluster.env}.items()),
         env_file=job.env_file,
         setup=cluster.setup,
         signal=cluster.signal,
@@ -106,7 +106,7 @@ def _gpus(cluster: ClusterConfig) -> list[str]:
 def _srun_options(job: SlurmJob) -> list[str]:
     """One failed rank ends the others; each line of output says whose it is."""
     cluster = job.cluster
-    options = ["--kill-on-bad-exit=1", "--wait=60", "--label", "--unbuffered"]
+    options = ["--kill-on-bad-exit=1", "--wait=60", "--label"]
     if cluster.cpus_per_rank:
         options.append(f"--cpus-per-task={cluster.cpus_per_rank}")  # since SLURM 22.05 a step does not take the job's
     if cluster.container is not None and cluster.container.runtime == "pyxis":

@@ -1,7 +1,7 @@
 """The folder of a run's checkpoints: names, state, completeness, which to keep. No torch: also for people who only look.
 
     <run.dir>/checkpoints/<step, 8 digits>-<stage>/   megatron-core's shards, state.json, manifest.json
-    <run.dir>/checkpoints/latest                      name of the newest, written last
+    <run.dir>/checkpoints/latest                      name of the newest, one line of text for scripts to read, written last
 
 A checkpoint is written under a name that ends in `.tmp` and renamed when every file is on the disk. `manifest.json` lists
 size and SHA-256 of every shard: a folder is complete when all of them are there.
@@ -111,9 +111,14 @@ def checksum(file: Path) -> dict[str, Any]:
 
 def write_json(file: Path, value: Any) -> None:
     """Write and flush to the disk, replacing the file in one step."""
+    write_text(file, json.dumps(value, indent=1))
+
+
+def write_text(file: Path, text: str) -> None:
+    """The same for text."""
     temporary = file.with_name(file.name + UNFINISHED)
     with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=1)
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, file)
@@ -124,7 +129,7 @@ def publish(unfinished: Path, path: Path) -> None:
     """Give a run's finished checkpoint its name, in the place of an older one of that name, then point `latest` to it."""
     put_in_place(unfinished, path)
     if path.parent.name == CHECKPOINTS:
-        write_json(path.parent / LATEST, path.name)
+        write_text(path.parent / LATEST, f"{path.name}\n")
 
 
 def put_in_place(unfinished: Path, path: Path) -> None:
@@ -163,8 +168,8 @@ def _named(run_dir: str | Path) -> list[Path]:
     if not root.is_dir():
         return []
     latest = ""
-    with contextlib.suppress(CheckpointError):
-        latest = str(_read_json(root / LATEST)) if (root / LATEST).is_file() else ""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        latest = (root / LATEST).read_text(encoding="utf-8").strip()
     paths = [p for p in root.iterdir() if p.is_dir() and _NAME.match(p.name) and not p.name.endswith((UNFINISHED, REPLACED))]
     return sorted(paths, key=lambda p: (int(_NAME.match(p.name).group(1)), p.name == latest, p.name))  # type: ignore[union-attr]
 

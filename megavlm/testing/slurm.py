@@ -87,9 +87,7 @@ class SlurmCluster:
             self.start_controller()
             for number in range(1, self.nodes + 1):
                 self.start_node(number)
-            _until(
-                lambda: len(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) == self.nodes, 30, "the nodes did not come up"
-            )
+            _until(self._all_idle, 30, "the nodes did not come up")
         except BaseException:
             self.close()
             raise
@@ -126,15 +124,25 @@ class SlurmCluster:
         return self.state(job)
 
     def start_requeued(self, job: str, timeout_s: float = 60) -> None:
-        """Start a job that went back into the queue now: SLURM holds it for two minutes, from when its last process has ended."""
+        """Start a job that went back into the queue two seconds after its nodes are free, where SLURM holds it for two minutes.
+
+        Not at once: a node refuses what starts in the second in which it was told to forget the job ("Job credential revoked"), and that
+        ends the job for good.
+        """
 
         def has_started() -> bool:
-            # The hold begins when the job's last process has ended, so that a word before that is forgotten.
+            # SLURM's hold begins when the job's last process has ended: a word before that is forgotten.
             self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
-            return self.state(job)["JobState"] in ("RUNNING", "COMPLETED", "FAILED")
+            return self.state(job)["JobState"] in ("RUNNING", "COMPLETING", "COMPLETED", "FAILED")
 
         self.wait(job, {"PENDING"}, timeout_s)
+        _until(self._all_idle, timeout_s, lambda: f"job {job} does not leave its nodes: {self.run('sinfo', '-h', '-N')}")
+        free = time.monotonic()
+        _until(lambda: time.monotonic() > free + 2, 3, "the clock stands still")
         _until(has_started, timeout_s, lambda: f"job {job} stayed in the queue: {self.state(job)}")
+
+    def _all_idle(self) -> bool:
+        return len(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) == self.nodes
 
     def close(self) -> None:
         """End all jobs, then all daemons."""

@@ -41,6 +41,7 @@ def ranks_of(job: str) -> dict[int, psutil.Process]:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_killed_rank_and_the_time_limit_change_no_loss(
     pool: RankPool, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ def test_newest_is_the_highest_complete_step(tmp_path: Path) -> None:
     assert folders.newest(tmp_path) is None
     older, newer = make(tmp_path, "00000009-align"), make(tmp_path, "00000010-tune")
     assert folders.newest(tmp_path) == newer
-    assert json.loads((tmp_path / "checkpoints" / "latest").read_text()) == "00000010-tune"
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "00000010-tune\n"
     (newer / folders.MANIFEST).unlink()
     assert folders.newest(tmp_path) == older
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megavlm.checkpoint import folders
 from megavlm.config.cluster import ClusterConfig, load_cluster
 from megavlm_launchers.errors import LaunchError
 from megavlm_launchers.sbatch import SlurmJob, render, submit
@@ -143,3 +144,19 @@ def test_without_slurm_the_answer_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LaunchError, match="--dry-run"):
         submit(tmp_path / "job.sbatch")
+
+
+def test_the_script_knows_the_step_of_what_a_run_has_saved(tmp_path: Path) -> None:
+    """It reads the file that checkpoint.folders writes."""
+    text = script(run_dir=tmp_path)
+    newest_step = text[text.index("newest_step()") : text.index("# <step at the last count>")]
+
+    def step() -> str:
+        bash = ["bash", "-c", f"run_dir=$1; {newest_step} newest_step", "bash", str(tmp_path)]
+        return subprocess.run(bash, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert step() == "0"
+    unfinished = tmp_path / folders.CHECKPOINTS / "00000080-align.tmp"
+    unfinished.mkdir(parents=True)
+    folders.publish(unfinished, unfinished.with_suffix(""))
+    assert step() == "80"
