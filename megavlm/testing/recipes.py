@@ -100,6 +100,7 @@ def tiny_recipe(run_dir: str | Path, data_dir: str | Path, stages: list[dict[str
         },
         "evaluation": {},
         "checkpoint": {},
+        "faults": {},
         "tracking": {"mlflow": False, "peak_tflops_per_rank": 0.1, "num_sample_pictures": 0},
     }
     for block, update in changes.items():
