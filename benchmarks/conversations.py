@@ -72,7 +72,7 @@ def compare(name: str, folder: Path, messages: list[dict[str, str]], seconds: fl
     from transformers import AutoTokenizer
 
     chat = Chat(name, load_tokenizer(folder, "<|image_pad|>"))
-    theirs, given = AutoTokenizer.from_pretrained(folder), as_parts(messages)
+    theirs, given = AutoTokenizer.from_pretrained(folder, trust_remote_code=False), as_parts(messages)
     options = {"chat_template": chat.jinja(), "return_dict": True, "return_assistant_tokens_mask": "endgeneration" in chat.jinja()}
     assert chat.encode_conversation(messages, [1]).ids_L.tolist() == theirs.apply_chat_template(given, **options)["input_ids"]
     best = {"megavlm": 0.0, "transformers": 0.0}

@@ -92,7 +92,8 @@ def transformers(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(target, max_shard_size="5GB")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False)
+    model.save_pretrained(target, max_shard_size="5GB")
     for file in target.iterdir():
         with open(file, "rb+") as stream:
             os.fsync(stream.fileno())

@@ -140,7 +140,7 @@ def hf_route(policy: str, folder: Path, jpegs: list[bytes], backend: str, num_to
         "native": ("Qwen2VLImageProcessor", {}),
     }[policy]
     processor = getattr(transformers, name + suffix)(**options)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
     text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in conversation())
 
     def route(i: int) -> Any:

@@ -170,7 +170,9 @@ class HuggingFace:
         from transformers import LlavaForConditionalGeneration
 
         self.dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
-        self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=self.dtype, attn_implementation="sdpa").train()
+        self.model = LlavaForConditionalGeneration.from_pretrained(
+            folder, dtype=self.dtype, attn_implementation="sdpa", use_safetensors=True
+        ).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
         self.std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)

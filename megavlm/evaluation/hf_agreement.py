@@ -120,9 +120,9 @@ def compare_with_hf(loaded: LoadedModel, hf_folder: str | Path, questions: Seque
     transformers = quiet_transformers()
     transformers.utils.logging.disable_progress_bar()
     processor_class: Any = transformers.AutoProcessor
-    processor = processor_class.from_pretrained(hf_folder)
+    processor = processor_class.from_pretrained(hf_folder, trust_remote_code=False)
     model_class: Any = transformers.LlavaForConditionalGeneration
-    hf_model = model_class.from_pretrained(hf_folder, dtype=torch.float32).to(device).eval()
+    hf_model = model_class.from_pretrained(hf_folder, dtype=torch.float32, use_safetensors=True).to(device).eval()
     samples = [_compare(loaded, hf_model, processor, q, max_new_tokens) for q in questions]
     chosen = next((i for i, q in enumerate(questions) if q.num_pictures), 0)
     return Agreement(tuple(samples), tuple(questions[chosen].pictures()), samples[chosen])

@@ -139,7 +139,7 @@ class Family(ABC):
     def hf_model(self, folder: str | Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
         """The Hugging Face model of a folder, for evaluation."""
         cls = getattr(quiet_transformers(), self.hf_class)
-        return cls.from_pretrained(str(folder), dtype=dtype, **options).eval()
+        return cls.from_pretrained(str(folder), dtype=dtype, use_safetensors=True, **options).eval()
 
 
 def ties(config: Any) -> bool:
