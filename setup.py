@@ -20,6 +20,7 @@ REQUIREMENTS = [
     "safetensors>=0.5,<1",
     "mlflow>=3.17,<4",
     "psutil>=6",
+    "xxhash>=3.4",
     "pydantic>=2.10,<3",
     "omegaconf>=2.3,<3",
     "jinja2>=3.1,<4",

@@ -1,10 +1,11 @@
-"""The folder of a run's checkpoints: names, state, completeness, which to keep. No torch: also for people who only look.
+"""The folder of a run's checkpoints: names, state, completeness. No torch: also for people who only look.
 
-    <run.dir>/checkpoints/<step, 8 digits>-<stage>/   megatron-core's shards, state.json, manifest.json
+    <run.dir>/checkpoints/<step, 8 digits>-<stage>/   shards of all ranks, their index, state.json, manifest.json
     <run.dir>/checkpoints/latest                      name of the newest, one line of text for scripts to read, written last
 
 A checkpoint is written under a name that ends in `.tmp` and renamed when every file is on the disk. `manifest.json` lists
-size and SHA-256 of every shard: a folder is complete when all of them are there.
+size and checksum (xxHash, XXH3 of 128 bits: https://xxhash.com; SHA-256 in older ones) of every file: a folder is complete when all of
+them are there. `retention` says which are kept.
 """
 
 from __future__ import annotations
@@ -18,20 +19,32 @@ import shutil
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import xxhash
 
 from megavlm.checkpoint.errors import CheckpointError
 
 STATE, MANIFEST, LATEST, CHECKPOINTS, UNFINISHED, REPLACED = "state.json", "manifest.json", "latest", "checkpoints", ".tmp", ".old"
 FORMAT = 1
 """Of what `store.save` and `writer` write."""
+CHECKSUM = "xxh3_128"
+"""Name of the checksum in manifests that are written now."""
+_READ_BYTES = 4 << 20
 _NAME = re.compile(r"^(\d{8,})-(.+)$")
 _ASIDE = re.compile(r"\.[0-9a-f]{8}\.old$")
 
 
+def step_and_stage(name: str) -> tuple[int, str]:
+    """What a checkpoint's folder name says."""
+    found = _NAME.match(name)
+    assert found is not None, f"{name} is no checkpoint's name"
+    return int(found.group(1)), found.group(2)
+
+
 def newest(run_dir: str | Path) -> Path | None:
     """The complete checkpoint of the highest step; None when the run has none. Incomplete and unfinished folders do not count."""
-    return next((path for path in reversed(_named(run_dir)) if problem(path) is None), None)
+    return next((path for path in reversed(named(run_dir)) if problem(path) is None), None)
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
@@ -46,24 +59,6 @@ def read_state(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {found}")
     state: dict[str, Any] = _read_json(path / STATE)
     return state
-
-
-def prune(run_dir: str | Path, keep_last: int, keep: Iterable[str] = ()) -> list[str]:
-    """Delete complete checkpoints but the newest `keep_last`, the last of every stage and the folder names in `keep`.
-
-    Leftovers of saves that were interrupted go as well. Returns the names that were deleted. One process calls this.
-    """
-    names = [path.name for path in _named(run_dir) if problem(path) is None]
-    last_of_stage = {_NAME.match(name).group(2): name for name in names}  # type: ignore[union-attr]
-    kept = {*keep, *last_of_stage.values(), *names[len(names) - keep_last :]}
-    root = Path(run_dir) / CHECKPOINTS
-    leftovers = [p.name for p in root.glob("*") if _is_leftover(p)] if root.is_dir() else []
-    gone = [name for name in names if name not in kept] + leftovers
-    for name in gone:
-        # Renamed first: a deletion that is cut off must not leave a folder that looks like a checkpoint.
-        doomed = root / name
-        shutil.rmtree(doomed if name in leftovers else doomed.rename(aside(doomed)))
-    return gone
 
 
 def problem(path: Path) -> str | None:
@@ -88,12 +83,12 @@ def problem(path: Path) -> str | None:
 
 
 def verify(path: Path, names: Iterable[str] | None = None) -> None:
-    """Compare the SHA-256 of files (None: all of them) with the manifest. Raises CheckpointError naming the damaged ones."""
+    """Compare the checksums of files (None: all of them) with the manifest. Raises CheckpointError naming the damaged ones."""
     files = _read_json(path / MANIFEST)["files"]
-    damaged = [name for name in (files if names is None else names) if checksum(path / name)["sha256"] != files[name]["sha256"]]
+    damaged = [name for name in (files if names is None else names) if not _is_as_written(path / name, files[name])]
     if damaged:
         raise CheckpointError(
-            f"{path}: {', '.join(damaged)} changed since it was written (SHA-256 differs from {MANIFEST}): "
+            f"{path}: {', '.join(damaged)} changed since it was written (its checksum differs from {MANIFEST}'s): "
             "remove this folder to go on from the checkpoint before it"
         )
 
@@ -103,10 +98,29 @@ def manifest_files(path: Path) -> list[str]:
     return sorted(_read_json(path / MANIFEST)["files"])
 
 
+def hasher() -> Any:
+    """Of the checksum `CHECKSUM`: has `update(bytes)` and `hexdigest()`. Both let other threads run meanwhile."""
+    return xxhash.xxh3_128()
+
+
 def checksum(file: Path) -> dict[str, Any]:
     """A file's entry in the manifest."""
     with open(file, "rb") as stream:
-        return {"bytes": os.fstat(stream.fileno()).st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        return {"bytes": os.fstat(stream.fileno()).st_size, CHECKSUM: _digest(stream, hasher())}
+
+
+def _is_as_written(file: Path, entry: dict[str, Any]) -> bool:
+    kind, make = (CHECKSUM, hasher) if CHECKSUM in entry else ("sha256", hashlib.sha256)
+    with open(file, "rb") as stream:
+        return _digest(stream, make()) == entry[kind]
+
+
+def _digest(stream: BinaryIO, summing: Any) -> str:
+    buffer = bytearray(_READ_BYTES)
+    view = memoryview(buffer)
+    while count := stream.readinto(buffer):  # type: ignore[attr-defined]
+        summing.update(view[:count])
+    return str(summing.hexdigest())
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -162,7 +176,7 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _named(run_dir: str | Path) -> list[Path]:
+def named(run_dir: str | Path) -> list[Path]:
     """Folders named as checkpoints, by ascending step; at the same step the one that `latest` names comes last."""
     root = Path(run_dir) / CHECKPOINTS
     if not root.is_dir():
@@ -171,10 +185,10 @@ def _named(run_dir: str | Path) -> list[Path]:
     with contextlib.suppress(OSError, UnicodeDecodeError):
         latest = (root / LATEST).read_text(encoding="utf-8").strip()
     paths = [p for p in root.iterdir() if p.is_dir() and _NAME.match(p.name) and not p.name.endswith((UNFINISHED, REPLACED))]
-    return sorted(paths, key=lambda p: (int(_NAME.match(p.name).group(1)), p.name == latest, p.name))  # type: ignore[union-attr]
+    return sorted(paths, key=lambda p: (step_and_stage(p.name)[0], p.name == latest, p.name))
 
 
-def _is_leftover(path: Path) -> bool:
+def is_leftover(path: Path) -> bool:
     """What an interrupted save or deletion of a checkpoint left; whatever else people put there is theirs."""
     mine = path.name.endswith(UNFINISHED) or _ASIDE.search(path.name) is not None
     return mine and _NAME.match(path.name) is not None and path.is_dir()

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 import megavlm
 from megavlm.checkpoint import folders, optimizer_state
 from megavlm.checkpoint.errors import CheckpointError, some
-from megavlm.checkpoint.folders import newest, prune, read_state
+from megavlm.checkpoint.folders import newest, read_state
 from megavlm.checkpoint.guarded import load_sharded
 from megavlm.checkpoint.reader import read_metadata
 from megavlm.checkpoint.watchdog import watchdog
@@ -35,7 +35,7 @@ from megavlm.parallel.mcore_fixes import in_process_save_strategy, install
 from megavlm.parallel.reductions import union_over_ranks
 from megavlm.parallel.sharded import whole_parameters
 
-__all__ = ["CheckpointError", "load", "module_folders", "newest", "prune", "read_state", "save"]
+__all__ = ["CheckpointError", "load", "module_folders", "newest", "read_state", "save"]
 _OPTIMIZER = "optimizer."
 
 

@@ -174,7 +174,7 @@ def _metadata(entries: list[dict[str, Any]]) -> Metadata:
 
 @contextmanager
 def _without_crc() -> Iterator[None]:
-    """torch's zip checksums off: the manifest's SHA-256 covers every byte, and nothing reads them."""
+    """torch's zip checksums off: the manifest's checksum covers every byte, and nothing reads them."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

@@ -2,7 +2,7 @@
 
 A recipe is plain data. Nothing here imports torch, touches a file or knows a rank; `megavlm.config.load` reads YAML
 into these classes. Unknown keys are refused. The order of a recipe's blocks is run, init, model, parallel, precision, data, stages,
-evaluation, checkpoint, tracking; init, model, data and stages have files of their own beside this one.
+evaluation, checkpoint, faults, tracking; init, model, data, stages, checkpoint and faults have files of their own beside this one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from megavlm.config.blocks import Block, PositiveFloat, PositiveInt
+from megavlm.config.checkpoint import CheckpointConfig
 from megavlm.config.data import DataConfig, ImageConfig, LossConfig, MixtureEntry, PictureMarks, SourceConfig
+from megavlm.config.faults import FaultsConfig, WatchdogConfig
 from megavlm.config.init import InitConfig
 from megavlm.config.language import CrossAttentionConfig, LanguageConfig, MoeConfig, RopeScaling
 from megavlm.config.model import ModelConfig
@@ -30,6 +32,7 @@ __all__ = [
     "CrossAttentionConfig",
     "DataConfig",
     "EvaluationConfig",
+    "FaultsConfig",
     "ImageConfig",
     "InitConfig",
     "LanguageConfig",
@@ -52,6 +55,7 @@ __all__ = [
     "StageConfig",
     "TrackingConfig",
     "VisionConfig",
+    "WatchdogConfig",
 ]
 
 # ------------------------------------------------------------------------------------------------------------- run
@@ -78,7 +82,7 @@ class RunConfig(Block):
     """A collective that waits longer than this ends the job."""
 
 
-# ------------------------------------------------------------------------------------------- evaluation, checkpoint
+# ------------------------------------------------------------------------------------------------------- evaluation
 
 
 class EvaluationConfig(Block):
@@ -90,19 +94,6 @@ class EvaluationConfig(Block):
     """None: no evaluation during training."""
     packs: PositiveInt = 8
     """Packs measured each time; always the same ones."""
-
-
-class CheckpointConfig(Block):
-    """Saving and resuming."""
-
-    every_steps: PositiveInt | None = None
-    """None: only at the end of a stage, at max_steps and on a signal."""
-    keep_last: PositiveInt = 2
-    """Older checkpoints inside a stage are deleted; the last of every stage is kept."""
-    resume: bool = True
-    """Continue from the newest checkpoint in run.dir when there is one."""
-    timeout_s: PositiveFloat = 600.0
-    """A save that takes longer than this ends the job instead of hanging."""
 
 
 class Recipe(Block):
@@ -117,6 +108,7 @@ class Recipe(Block):
     stages: list[StageConfig] = Field(min_length=1)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = Field(default_factory=FaultsConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
     @field_validator("stages")
@@ -155,6 +147,10 @@ class Recipe(Block):
             raise ValueError(
                 f"data.seq_len_tokens={self.data.seq_len_tokens} exceeds model.language.max_positions={language.max_positions}: "
                 "learned positions end there"
+            )
+        if self.checkpoint.keep_best and (not self.evaluation.sources or self.evaluation.every_steps is None):
+            raise ValueError(
+                "checkpoint.keep_best goes by the held-out loss: set evaluation.sources and evaluation.every_steps, or keep_best=0"
             )
         self._check_text_only()
         self._check_pictures()

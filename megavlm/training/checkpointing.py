@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from megavlm.checkpoint import store
 from megavlm.checkpoint.hf import start_from
+from megavlm.checkpoint.retention import Rules, prune
 from megavlm.config.schema import ParallelConfig, Recipe, StageConfig
 from megavlm.parallel.context import ParallelContext
 from megavlm.parallel.reductions import from_rank_zero, union_over_ranks
@@ -87,6 +88,7 @@ class Checkpointer:
         path = self.root / folder
         store.save(path, model.modules, model.optimizer, state.to_json(), self.ctx, timeout_s=self.recipe.checkpoint.timeout_s)
         if dist.get_rank() == 0:
-            store.prune(self.recipe.run.dir, self.recipe.checkpoint.keep_last, keep=set(state.modules.values()))
+            config = self.recipe.checkpoint
+            prune(self.recipe.run.dir, Rules(config.keep_last, config.keep_every_steps, config.keep_best))
         dist.barrier()
         return path

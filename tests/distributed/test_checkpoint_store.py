@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megavlm.checkpoint import optimizer_state, store
 from megavlm.checkpoint.errors import CheckpointError
+from megavlm.checkpoint.retention import Rules, prune
 from megavlm.config.schema import ParallelConfig, Recipe
 from megavlm.models.init import initialise
 from megavlm.models.weights import sharding_metadata
@@ -179,7 +180,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_alone(pool: RankPool, tmp_path:
     pool.run(save_one, run / "00000003-a", {}, world_size=2)
     pool.run(load_one, run / "00000003-a", {}, None, True, world_size=2)
     shutil.rmtree(run / "00000003-a")
-    store.prune(tmp_path, keep_last=1)
+    prune(tmp_path, Rules(keep_last=1))
     assert [p.name for p in run.iterdir() if p.is_dir()] == ["00000001-a"]
 
 

@@ -68,17 +68,6 @@ def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
         folders.verify(path)
 
 
-def test_prune_keeps_the_newest_the_last_of_each_stage_and_what_is_asked_for(tmp_path: Path) -> None:
-    for step, stage in [(1, "a"), (2, "a"), (3, "b"), (4, "b"), (5, "b"), (6, "b"), (7, "b")]:
-        make(tmp_path, f"{step:08d}-{stage}")
-    (tmp_path / "checkpoints" / "00000008-b.tmp").mkdir()
-    gone = folders.prune(tmp_path, keep_last=2, keep={"00000003-b"})
-    left = {p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()}
-    assert left == {"00000002-a", "00000003-b", "00000006-b", "00000007-b"}
-    assert set(gone) == {"00000001-a", "00000004-b", "00000005-b", "00000008-b.tmp"}
-    assert folders.newest(tmp_path) == tmp_path / "checkpoints" / "00000007-b"
-
-
 def test_publishing_over_a_checkpoint_replaces_it_whole(tmp_path: Path) -> None:
     make(tmp_path, "00000010-align", state={"step": 1})
     path = make(tmp_path, "00000010-align", state={"step": 2})

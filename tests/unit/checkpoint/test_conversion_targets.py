@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megavlm.checkpoint import folders, journal
+from megavlm.checkpoint import journal, retention
 from megavlm.checkpoint.errors import CheckpointError, HuggingFaceError
 from megavlm.checkpoint.hf import export_hf
 from megavlm.checkpoint.hf.importing import import_hf
@@ -132,5 +132,5 @@ def test_pruning_deletes_leftovers_of_saves_only(root: Path) -> None:
     place = root / "run" / "checkpoints"
     for name in ("00000002-all.tmp", "00000001-all.0a1b2c3d.old", "00000001-all.old", "exported.tmp", "mine.old"):
         (place / name).mkdir()
-    assert set(folders.prune(root / "run", keep_last=1)) == {"00000002-all.tmp", "00000001-all.0a1b2c3d.old"}
+    assert set(retention.prune(root / "run", retention.Rules(keep_last=1))) == {"00000002-all.tmp", "00000001-all.0a1b2c3d.old"}
     assert {p.name for p in place.iterdir()} == {"00000001-all", "00000001-all.old", "exported.tmp", "mine.old"}
