@@ -121,7 +121,7 @@ def _submit(recipe: Recipe, facts: ClusterConfig, path: Path, chain: int | None,
         from megavlm.training.dryrun import dry_run as show
 
         typer.echo(text)
-        show(recipe, facts.world_size, typer.echo)
+        show(recipe, facts.world_size, typer.echo, runs_here=False)  # what the nodes have, the login node need not
         return
     own.mkdir(parents=True, exist_ok=True)
     dump_recipe(recipe, copy)

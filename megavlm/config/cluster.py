@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from megavlm.config.blocks import Block, NonNegativeInt, PositiveInt
-from megavlm.config.errors import Mistake, RecipeError
+from megavlm.config.compose import read_composition
+from megavlm.config.errors import RecipeError
+from megavlm.config.fields import Path as Place
+from megavlm.config.messages import mistakes_of
 
 _TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d{1,2}(:\d\d){0,2}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -117,25 +120,14 @@ class ClusterConfig(Block):
 
 
 def load_cluster(path: str | Path) -> ClusterConfig:
-    """The cluster of a YAML file. Raises RecipeError naming the file and every field that is wrong."""
-    try:
-        values: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(str(path), f"is not YAML: {error}") from None
-    if values is not None and not isinstance(values, dict):
-        raise RecipeError(str(path), "holds no fields: `partition: gpu` and so on, one a line")
-    return checked_cluster(values or {}, str(path))
+    """The cluster of a YAML file, which may build on others (`base:`). Raises RecipeError naming the file and every field that is wrong."""
+    found = read_composition(path)
+    return checked_cluster(found.values, str(path), found.origins)
 
 
-def checked_cluster(values: dict[str, Any], source: str) -> ClusterConfig:
-    """Raises RecipeError naming the source and every field that is wrong."""
+def checked_cluster(values: dict[str, Any], source: str, origins: Mapping[Place, str] | None = None) -> ClusterConfig:
+    """Raises RecipeError naming the source and every field that is wrong; `origins`: where each was set."""
     try:
         return ClusterConfig.model_validate(values, strict=True)
     except ValidationError as error:
-        raise RecipeError(source, [Mistake(".".join(str(p) for p in e["loc"]), _words(e["msg"])) for e in error.errors()]) from None
-
-
-def _words(message: str) -> str:
-    if message == "Extra inputs are not permitted":
-        return f"there is no such field; there are {', '.join(ClusterConfig.model_fields)}"
-    return message.removeprefix("Value error, ")
+        raise RecipeError(source, mistakes_of(error, ClusterConfig, origins or {})) from None

@@ -93,5 +93,5 @@ def unknown_field(root: type[Block], block: type[Block], parent: str, given: str
     if not hint:
         elsewhere = [p for p in leaf_paths(root) if p.rpartition(".")[2] == given][:3]
         hint = f"; did you mean {' or '.join(repr(p) for p in elsewhere)}?" if elsewhere else ""
-    place = f"{parent!r} has" if parent else "a recipe has"
+    place = f"{parent!r} has" if parent else "the top level has"
     return f"unknown field{hint} ({place}: {', '.join(known)})"

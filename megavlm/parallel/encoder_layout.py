@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from megavlm.parallel.context import ParallelContext
 from megavlm.tracking.timers import part
+from megavlm_kernels.transfer import to_device
 
 REDUCED_AT_A_TIME = 1 << 24
 """Elements of small gradients that are copied together for one reduction; larger ones are reduced in place."""
@@ -56,7 +57,7 @@ class RowLayout:
         for rank, own in enumerate(places):
             order_N[own] = torch.arange(own.numel()) + rank * longest
         mine = [torch.nn.functional.pad(places[r], (0, longest - places[r].numel()), value=total) for r in _same_tensor_rank(ctx)]
-        order_N, places_R = (rows.to(ctx.device, non_blocking=True) for rows in (order_N, torch.cat(mine)))
+        order_N, places_R = (to_device(rows, ctx.device) for rows in (order_N, torch.cat(mine)))
         return cls(tuple(p.numel() for p in places), order_N, places_R, ctx)
 
 

@@ -1,4 +1,4 @@
-"""Small tables from the host to the device without a halt: the host is to run ahead of a GPU, not to wait for it."""
+"""Small tables on the device, made without a halt of the host."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
+from megavlm_kernels.transfer import to_device
+
 
 def on_device(values: Sequence[int] | Sequence[bool], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """A tensor of plain numbers. From unpinned memory CUDA would first finish all it was given."""
-    table = torch.tensor(values, dtype=dtype)
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+    """A tensor of plain numbers."""
+    return to_device(torch.tensor(values, dtype=dtype), device)
 
 
 def numbers_of_rows(lengths: Sequence[int], device: torch.device) -> torch.Tensor:

@@ -10,37 +10,36 @@ from megavlm.data.index import SampleIndex, build_index
 from megavlm.data.plan import StepPlanner, check_tasks, step_table
 from megavlm.data.tokenizer import load_tokenizer
 from megavlm.data.types import StepPlan
-from megavlm.planner.attention import attention_table, check_attention
-from megavlm.planner.compiled import check_compiled
-from megavlm.planner.context import check_context, segments_of, split_table
+from megavlm.planner.attention import attention_table
+from megavlm.planner.context import segments_of, split_table
 from megavlm.planner.flops import FlopsModel
 from megavlm.planner.memory import estimate_memory, memory_table
 from megavlm.planner.parameters import params
 from megavlm.planner.pictures import PictureDeal, PictureDealer, copies_of_pictures, encoder_layout_table
-from megavlm.planner.precision import check_fp8, precision_table
+from megavlm.planner.precision import precision_table
 from megavlm.planner.recompute import recomputed
 from megavlm.planner.stages import microbatch_cost, stage_table
 from megavlm.topology.grid import RankGrid
 from megavlm.topology.pipeline import PipelineSplit
 from megavlm.topology.table import human_count, text_table
-from megavlm.training.layout import check_layouts, settled_layout, shape_of, stage_layout
+from megavlm.training.layout import check_layouts, check_run, settled_layout, shape_of, stage_layout
 
 
-def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object]) -> None:
-    """Check the recipe against the grid and the data, and print what it comes to.
+def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object], *, runs_here: bool = True) -> None:
+    """Check the recipe against the grid and the data, and print what it comes to; with `runs_here` also against this machine.
 
     Raises:
         ValueError: whatever the run itself would refuse: a grid that does not divide, layers that do not split, missing data,
             a damaged init folder, samples over the budget.
     """
-    check_layouts(recipe, world_size)
-    check_attention(recipe)
-    check_context(recipe)
-    check_fp8(recipe)
-    check_compiled(recipe)
+    if runs_here:
+        check_run(recipe, world_size)
+    else:
+        check_layouts(recipe, world_size)
     check_start(recipe.init)
-    echo(attention_table(recipe) + "\n")
-    echo(precision_table(recipe) + "\n")
+    if runs_here:
+        echo(attention_table(recipe) + "\n")
+        echo(precision_table(recipe) + "\n")
     tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.data.image_token)
     for number, stage in enumerate(recipe.stages):
         layout = stage_layout(recipe.parallel, stage, recipe.model)

@@ -8,6 +8,10 @@ from megavlm.config.schema import ModelConfig, ParallelConfig, Recipe, StageConf
 from megavlm.config.tensor_split import encoder_tensor_ranks
 from megavlm.data.plan import Index, StepPlanner
 from megavlm.data.types import PackPlan
+from megavlm.planner.attention import check_attention
+from megavlm.planner.compiled import check_compiled
+from megavlm.planner.context import check_context
+from megavlm.planner.precision import check_fp8
 from megavlm.planner.stages import PackShape, check_spread, settled
 from megavlm.topology.grid import RankGrid
 from megavlm.topology.pipeline import PipelineSplit
@@ -26,6 +30,19 @@ def stage_layout(parallel: ParallelConfig, stage: StageConfig, model: ModelConfi
     if encoder_tensor_ranks(model, parallel) == 1:
         alone["tensor"] = 1
     return parallel.model_copy(update=alone)
+
+
+def check_run(recipe: Recipe, world_size: int) -> None:
+    """All that can be known before anything is built: whether the recipe fits so many ranks, and this machine can compute it.
+
+    Raises:
+        ValueError: as `check_layouts`; or what the recipe asks of attention, context ranks, FP8 or compilation is not possible here.
+    """
+    check_layouts(recipe, world_size)
+    check_attention(recipe)
+    check_context(recipe)
+    check_fp8(recipe)
+    check_compiled(recipe)
 
 
 def check_layouts(recipe: Recipe, world_size: int) -> None:

@@ -10,14 +10,10 @@ import torch.distributed as dist
 from megavlm.checkpoint.hf.texts import KEPT, keep_texts
 from megavlm.config.schema import Recipe
 from megavlm.parallel.context import choose_device, start_process_group, stop_process_group
-from megavlm.planner.attention import check_attention
-from megavlm.planner.compiled import check_compiled
-from megavlm.planner.context import check_context
-from megavlm.planner.precision import check_fp8
 from megavlm.tracking.tracker import Tracker
 from megavlm.training.checkpointing import resume_point
 from megavlm.training.data import RunData
-from megavlm.training.layout import check_layouts
+from megavlm.training.layout import check_run
 from megavlm.training.loop import run_stages
 from megavlm.training.signals import StopRequest
 
@@ -28,11 +24,7 @@ def train(recipe: Recipe) -> int:
     start_process_group(device, recipe.run.distributed_timeout_s)
     try:
         _set_determinism(recipe.run.deterministic)
-        check_layouts(recipe, dist.get_world_size())
-        check_attention(recipe)
-        check_context(recipe)
-        check_fp8(recipe)
-        check_compiled(recipe)
+        check_run(recipe, dist.get_world_size())
         _make_run_dir(recipe)
         state = resume_point(recipe)
         shows_mfu = device.type == "cuda" or recipe.tracking.peak_tflops_per_rank is not None

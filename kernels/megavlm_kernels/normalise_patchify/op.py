@@ -8,7 +8,6 @@ Shape legend: T tiles, C channels, X pixels of all pictures, N patches, E = C x 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 
@@ -39,15 +38,7 @@ def patches_of_tiles(
 
         starts = starts_in_tiles(count, channels, height, width, patch_px, tiles_TCHW.device)
         return patches_at(tiles_TCHW.reshape(-1), starts, mean_C, inverse_std_C, patch_px, dtype, frames, channels_last)
-    patches_of = partial(
-        patches_reference,
-        mean_C=mean_C,
-        inverse_std_C=inverse_std_C,
-        patch_px=patch_px,
-        dtype=dtype,
-        frames=frames,
-        channels_last=channels_last,
-    )
+    patches_of = _in_torch(mean_C, inverse_std_C, patch_px, dtype, frames, channels_last)
     if tiles_TCHW.numel() <= BLOCK_ELEMENTS:
         return patches_of(tiles_TCHW)
     out_NE = _room(tiles_TCHW, count * (height // patch_px) * (width // patch_px), channels * frames * patch_px**2, dtype)
@@ -81,21 +72,22 @@ def patches_of_pictures(
 
         starts = starts_in_pictures(grids, channels, patch_px, pixels_X.device)
         return patches_at(pixels_X, starts, mean_C, inverse_std_C, patch_px, dtype, frames, channels_last)
-    patches_of = partial(
-        patches_reference,
-        mean_C=mean_C,
-        inverse_std_C=inverse_std_C,
-        patch_px=patch_px,
-        dtype=dtype,
-        frames=frames,
-        channels_last=channels_last,
-    )
+    patches_of = _in_torch(mean_C, inverse_std_C, patch_px, dtype, frames, channels_last)
     out_NE = _room(pixels_X, sum(counts), channels * frames * area, dtype)
     runs = pixels_X.split([channels * area * count for count in counts])
     for (rows, columns), run, part in zip(grids, runs, out_NE.split(counts), strict=True):
         picture = run.view(1, channels, rows * patch_px, columns * patch_px)
         _fill(part, picture, patch_px, patches_of)
     return out_NE
+
+
+def _in_torch(
+    mean_C: torch.Tensor, inverse_std_C: torch.Tensor, patch_px: int, dtype: torch.dtype, frames: int, channels_last: bool
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """(T, C, H, W) -> (N, E)."""
+    return lambda tiles_TCHW: patches_reference(
+        tiles_TCHW, mean_C, inverse_std_C, patch_px, dtype, frames=frames, channels_last=channels_last
+    )
 
 
 def _room(like: torch.Tensor, num_patches: int, num_elements: int, dtype: torch.dtype) -> torch.Tensor:

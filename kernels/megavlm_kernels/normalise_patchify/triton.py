@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from megavlm_kernels.testing.ahead_of_time import Variant
+from megavlm_kernels.transfer import to_device
 
 MAX_BLOCK, WARPS = 1024, 4
 
@@ -67,10 +68,7 @@ def starts_in_pictures(grids: Sequence[tuple[int, int]], channels: int, patch_px
         rows.append((first_pixel, first_patch, across, down * across))
         first_pixel += channels * down * across * patch_px**2
         first_patch += down * across
-    table = torch.tensor(rows, dtype=torch.int64).view(-1, 4)
-    if device.type == "cuda":
-        table = table.pin_memory()
-    table = table.to(device, non_blocking=True)
+    table = to_device(torch.tensor(rows, dtype=torch.int64).view(-1, 4), device)
     picture_N = torch.repeat_interleave(torch.arange(len(rows), device=device), table[:, 3], output_size=first_patch)
     pixel_N, patch_N, across_N, count_N = table[picture_N].unbind(1)
     place_N = torch.arange(first_patch, device=device) - patch_N

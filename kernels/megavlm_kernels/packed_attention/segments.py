@@ -12,6 +12,8 @@ from itertools import accumulate
 
 import torch
 
+from megavlm_kernels.transfer import to_device
+
 MaskOf = Callable[[int, int | None], torch.Tensor]
 """(number of the segment, window) -> bool (R, R'): True where the query sees the key."""
 
@@ -100,8 +102,8 @@ class Segments:
             rows = None
             if self.key_starts is not None:
                 ranges = [torch.arange(s, s + n) for s, n in zip(self.key_starts, self.key_lengths, strict=True)]
-                rows = _to(torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64), device)
-            found = self._bounds[device] = Bounds(_to(sums[0], device), _to(sums[1], device), rows)
+                rows = to_device(torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64), device)
+            found = self._bounds[device] = Bounds(to_device(sums[0], device), to_device(sums[1], device), rows)
         return found
 
     def mask(self, segment: int, window: int | None, device: torch.device) -> torch.Tensor:
@@ -120,8 +122,3 @@ def causal_mask(queries: int, keys: int, window: int | None, device: torch.devic
     query = torch.arange(keys - queries, keys, device=device)[:, None]
     key = torch.arange(keys, device=device)[None]
     return key <= query if window is None else (key <= query) & (key > query - window)
-
-
-def _to(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy that does not make the host wait for the GPU."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

@@ -36,6 +36,7 @@ from megavlm.topology.context import ContextLayout, Span
 from megavlm_kernels.packed_attention import Call, Segments, choose, machine_of, packed_attention
 from megavlm_kernels.packed_attention.machine import DTYPE_NAMES
 from megavlm_kernels.rms_norm import rms_norm
+from megavlm_kernels.transfer import to_device
 
 PICTURES = "pictures"
 """Name of the features among `Packing.sides`."""
@@ -78,7 +79,7 @@ class Sight:
         """bool (L,): rows that a picture stands before; built once for all layers."""
         if self._after_L is None:
             lengths, after = torch.tensor([look.length for look in self.looks]), torch.tensor([look.after_picture for look in self.looks])
-            self._after_L = _to(torch.repeat_interleave(after, lengths), device)
+            self._after_L = to_device(torch.repeat_interleave(after, lengths), device)
         return self._after_L
 
     def reading(self, num_features: int, device: torch.device) -> Reading:
@@ -101,12 +102,7 @@ def _unless_all(runs: list[tuple[int, int]], num_rows: int, device: torch.device
     if [first for first, _ in runs] == list(accumulate((n for _, n in runs), initial=0))[:-1] and sum(n for _, n in runs) == num_rows:
         return None
     ranges = [torch.arange(first, first + number) for first, number in runs]
-    return _to(torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64), device)
-
-
-def _to(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy that does not make the host wait for the GPU."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    return to_device(torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64), device)
 
 
 def picture_rows(model: ModelConfig, batch: PackedBatch) -> list[tuple[int, int]]:

@@ -13,6 +13,9 @@ from functools import lru_cache
 
 import torch
 
+from megavlm.parallel.host import on_device
+from megavlm_kernels.transfer import to_device
+
 Grid = tuple[int, int]
 """(rows, columns) of visual tokens of a picture, after merging."""
 
@@ -34,14 +37,14 @@ def mrope_positions(positions_S: torch.Tensor, image_positions_N: torch.Tensor, 
             "prepared for another model.vision or model.projector"
         )
     device, size = positions_S.device, positions_S.numel()
-    count_I = torch.tensor(counts, device=device)
+    count_I = on_device(counts, device)
     begin_I = image_positions_N[count_I.cumsum(0) - count_I]
-    shift_I = torch.tensor([position_shift([grid]) for grid in grids], device=device)
+    shift_I = on_device([position_shift([grid]) for grid in grids], device)
     # What pictures before a row have moved it, over the whole pack; less what stood before its segment.
     moved_S = positions_S.new_zeros(size + 1).index_add(0, begin_I + count_I, shift_I).cumsum(0)[:size]
     text_S = positions_S + moved_S - moved_S[torch.arange(size, device=device) - positions_S]
     begin_N = text_S[begin_I].repeat_interleave(count_I, output_size=sum(counts))
-    down, across = (torch.cat([_axes(grid)[axis] for grid in grids]).to(device) for axis in (0, 1))
+    down, across = (to_device(torch.cat([_axes(grid)[axis] for grid in grids]), device) for axis in (0, 1))
     positions_3S = text_S.repeat(3, 1)
     positions_3S[:, image_positions_N] = begin_N + torch.stack([torch.zeros_like(down), down, across])
     return positions_3S
@@ -71,4 +74,4 @@ def pair_positions(positions_3S: torch.Tensor, sections: Sequence[int], interlea
         axes[1 : 3 * rows : 3], axes[2 : 3 * columns : 3] = [1] * rows, [2] * columns
     else:
         axes = [0] * time + [1] * rows + [2] * columns
-    return positions_3S[torch.tensor(axes, device=positions_3S.device)].T
+    return positions_3S[on_device(axes, positions_3S.device)].T

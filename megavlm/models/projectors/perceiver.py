@@ -26,6 +26,7 @@ from megavlm.models.layers.packing import Packing
 from megavlm.models.projectors.arrange import arranged
 from megavlm.models.projectors.shuffle import shuffled
 from megavlm.models.vision.features import Collect, Features, all_here
+from megavlm.parallel.host import on_device
 
 
 class PerceiverProjector(MegatronModule):
@@ -138,7 +139,7 @@ def reading_packing(seen: list[int], num_latents: int, device: torch.device) -> 
     packing = Packing(
         qkv_format="thd",
         cu_seqlens_q=torch.arange(len(seen) + 1, dtype=torch.int32, device=device) * num_latents,
-        cu_seqlens_kv=torch.tensor(bounds, dtype=torch.int32, device=device),
+        cu_seqlens_kv=on_device(bounds, device, torch.int32),
         max_seqlen_q=num_latents,
         max_seqlen_kv=max(seen),
     )

@@ -27,6 +27,7 @@ from megavlm.models.layers.run import run_layers
 from megavlm.models.layers.specs import block_spec, layer_spec
 from megavlm.models.vision.encoder import VisionEncoder, vision_style
 from megavlm.models.vision.features import Features
+from megavlm.parallel.host import on_device
 
 ROW_MULTIPLE = 8
 """Rows of a tile are filled up to a multiple of this; a class token and n x n patches never are one."""
@@ -80,7 +81,7 @@ class CanvasEncoder(VisionEncoder):
         Raises ValueError when the tiles are not those that `grids` tell, or a picture is no grid of at most `max_tiles` tiles.
         """
         grids = [PictureTiles(1, 1, 1)] * pixels.shape[0] if grids is None else grids
-        ids = torch.tensor([self._grid_number(grid) for grid in grids], device=pixels.device)
+        ids = on_device([self._grid_number(grid) for grid in grids], pixels.device)
         if sum(grid.tiles for grid in grids) != pixels.shape[0]:
             raise ValueError(f"{pixels.shape[0]} tiles, but the pictures of the batch have {sum(grid.tiles for grid in grids)}")
         x_IJED = self._embedded(pixels, grids, ids)
@@ -115,7 +116,7 @@ class CanvasEncoder(VisionEncoder):
         """(I, J, E, D): class tokens and patches with all their positions, normed."""
         assert self.class_embedding is not None and self.position_embedding is not None and self.pre_norm is not None
         count, tiles, width = len(grids), self.canvas.max_tiles, self.vision.hidden_size
-        slots_T = torch.tensor([i * tiles + j for i, grid in enumerate(grids) for j in range(grid.tiles)], device=pixels.device)
+        slots_T = on_device([i * tiles + j for i, grid in enumerate(grids) for j in range(grid.tiles)], pixels.device)
         patches_TPD = self.patch_embedding(self.patchify(pixels))
         empty = patches_TPD.new_zeros(count * tiles, *patches_TPD.shape[1:])
         x = empty.index_copy(0, slots_T, patches_TPD).view(count, tiles, -1, width)

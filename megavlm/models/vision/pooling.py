@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megavlm.config.schema import VisionConfig
 from megavlm.models.layers.activations import ACTIVATIONS
+from megavlm.parallel.host import on_device
 
 
 class PoolingHead(torch.nn.Module):
@@ -30,7 +31,7 @@ class PoolingHead(torch.nn.Module):
     def forward(self, x_ND: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         """(T, D)."""
         padded = pad_sequence(list(x_ND.split(lengths)), batch_first=True)
-        length_T = torch.tensor(lengths, device=x_ND.device)
+        length_T = on_device(lengths, x_ND.device)
         hidden = torch.arange(padded.shape[1], device=x_ND.device)[None] >= length_T[:, None]
         probe = self.probe.expand(len(lengths), -1, -1)
         x = self.attention(probe, padded, padded, key_padding_mask=hidden, need_weights=False)[0]
