@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megavlm.cli import config, convert, data, doctor, evaluate, generate, jobs, launch, quickstart, train
+from megavlm.cli import checkpoint, config, convert, data, doctor, evaluate, generate, jobs, launch, quickstart, train
 from megavlm.cli.errors import DEBUG_VARIABLE, note_exit, report
 
 app = typer.Typer(
@@ -41,6 +41,7 @@ def _root(
 app.command("train")(train.train)
 app.command("launch")(launch.launch)
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
 app.add_typer(convert.app, name="convert")
