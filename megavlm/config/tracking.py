@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -35,6 +35,14 @@ class TrackingConfig(Block):
     mlflow_uri: str | None = None
     """None: MLFLOW_TRACKING_URI, or sqlite:///<run.dir>/../mlflow.db."""
     experiment: str = "megavlm"
+    system_metrics_every_s: PositiveFloat | None = 10.0
+    """MLflow gets each node's use of processors, memory, disk, network and GPUs so often (MLFLOW_SYSTEM_METRICS_NODE_ID names a node; else
+    node-0, node-1, ...). None: never."""
+    register_model: Annotated[str, Field(pattern=r"^[^/:]+$")] | None = None
+    """When the last stage is done, the newest checkpoint is exported to <run.dir>/hf and registered in MLflow as a new version of the model
+    of this name. The whole folder is uploaded. None: not; `megavlm convert export --register NAME` does it later."""
+    register_timeout_s: PositiveFloat = 3600.0
+    """So long the end of a run waits for that upload, while the server answers; what is not done then waits in the spool."""
     log_every_steps: PositiveInt = 10
     """Console line interval; metrics.jsonl always gets every step."""
     num_sample_pictures: NonNegativeInt = 8

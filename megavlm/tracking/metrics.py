@@ -10,9 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from megavlm.tracking.line_file import LineFile
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.jsonl"
@@ -47,7 +50,10 @@ def to_plain(value: Any, where: str = "record") -> Any:
 
 def encode_line(record: Mapping[str, Any]) -> str:
     """`record` as one line of JSON without the line's end; numbers that are not finite as strings."""
-    return json.dumps(_spell(to_plain(record)), allow_nan=False, ensure_ascii=False)
+    try:
+        return json.dumps(record, allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError):  # a tensor, a path, a number that is not finite: most lines have none, and are made once a step
+        return json.dumps(_spell(to_plain(record)), allow_nan=False, ensure_ascii=False)
 
 
 def decode_line(line: str) -> dict[str, Any]:
@@ -70,7 +76,8 @@ def flatten(record: Mapping[str, Any], separator: str = "/") -> dict[str, Any]:
 
 
 class MetricsWriter:
-    """Appends one line per record and hands each to the operating system at once, so that a killed run keeps them.
+    """Appends one line per record and hands each to the operating system at once, so that a killed run keeps them. A full disk ends no run:
+    lines wait in memory until it takes them (line_file.py).
 
     A run that continues from step N cuts lines with step > N (they will be written again) and a last line torn by a
     crash. What was cut is kept in <name>.cut.jsonl, should the earlier attempt be of interest.
@@ -87,17 +94,21 @@ class MetricsWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._one_per_step = one_per_step
         self.num_cut_lines, self._last_step = cut_after(self.path, resume_step)
-        self._file: TextIO = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed in close()
+        self._file = LineFile(self.path)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append `record`, which needs an integer "step". Raises MetricsError when it has none, or is out of order."""
+        """Append `record`, which needs an integer "step". Raises MetricsError as `check`."""
+        self.check(record)
+        self._file.append([encode_line(record)])
+        self._last_step = record["step"]
+
+    def check(self, record: Mapping[str, Any]) -> None:
+        """Raises MetricsError when `record` has no step, or is out of order."""
         step = record.get("step")
         if not isinstance(step, int) or isinstance(step, bool):
             raise MetricsError(f"a record for {self.path.name} has step={step!r}: it needs the number of optimizer steps done")
         if self._one_per_step and self._last_step is not None and step <= self._last_step:
             raise MetricsError(f"{self.path.name} already holds step {self._last_step}, and step {step} was written after it")
-        self._file.write(encode_line(record) + "\n")
-        self._last_step = step
 
     def close(self) -> None:
         self._file.close()
@@ -123,6 +134,15 @@ def cut_after(path: Path, step: int) -> tuple[int, int | None]:
         replacement.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(replacement, path)
     return len(cut), last_step
+
+
+def read_cut(path: Path, after_step: int) -> dict[int, list[dict[str, Any]]]:
+    """What earlier starts of a run wrote into `path` of steps after this one, before it was cut: step -> their records."""
+    cut, found = path.with_suffix(".cut.jsonl"), defaultdict(list)
+    for _, record in _lines(cut) if cut.exists() else ():
+        if record is not None and record.get("step", 0) > after_step:
+            found[record["step"]].append(record)
+    return found
 
 
 def read_metrics(run_dir: str | Path, name: str = METRICS_FILE, every: int = 1) -> list[dict[str, Any]]:

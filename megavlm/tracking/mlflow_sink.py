@@ -1,70 +1,92 @@
-"""MLflow without waiting for it: training puts records in memory, a thread delivers them.
+"""MLflow without waiting for it: training appends records to a spool on disk, a process beside it delivers them.
 
 The rules, in order:
-1. A training step never waits. Putting a record is appending to a queue; no lock that a slow server could hold.
-2. Nothing is lost. What a dead, frozen or absent server does not take goes to <run_dir>/mlflow-spool.jsonl, and is sent
-   when the server answers again or when the run starts the next time. What a server refuses for good goes to
-   <run_dir>/mlflow-rejected.jsonl with the reason.
+1. A training step never waits. Putting a record is appending a line to a file of this process alone.
+2. Nothing is lost. A record is on the disk before anyone tries to send it; what a dead, frozen or absent server does not take, or this
+   process was killed in front of, is sent when the server answers again, when the run starts the next time, or by `megavlm track replay`.
+   What a server refuses for good goes to <run_dir>/mlflow-rejected.jsonl with the reason.
 3. The program ends. `finish` waits 3 s for a server, then leaves the rest in the spool.
 """
 
 from __future__ import annotations
 
 import atexit
+import hashlib
+import json
 import os
+import subprocess
+import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megavlm.config.schema import Recipe, TrackingConfig
 from megavlm.tracking.console import get_logger
-from megavlm.tracking.metrics import encode_line
 from megavlm.tracking.mlflow_store import (
     STATUSES,
-    MlflowStore,
-    Rejected,
     TrackingError,
     how_to_open,
     param_values,
     prepare_client_environment,
     saved_run_id,
     tracking_uri,
-    without_password,
 )
-from megavlm.tracking.spool import Item, Spool
+from megavlm.tracking.spool import Item, SpoolReader, SpoolWriter
 
-SPOOL_FILE = "mlflow-spool.jsonl"
-REJECTED_FILE = "mlflow-rejected.jsonl"
+SPOOL_FOLDER = "mlflow-spool"
 
-MAX_QUEUED = 10_000
-"""Records in memory; more go straight to the spool."""
-ITEMS_PER_DELIVERY = 500
-DELIVER_EVERY_S = 1.0
-RETRY_AFTER_S = (2.0, 5.0, 15.0, 60.0)
-"""Pauses after a failed delivery; the last one repeats."""
 FINISH_TIMEOUT_S = 3.0
 """With the interpreter's own end, an exit takes under 5 s whatever the server does."""
 FINISH_TIMEOUT_SQLITE_S = 30.0
 """A file on this machine always gets there; a run shorter than the store's first start (seconds) should be in it."""
+RESTART_AFTER_S = 10.0
+"""A delivering process that ended by itself (killed for memory, say) is started again after this."""
+
+# Signals for training (Ctrl-C, SLURM's) reach the delivering process too, which must go on: it ends when training has said its last.
+_DEAF = 'trap "" HUP INT QUIT TERM USR1 USR2; exec "$@"'
 
 _log = get_logger(__name__)
 
 
+@dataclass(frozen=True)
+class Node:
+    """A node of the run, of which each sends its own use of processors, memory and GPUs; the first one everything else."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def name(self) -> str:
+        return os.environ.get("MLFLOW_SYSTEM_METRICS_NODE_ID") or f"node-{self.index}"
+
+    @property
+    def spool(self) -> str:
+        return SPOOL_FOLDER if self.index == 0 else f"{SPOOL_FOLDER}-node-{self.index}"
+
+
+def node_of(rank: int, world_size: int, environ: Mapping[str, str]) -> Node | None:
+    """The node that a rank speaks for, told by torchrun's LOCAL_RANK and LOCAL_WORLD_SIZE; None unless it is the first there."""
+    here = int(environ.get("LOCAL_WORLD_SIZE") or world_size)
+    if rank and int(environ.get("LOCAL_RANK") or rank) != 0:
+        return None
+    return Node(rank // here, -(-world_size // here))
+
+
 class MlflowSink:
-    """Delivers metrics, tags, files and the end status of one run, in a thread of its own.
+    """Delivers metrics, tags, files and the end status of one run, through a process of its own.
 
     Args:
-        config: URI and experiment.
+        config: URI, experiment, system metrics.
         run_name: name of a new MLflow run.
         run_dir: holds the run's id (mlflow_run_id, which makes a restart continue the same MLflow run) and the spool.
         run_id: MLflow run to continue; None: the saved one, else MLFLOW_RUN_ID, else a new run.
         recipe: dumped recipe; its fields become the params of a new run.
-        resume_step: training goes on after this step. Metrics of later steps that still wait in the spool are dropped: they
-            will be made again. 0: training begins anew, in a new MLflow run, since MLflow cannot take points back.
-            None: nothing is trained, more is added to what is there.
+        resume_step: training goes on after this step. 0: training begins anew, in a new MLflow run, since MLflow cannot take points
+            back. None: nothing is trained, more is added to what is there.
+        node: whose system metrics are sent.
 
     Raises TrackingError for a URI that cannot work. A server that cannot be reached is no error.
     """
@@ -78,30 +100,46 @@ class MlflowSink:
         *,
         recipe: Mapping[str, Any] | None = None,
         resume_step: int | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        node: Node | None = None,
     ) -> None:
+        node = node or Node()
         self._run_dir = Path(run_dir)
         self._run_dir.mkdir(parents=True, exist_ok=True)
         self.uri = tracking_uri(config.mlflow_uri, self._run_dir)
         prepare_client_environment()
         saved = saved_run_id(self._run_dir)
-        run_id = run_id or (None if resume_step == 0 else saved) or os.environ.get("MLFLOW_RUN_ID")
-        params = param_values(recipe or {})
-        self._store = MlflowStore(self.uri, config.experiment, run_name, self._run_dir, run_id, params, _log.warning)
-        self._spool = Spool(self._run_dir / SPOOL_FILE)
-        if resume_step is not None:
-            self._spool.keep(lambda item: not _is_outdated(item, resume_step))
-        self._clock = clock
-        # deque: append and popleft need no lock, so a put never waits for the thread.
-        self._queue: deque[Item] = deque()
-        self._in_flight: list[Item] = []
-        self._handover = threading.Lock()
-        self._abandoned = self._finished = False
-        self._failures, self._next_try = 0, 0.0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="megavlm-mlflow", daemon=True)
-        self._thread.start()
-        if saved and run_id is None:
+        anew = resume_step == 0 and node.index == 0
+        run_id = run_id or (None if anew else saved) or os.environ.get("MLFLOW_RUN_ID")
+        if anew and saved:
+            (self._run_dir / "mlflow_run_id").unlink()  # nodes that look for it must not find the earlier one
+        self._reader = SpoolReader(self._run_dir / node.spool)
+        # The end of an earlier start was not the end; what lies after it was measured all the same.
+        self._reader.keep(lambda item: resume_step is None or item["kind"] != "status")
+        self._spool = SpoolWriter(self._run_dir / node.spool)
+        self._put_lock = threading.Lock()
+        self._finished = False
+        self._experiment_id: str | None = None
+        self._reachable, self._model_waits = False, False
+        self._settings = {
+            "uri": self.uri,
+            "experiment": config.experiment,
+            "run_name": run_name,
+            "run_dir": str(self._run_dir),
+            "run_id": run_id,
+            "params": param_values(recipe or {}),
+            "spool": str(self._run_dir / node.spool),
+            "follows": node.index > 0,
+            "node": node.name,
+            "many_nodes": node.count > 1,
+            "system_every_s": config.system_metrics_every_s if resume_step is not None else None,
+        }
+        self._register_timeout_s = config.register_timeout_s
+        self._run_id = run_id
+        self._stopping = threading.Event()
+        self._process = self._start()
+        self._listener = threading.Thread(target=self._listen, name="megavlm-mlflow", daemon=True)
+        self._listener.start()
+        if saved and anew:
             self.tags({"earlier_run": saved})
         # A program that ends without finish() (an exception, sys.exit) must not lose what is queued.
         atexit.register(self.finish, "FAILED")
@@ -120,12 +158,23 @@ class MlflowSink:
         """A file or folder, to be stored under `folder`. It is read later: it must stay until the run ends."""
         self._put({"kind": "artifact", "path": str(Path(path).resolve()), "folder": folder})
 
+    def table(self, path: str | Path, folder: str = "") -> None:
+        """A JSON file {"columns": [...], "data": [[...]]}, shown on MLflow's page of evaluation tables; else as `artifact`."""
+        self._put({"kind": "table", "path": str(Path(path).resolve()), "folder": folder})
+
+    def model(self, folder: str | Path, name: str) -> None:
+        """A model's folder, to be stored with the run and registered as a new version of `name`. `finish` waits for it."""
+        folder = Path(folder).resolve()
+        self._put({"kind": "model", "path": str(folder), "name": name, "digest": _digest(folder)})
+        self._model_waits = True
+
     def finish(self, status: str | None = "FINISHED", timeout_s: float | None = None) -> int:
-        """Deliver what is queued and close the run; after `timeout_s` the rest stays in the spool.
+        """Deliver what waits and close the run; after `timeout_s` the rest stays in the spool.
 
         Args:
             status: of the run from now on; None leaves it to the one that waits in the spool.
-            timeout_s: None: FINISH_TIMEOUT_S, or FINISH_TIMEOUT_SQLITE_S for an sqlite store.
+            timeout_s: None: FINISH_TIMEOUT_S, or FINISH_TIMEOUT_SQLITE_S for an sqlite store; tracking.register_timeout_s where a model is
+                to be registered and the server answers.
 
         Returns the number of records in the spool. Raises TrackingError for a status that MLflow does not have.
         A second call does nothing.
@@ -133,148 +182,147 @@ class MlflowSink:
         if status is not None and status not in STATUSES:
             raise TrackingError(f"status={status!r} is none of {', '.join(STATUSES)}")
         if self._finished:
-            return len(self._spool)
+            return len(self._reader)
         if status is not None:
             self._put({"kind": "status", "status": status, "time_ms": _now_ms()})
         self._finished = True
-        self._stop.set()
-        if timeout_s is None:
-            timeout_s = FINISH_TIMEOUT_SQLITE_S if self.uri.startswith("sqlite") else FINISH_TIMEOUT_S
-        self._thread.join(min(2.0, timeout_s))
-        if self._thread.is_alive() and timeout_s > 2.0:
-            _log.info("waiting up to %.0f s for MLflow to take the last records", timeout_s - 2.0)
-            self._thread.join(timeout_s - 2.0)
-        if self._thread.is_alive():
-            with self._handover:
-                self._abandoned = self._store.cancelled = True
-                self._spool.append(self._in_flight)
-                self._spool.append(self._drain(len(self._queue)))
+        self._spool.close()
+        self._end_process(self._finish_timeout() if timeout_s is None else timeout_s)
         atexit.unregister(self.finish)
-        if waiting := len(self._spool):
-            _log.warning("%d records wait for MLflow in %s: they are sent when this run starts again", waiting, self._spool.path)
+        # What the delivering process noted on disk is what counts: it may have been killed at any moment.
+        self._reader = SpoolReader(self._reader.folder)
+        system = SpoolReader(self._reader.folder / "system")
+        waiting = len(self._reader) + len(system)
+        system.remove_if_done()
+        self._reader.remove_if_done()
+        if waiting:
+            _log.warning(
+                "%d records wait for MLflow in %s: they are sent when this run starts again, or by `megavlm track replay %s`",
+                waiting,
+                self._reader.folder,
+                self._run_dir,
+            )
         return waiting
 
     def how_to_open(self) -> str:
         """The command, or the address for a server, that shows this run."""
-        return how_to_open(self.uri, self._store.experiment_id, self._store.run_id)
+        return how_to_open(self.uri, self._experiment_id, self.run_id)
 
     @property
     def run_id(self) -> str | None:
         """Id of the MLflow run; None until the store has answered for the first time."""
-        return self._store.run_id
+        return self._run_id
+
+    @property
+    def process_id(self) -> int:
+        """Of the delivering process."""
+        return self._process.pid
 
     def _put(self, item: Item) -> None:
         if self._finished:
             raise TrackingError(f"a record of kind {item['kind']!r} came after finish(): log it before, or start the run's tracking again")
-        if len(self._queue) < MAX_QUEUED:
-            self._queue.append(item)
-        else:
+        with self._put_lock:
             self._spool.append([item])
 
-    # ---------------------------------------------------------------------------------------------- the sink's thread
+    def _finish_timeout(self) -> float:
+        if self._model_waits and self._reachable:
+            return self._register_timeout_s
+        return FINISH_TIMEOUT_SQLITE_S if self.uri.startswith("sqlite") else FINISH_TIMEOUT_S
 
-    def _run(self) -> None:
-        stopping = False
-        while not stopping:
-            stopping = self._stop.wait(DELIVER_EVERY_S)
-            # The last round tries a silent server once more: what it takes now need not wait for another start.
-            self._deliver(try_now=stopping)
+    # ------------------------------------------------------------------------------------------ the process beside it
 
-    def _deliver(self, try_now: bool) -> None:
-        """One round: the spool first, then the queue; or, while the server is silent, the queue into the spool."""
-        reachable = False
-        if try_now or self._clock() >= self._next_try:
-            reachable = self._attempt(self._open_and_replay)
-        while self._take():
-            if not (reachable and self._attempt(self._send_in_flight)):
-                reachable = False
-                self._keep_in_flight()
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = ["/bin/sh", "-c", _DEAF, "sh", sys.executable, "-m", "megavlm.tracking.delivery"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        self._order(process, json.dumps({**self._settings, "run_id": self._run_id}))
+        return process
 
-    def _attempt(self, action: Callable[[], None]) -> bool:
-        """Run `action`; a failure is reported once per outage and sets the time of the next try."""
+    @staticmethod
+    def _order(process: subprocess.Popen[bytes], line: str) -> None:
+        assert process.stdin is not None
         try:
-            action()
-        except Exception as error:  # whatever a client, a proxy or a database raises: tracking never ends a run
-            pause = RETRY_AFTER_S[min(self._failures, len(RETRY_AFTER_S) - 1)]
-            self._next_try = self._clock() + pause
-            if not self._failures and not self._abandoned:
-                reason = without_password(f"{type(error).__name__}: {error}").splitlines()[0][:300]
-                _log.warning("MLflow at %s does not answer; records go to %s (%s)", without_password(self.uri), self._spool.path, reason)
-            self._failures += 1
-            return False
-        if self._failures:
-            _log.info("MLflow at %s answers again", without_password(self.uri))
-        self._failures, self._next_try = 0, 0.0
-        return True
+            process.stdin.write(f"{line}\n".encode())
+            process.stdin.flush()
+        except OSError:
+            pass  # it has ended: the listener notices
 
-    def _open_and_replay(self) -> None:
-        if not self._store.is_open:
-            self._store.open()
-        while not self._abandoned:
-            items, bad, position = self._spool.peek(ITEMS_PER_DELIVERY)
-            if not items and not bad:
-                break
-            if bad:
-                self._reject(bad, f"line of {SPOOL_FILE} that is no record (torn by a crash?)")
-            self._send(items)
-            self._spool.advance(position)
-        if not self._abandoned:
-            self._spool.compact()
-
-    def _take(self) -> bool:
-        """Move records from the queue in flight; under the lock, so that finish() finds each in one place or the other."""
-        with self._handover:
-            self._in_flight = [] if self._abandoned else self._drain(ITEMS_PER_DELIVERY)
-            return bool(self._in_flight)
-
-    def _send_in_flight(self) -> None:
-        self._send(self._in_flight)
-
-    def _send(self, items: list[Item]) -> None:
-        try:
-            self._store.send(items)
-        except Rejected as error:
-            if len(items) == 1:
-                self._reject([encode_line(items[0])], str(error))
+    def _listen(self) -> None:
+        """What the process says, until training ends; starts it again when it ended by itself."""
+        while True:
+            process = self._process
+            assert process.stdout is not None
+            for line in process.stdout:
+                self._hear(line)
+            if self._stopping.is_set():
                 return
-            for item in items:  # find the one that is refused; the others are taken, the same twice is once
-                self._send([item])
+            _log.warning("the process that delivers to MLflow ended (%s); it is started again in %.0f s", process.wait(), RESTART_AFTER_S)
+            if self._stopping.wait(RESTART_AFTER_S):
+                return
+            self._process = self._start()
 
-    def _keep_in_flight(self) -> None:
-        with self._handover:
-            if not self._abandoned:  # else finish() has put them in the spool
-                self._spool.append(self._in_flight)
+    def _hear(self, line: bytes) -> None:
+        try:
+            [(what, value)] = json.loads(line).items()
+        except (ValueError, AttributeError):
+            return  # the half of a line that its writer was killed in
+        if what == "open":
+            self._run_id, self._experiment_id = value["run_id"], value["experiment_id"]
+        elif what == "reachable":
+            self._reachable = bool(value)
+        elif what in ("info", "warning"):
+            (_log.warning if what == "warning" else _log.info)("%s", value)
 
-    def _reject(self, lines: list[str], reason: str) -> None:
-        path = self._run_dir / REJECTED_FILE
-        _log.warning("MLflow refuses %d records; they are in %s (%s)", len(lines), path, without_password(reason)[:300])
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(encode_line({"reason": without_password(reason), "record": line}) + "\n" for line in lines)
+    def _end_process(self, timeout_s: float) -> None:
+        self._stopping.set()
+        process, end = self._process, time.monotonic() + timeout_s
+        self._order(process, str(timeout_s))
+        for patience, say in ((min(2.0, timeout_s), timeout_s > 2.0), (timeout_s, False)):
+            try:
+                process.wait(max(0.0, min(patience, end - time.monotonic())))
+                break
+            except subprocess.TimeoutExpired:
+                if say:
+                    _log.info("waiting up to %.0f s for MLflow to take the last records", end - time.monotonic())
+        else:
+            process.kill()
+            process.wait()
+        self._listener.join(1.0)
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None and not self._listener.is_alive():
+                pipe.close()
 
-    def _drain(self, count: int) -> list[Item]:
-        """Under the lock, or when the thread has ended: one drains at a time."""
-        return [self._queue.popleft() for _ in range(min(count, len(self._queue)))]
 
-
-def sink_for(recipe: Recipe, resume_step: int | None = None) -> MlflowSink | None:
+def sink_for(recipe: Recipe, resume_step: int | None = None, node: Node | None = None) -> MlflowSink | None:
     """The sink that `recipe` asks for; None with tracking.mlflow=false."""
     if not recipe.tracking.mlflow:
         return None
     dumped = recipe.model_dump(mode="json")
-    return MlflowSink(recipe.tracking, recipe.run.name, recipe.run.dir, recipe=dumped, resume_step=resume_step)
+    return MlflowSink(recipe.tracking, recipe.run.name, recipe.run.dir, recipe=dumped, resume_step=resume_step, node=node)
 
 
 def deliver_spool(recipe: Recipe, timeout_s: float = 120.0) -> int:
-    """Send what an ended run could not deliver, once its server answers. Returns the number of records that still wait."""
-    sink = sink_for(recipe)
-    if sink is None:
+    """Send what an ended run, on all its nodes, could not deliver. Returns the number of records that still wait.
+
+    Raises TrackingError with tracking.mlflow=false.
+    """
+    if not recipe.tracking.mlflow:
         raise TrackingError(f"tracking.mlflow=false: the run in {recipe.run.dir} is not in MLflow, so there is nothing to send")
-    return sink.finish(None, timeout_s)
+    run_dir = Path(recipe.run.dir)
+    end, waiting = time.monotonic() + timeout_s, 0
+    others = [int(p.name.rpartition("-")[2]) for p in run_dir.glob(f"{SPOOL_FOLDER}-node-*") if p.name.rpartition("-")[2].isdigit()]
+    for index in (0, *sorted(others)):
+        sink = sink_for(recipe, node=Node(index, 1 + len(others)))
+        assert sink is not None
+        waiting += sink.finish(None, max(FINISH_TIMEOUT_S, end - time.monotonic()))
+    return waiting
 
 
-def _is_outdated(item: Item, resume_step: int) -> bool:
-    """Spooled by an earlier start of this run, and to be made again; or an end that was not the end."""
-    return item["kind"] == "status" or (item["kind"] == "metrics" and int(item["step"]) > resume_step)
+def _digest(folder: Path) -> str:
+    """Tells one state of a folder from another: its files' names, sizes and times. (Reading weights again would take minutes.)"""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    seen = [(p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
 
 
 def _now_ms() -> int:

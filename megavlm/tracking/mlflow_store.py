@@ -35,15 +35,14 @@ _CLIENT_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+_TABLES_TAG = "mlflow.loggedArtifacts"
+_MODEL_FOLDER = "model"
+_DIGEST_TAG = "megavlm.digest"
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 
 
 class TrackingError(ValueError):
     """A tracking setting that cannot work."""
-
-
-class Cancelled(Exception):
-    """Nobody waits for this any more."""
 
 
 class Rejected(Exception):
@@ -139,8 +138,12 @@ class MlflowStore:
         self.run_id = run_id
         self.experiment_id: str | None = None
         self._client: Any = None
-        self.cancelled = False
-        """Set from another thread: no further request is begun (one under way may still arrive)."""
+        self._tables: list[Any] | None = None
+
+    @property
+    def address(self) -> str:
+        """The store's URI, fit for a message."""
+        return without_password(self._uri)
 
     @property
     def is_open(self) -> bool:
@@ -159,7 +162,6 @@ class MlflowStore:
             self.experiment_id = experiment.experiment_id if experiment is not None else self._create_experiment(client)
         params = self._continue_run(client) if self.run_id else None
         if params is None:
-            self._check_cancelled()
             run = client.create_run(self.experiment_id, run_name=self._run_name)
             self.run_id, params = run.info.run_id, {}
             save_run_id(self._run_dir, run.info.run_id)
@@ -237,8 +239,10 @@ class MlflowStore:
         if tags:
             self._guard(self._log_tags, self._client, tags)
         for item in items:
-            if item["kind"] == "artifact":
+            if item["kind"] in ("artifact", "table"):
                 self._send_artifact(item)
+            elif item["kind"] == "model":
+                self._send_model(item)
             elif item["kind"] == "status":
                 self._guard(self._client.set_terminated, self.run_id, status=item["status"], end_time=item["time_ms"])
 
@@ -248,22 +252,55 @@ class MlflowStore:
             raise Rejected(f"artifact {path} is gone: a file handed to MLflow must stay until the run ends")
         log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
         self._guard(log, self.run_id, str(path), item["folder"] or None)
+        if item["kind"] == "table":
+            self._list_table(f"{item['folder']}/{path.name}".lstrip("/"))
+
+    def _list_table(self, path: str) -> None:
+        """MLflow's page of evaluation tables shows what this tag of its names."""
+        if self._tables is None:
+            tag = self._client.get_run(self.run_id).data.tags.get(_TABLES_TAG, "[]")
+            self._tables = json.loads(tag)
+        entry = {"path": path, "type": "table"}
+        if entry not in self._tables:
+            self._tables.append(entry)
+            self._guard(self._log_tags, self._client, {_TABLES_TAG: json.dumps(self._tables)})
+
+    def _send_model(self, item: Item) -> None:
+        """Upload a folder and make it a version of the registered model; once, however often it is sent."""
+        path, name = Path(item["path"]), item["name"]
+        if not path.is_dir():
+            raise Rejected(f"the model's folder {path} is gone: export it again and register it with `megavlm convert export --register`")
+        artifacts = f"{_MODEL_FOLDER}/{item['digest']}"
+        self._guard(self._make_registered_model, name)
+        if any(v.run_id == self.run_id and v.tags.get(_DIGEST_TAG) == item["digest"] for v in self._versions(name)):
+            return
+        self._guard(self._client.log_artifacts, self.run_id, str(path), artifacts)
+        source = f"{self._client.get_run(self.run_id).info.artifact_uri}/{artifacts}"
+        tags = {_DIGEST_TAG: item["digest"], "format": "huggingface"}
+        self._guard(self._client.create_model_version, name, source, self.run_id, tags=tags)
+
+    def _versions(self, name: str) -> list[Any]:
+        return list(self._client.search_model_versions("name='{}'".format(name.replace("'", "\\'"))))
+
+    def _make_registered_model(self, name: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
 
     def _guard(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         """Tell "never" from "not now": only an answer that the request itself is wrong is final."""
         from mlflow.exceptions import MlflowException
 
-        self._check_cancelled()
         try:
             call(*arguments, **options)
         except MlflowException as error:
             if error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
                 raise Rejected(str(error)) from error
             raise
-
-    def _check_cancelled(self) -> None:
-        if self.cancelled:
-            raise Cancelled
 
 
 def artifact_location(uri: str, run_dir: Path) -> str | None:

@@ -1,116 +1,175 @@
-"""A file of records that MLflow has not taken yet: appended by a run, sent later, by the same run or the next.
+"""Records on their way to MLflow: a folder of files that one process appends to and another reads, without a lock between them.
 
-Records are sent at least once, never at most once: a run killed between sending and shortening the file sends them
-again. MLflow keeps one copy of a metric with the same key, step, time and value, and the rest overwrite themselves.
+The writer appends to the newest file and begins another every RECORDS_PER_FILE records. The reader goes through them in order, notes
+how far it got in a file of its own, and deletes a file once all of it was delivered and a newer one is there. So a writer never waits
+for a reader that hangs, and what either of them was killed in the middle of is on the disk.
+
+Records are sent at least once, never at most once: a reader killed between sending and noting sends them again. MLflow keeps one copy
+of a metric with the same key, step, time and value, and the rest overwrite themselves.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from megavlm.tracking.line_file import LineFile
 from megavlm.tracking.metrics import decode_line, encode_line
 
 Item = dict[str, Any]
 """One of: {"kind": "metrics", "step", "time_ms", "values": {name: number}}, {"kind": "tags", "values": {name: text}},
-{"kind": "artifact", "path", "folder"}, {"kind": "status", "status", "time_ms"}."""
+{"kind": "artifact", "path", "folder"}, {"kind": "table", "path", "folder"}, {"kind": "model", "path", "name"},
+{"kind": "status", "status", "time_ms"}."""
+
+RECORDS_PER_FILE = 2_000
+_DELIVERED = "delivered.json"
 
 
-class Spool:
-    """First in, first out, on disk; safe to use from several threads of one process."""
+class SpoolWriter:
+    """The appending side: one of them for a folder at a time."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = threading.Lock()
-        self._offset = 0
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._number = max(_numbers(folder), default=0)
+        self._records = 0
+        self._file: LineFile | None = None
 
     def append(self, items: Iterable[Item]) -> None:
         """Add to the end and hand the lines to the operating system."""
-        lines = "".join(f"{encode_line(item)}\n" for item in items)
-        if not lines:
-            return
-        with self._lock:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab+") as file:
-                # A line torn by a crash stays one bad line instead of spoiling the next.
-                if file.tell() and not _ends_with_newline(file):
-                    file.write(b"\n")
-                file.write(lines.encode())
+        for item in items:
+            if self._file is None:
+                self._file = self._next_file()
+            elif self._records >= RECORDS_PER_FILE and not self._file.num_waiting:
+                with contextlib.suppress(OSError):  # a full disk: this file grows on
+                    self._file = self._next_file()
+            self._file.append([encode_line(item)])
+            self._records += 1
 
-    def peek(self, count: int) -> tuple[list[Item], list[str], int]:
-        """Up to `count` lines from the front: (items, lines that are no item, position to `advance` to)."""
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _next_file(self) -> LineFile:
+        # An earlier process's file is never gone on with: its reader may have noted its end and be about to delete it.
+        opened = LineFile(_file(self._folder, self._number + 1))
+        self.close()
+        self._number, self._records = self._number + 1, 0
+        return opened
+
+
+class SpoolReader:
+    """The delivering side."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._at = self._noted()
+
+    def peek(self, count: int) -> tuple[list[Item], list[str], tuple[int, int]]:
+        """Up to `count` lines from the front: (items, lines that are no item, place to `advance` to)."""
         items: list[Item] = []
         bad: list[str] = []
-        with self._lock:
-            if not self.path.exists():
-                return [], [], self._offset
-            with open(self.path, "rb") as file:
-                file.seek(self._offset)
-                for _ in range(count):
-                    if not (line := file.readline()):
-                        break
-                    try:
-                        item = decode_line(line.decode())
-                        if "kind" not in item:
-                            raise ValueError("no kind")
-                        items.append(item)
-                    except ValueError:
-                        bad.append(line.decode(errors="replace").rstrip("\n"))
-                return items, bad, file.tell()
+        at = self._at
+        for number in sorted(n for n in _numbers(self.folder) if n >= at[0]):
+            offset = at[1] if number == at[0] else 0
+            with open(_file(self.folder, number), "rb") as file:
+                file.seek(offset)
+                while len(items) + len(bad) < count and (line := file.readline()).endswith(b"\n"):
+                    offset += len(line)
+                    _sort(line, items, bad)
+            at = (number, offset)
+            if len(items) + len(bad) >= count:
+                break
+        return items, bad, at
 
-    def advance(self, position: int) -> None:
-        """The lines before `position` have been dealt with."""
-        self._offset = position
+    def advance(self, place: tuple[int, int]) -> None:
+        """What lies before `place` has been dealt with: noted on disk, and files before it deleted."""
+        if place == self._at:
+            return
+        self._at = place
+        replacement = self.folder / f"{_DELIVERED}.new"
+        replacement.write_text(json.dumps({"file": place[0], "bytes": place[1]}), encoding="utf-8")
+        os.replace(replacement, self.folder / _DELIVERED)
+        for number in _numbers(self.folder):
+            if number < place[0]:
+                _file(self.folder, number).unlink(missing_ok=True)
 
-    def compact(self) -> None:
-        """Drop the lines that have been dealt with; removes the file when none is left."""
-        with self._lock:
-            if not self.path.exists():
-                self._offset = 0
-                return
-            if self._offset == 0:
-                return
-            with open(self.path, "rb") as file:
-                file.seek(self._offset)
-                rest = file.read()
-            if rest:
-                replacement = self.path.with_suffix(".new")
-                replacement.write_bytes(rest)
-                os.replace(replacement, self.path)
-            else:
-                self.path.unlink()
-            self._offset = 0
+    def remove_if_done(self) -> None:
+        """Delete the folder when nothing waits in it. Only where its writer is closed."""
+        if not self.folder.exists() or len(self):
+            return
+        for path in (*(_file(self.folder, n) for n in _numbers(self.folder)), self.folder / _DELIVERED, self.folder / f"{_DELIVERED}.new"):
+            path.unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def keep(self, wanted: Callable[[Item], bool]) -> None:
-        """Drop the records that are not `wanted`; lines that are no record stay, for `peek` to report."""
-        with self._lock:
-            if not self.path.exists():
-                return
-            replacement = self.path.with_suffix(".new")
-            with open(self.path, "rb") as old, open(replacement, "wb") as new:
-                for line in old:
-                    try:
-                        drop = not wanted(decode_line(line.decode()))
-                    except (ValueError, KeyError):
-                        drop = False
-                    if not drop:
-                        new.write(line)
-            os.replace(replacement, self.path)
-            self._offset = 0
+        """Drop the records that are not `wanted`; lines that are no record stay, for `peek` to report. Only where its writer is closed."""
+        for number in sorted(_numbers(self.folder)):
+            path = _file(self.folder, number)
+            begin = self._at[1] if number == self._at[0] else 0
+            if number < self._at[0]:
+                continue
+            old = path.read_bytes()
+            _close_torn(path, old)
+            lines = old[begin:].splitlines(keepends=True)
+            kept = [line for line in lines if _is_kept(line, wanted)]
+            if len(kept) < len(lines):
+                replacement = path.with_suffix(".new")
+                replacement.write_bytes(old[:begin] + b"".join(kept))
+                os.replace(replacement, path)
 
     def __len__(self) -> int:
         """Lines still to be dealt with."""
-        with self._lock:
-            if not self.path.exists():
-                return 0
-            with open(self.path, "rb") as file:
-                file.seek(self._offset)
-                return sum(1 for _ in file)
+        total = 0
+        for number in _numbers(self.folder):
+            if number >= self._at[0]:
+                data = _file(self.folder, number).read_bytes()
+                begin = self._at[1] if number == self._at[0] else 0
+                total += sum(1 for line in data[begin:].splitlines() if line.strip())
+        return total
+
+    def _noted(self) -> tuple[int, int]:
+        try:
+            found = json.loads((self.folder / _DELIVERED).read_text(encoding="utf-8"))
+            return int(found["file"]), int(found["bytes"])
+        except (OSError, ValueError, KeyError, TypeError):  # not there, or torn: everything is sent, which does no harm
+            return 0, 0
 
 
-def _ends_with_newline(file: Any) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return bool(file.read(1) == b"\n")
+def _sort(line: bytes, items: list[Item], bad: list[str]) -> None:
+    if not line.strip():
+        return
+    try:
+        item = decode_line(line.decode())
+        if "kind" not in item:
+            raise ValueError("no kind")
+        items.append(item)
+    except ValueError:
+        bad.append(line.decode(errors="replace").rstrip("\n"))
+
+
+def _is_kept(line: bytes, wanted: Callable[[Item], bool]) -> bool:
+    try:
+        return wanted(decode_line(line.decode()))
+    except (ValueError, KeyError):
+        return True
+
+
+def _close_torn(path: Path, content: bytes) -> None:
+    """A last line that a crash tore gets its end, so that it is read, found to be bad, and reported."""
+    if content and not content.endswith(b"\n"):
+        with open(path, "ab") as file:
+            file.write(b"\n")
+
+
+def _numbers(folder: Path) -> list[int]:
+    return [int(p.stem) for p in folder.glob("*.jsonl") if p.stem.isdigit()] if folder.is_dir() else []
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.jsonl"

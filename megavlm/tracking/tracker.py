@@ -18,8 +18,8 @@ from megavlm.config.schema import Recipe
 from megavlm.tracking.console import TrainingDisplay, get_logger, setup_logging
 from megavlm.tracking.curves import plot_curves
 from megavlm.tracking.environment import environment_report
-from megavlm.tracking.metrics import EVALUATION_FILE, METRICS_FILE, MetricsWriter, flatten, to_plain
-from megavlm.tracking.mlflow_sink import MlflowSink, sink_for
+from megavlm.tracking.metrics import EVALUATION_FILE, METRICS_FILE, MetricsWriter, flatten, read_cut, to_plain
+from megavlm.tracking.mlflow_sink import SPOOL_FOLDER, MlflowSink, node_of, sink_for
 from megavlm.tracking.ranks import RankReport, write_ranks
 
 MLFLOW_EVERY_STEP = ("loss", "grad_norm")
@@ -29,6 +29,7 @@ MLFLOW_EVERY_STEP = ("loss", "grad_norm")
 MLFLOW_WHEN_THERE = ("memory/", "all_ranks_time_s/")
 """What is in few records, and goes to MLflow from each of them."""
 
+_TAG_CHARACTERS = 500
 _log = get_logger(__name__)
 
 
@@ -61,7 +62,10 @@ class Tracker:
         self._evaluations: MetricsWriter | None = None
         self._mlflow: MlflowSink | None = None
         self._logged_files: set[str] = set()
-        self._steps_since_start = 0
+        self._incidents: dict[str, int] = {}
+        self._node = node_of(rank, world_size, os.environ)
+        self._earlier: dict[int, list[dict[str, Any]]] = {}
+        self._earlier_evaluations: dict[int, list[dict[str, Any]]] = {}
         self._finished = False
 
     def start(self, resume_step: int = 0) -> None:
@@ -79,11 +83,19 @@ class Tracker:
             _log.info("%s: %d lines after step %d moved to metrics.cut.jsonl", METRICS_FILE, cut, resume_step)
         report = {**environment_report(), "world_size": self._world_size, "resume_step": resume_step}
         _write_json(self.run_dir / "environment.json", report)
-        self._mlflow = sink_for(self._recipe, resume_step)
+        self._find_earlier(resume_step)
+        self._mlflow = sink_for(self._recipe, resume_step, self._node)
         if self._mlflow is not None:
             self._mlflow.tags({"run_dir": self.run_dir.resolve(), **_mutable_tags(report)})
             self._mlflow.artifact(self.run_dir / "environment.json")
         self._log_recipe_file()
+
+    def _find_earlier(self, resume_step: int) -> None:
+        """What an earlier start of this MLflow run sent, or has in the spool, of steps that are made again."""
+        goes_on = (self.run_dir / "mlflow_run_id").exists() or (self.run_dir / SPOOL_FOLDER).exists()
+        if resume_step and goes_on and self._metrics is not None and self._evaluations is not None:
+            self._earlier = read_cut(self._metrics.path, resume_step)
+            self._earlier_evaluations = read_cut(self._evaluations.path, resume_step)
 
     def stage_begins(self, stage: str, total_steps: int, first_step: int = 0) -> None:
         """`total_steps` of the stage, `first_step` of them done before this start (0 unless resumed inside the stage)."""
@@ -104,16 +116,25 @@ class Tracker:
         Raises MetricsError for a value that is no number or text, and for a step that does not follow the last.
         """
         if self._metrics is None or self._display is None:
+            self._follow()
             return
         record = to_plain(record)
+        self._metrics.check(record)
+        # MLflow's copy first: a step whose line is in metrics.jsonl is known to be there, should this process be killed between the two.
+        if self._mlflow is not None and not _is_same_step(record, self._earlier.pop(record["step"], ())):
+            self._mlflow.metrics(record["step"], self._mlflow_values(record))
         self._metrics.write(record)
         self._display.step(record)
-        if self._mlflow is not None:
-            self._mlflow.metrics(record["step"], self._mlflow_values(record))
+
+    def _follow(self) -> None:
+        """A node's first rank sends what the node's processors, memory and GPUs do. Only from the first step on: the first node has made
+        the MLflow run by then, since every rank takes part in a step."""
+        wanted = self._recipe.tracking.system_metrics_every_s is not None
+        if self._node is not None and self._node.index and wanted and self._mlflow is None and not self._finished:
+            self._mlflow = sink_for(self._recipe, 1, self._node)
 
     def _mlflow_values(self, record: Mapping[str, Any]) -> dict[str, float]:
-        whole = self._steps_since_start % self._recipe.tracking.log_every_steps == 0
-        self._steps_since_start += 1
+        whole = (record["step"] - 1) % self._recipe.tracking.log_every_steps == 0
         values = _numbers(record)
         if not whole:
             values = {k: v for k, v in values.items() if k in MLFLOW_EVERY_STEP or k.startswith(MLFLOW_WHEN_THERE)}
@@ -126,17 +147,32 @@ class Tracker:
         if self._evaluations is None or self._display is None:
             return
         record = to_plain(record)
-        self._evaluations.write(record)
         values = {k: v for k, v in _numbers(record).items() if k not in ("step", "stage_step")}
         shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
         self._display.message(f"evaluation at step {record['step']}  {shown}")
-        if self._mlflow is not None:
+        if self._mlflow is not None and record not in self._earlier_evaluations.get(record["step"], ()):
             self._mlflow.metrics(record["step"], {f"evaluation/{k}": v for k, v in values.items()})
+        self._evaluations.write(record)
+
+    def goodput(self, step: int, values: Mapping[str, Any]) -> None:
+        """How much of the run's time went into steps that count, over all its starts: MLflow gets the numbers as goodput/<name>."""
+        if self._mlflow is not None and self.writes:
+            self._mlflow.metrics(step, {f"goodput/{k}": v for k, v in _numbers(to_plain(values)).items()})
 
     def ranks(self, stage: str, reports: Sequence[RankReport]) -> None:
         """What each rank needed in the stage, for ranks.json and MLflow's artifacts."""
         if self.writes and reports:
             self.artifact(write_ranks(self.run_dir, stage, reports))
+
+    def incident(self, kind: str, step: int, text: str) -> None:
+        """Something went wrong at `step` and the run goes on: a warning; in MLflow the number of that kind so far, and the text as a tag."""
+        if self._display is None:
+            return
+        _log.warning("%s", text)
+        self._incidents[kind] = self._incidents.get(kind, 0) + 1
+        if self._mlflow is not None:
+            self._mlflow.metrics(step, {f"incidents/{kind}": float(self._incidents[kind])})
+            self._mlflow.tags({"last_incident": text[:_TAG_CHARACTERS]})
 
     def message(self, text: str) -> None:
         """A line for whoever watches."""
@@ -174,12 +210,22 @@ class Tracker:
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
         """Log a file or folder to MLflow under `folder`. It is read later and must stay until the run ends."""
-        if self._mlflow is not None:
+        if self._mlflow is not None and self.writes:
             self._mlflow.artifact(path, folder)
+
+    def table(self, path: str | Path, folder: str = "") -> None:
+        """Log a JSON file {"columns": [...], "data": [[...]]} as one of MLflow's evaluation tables."""
+        if self._mlflow is not None and self.writes:
+            self._mlflow.table(path, folder)
+
+    def model(self, folder: str | Path, name: str) -> None:
+        """Log a model's folder and register it in MLflow as a new version of `name`; `finish` waits for it while the server answers."""
+        if self._mlflow is not None and self.writes:
+            self._mlflow.model(folder, name)
 
     def how_to_open(self) -> str | None:
         """The command that shows the run in MLflow; None without MLflow, and on ranks that do not write."""
-        return self._mlflow.how_to_open() if self._mlflow is not None else None
+        return self._mlflow.how_to_open() if self._mlflow is not None and self.writes else None
 
     def finish(self, status: str = "FINISHED") -> None:
         """Draw the curves, close everything; a silent MLflow server holds this up for 3 s at most. A second call does nothing.
@@ -187,9 +233,13 @@ class Tracker:
         Args:
             status: FINISHED, FAILED or KILLED.
         """
-        if self._finished or not self.writes:
+        if self._finished:
             return
         self._finished = True
+        if not self.writes:
+            if self._mlflow is not None:
+                self._mlflow.finish(None)
+            return
         if self._display is not None:
             self._display.close()
         for writer in (self._metrics, self._evaluations):
@@ -223,6 +273,11 @@ class Tracker:
             self.finish("FINISHED" if not error.code else "FAILED")
         else:
             self.finish("FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+
+
+def _is_same_step(record: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether an earlier start made this very step: it is in MLflow already, which keeps every point that it is given."""
+    return any(old.get("loss") == record.get("loss") and old.get("grad_norm") == record.get("grad_norm") for old in earlier)
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, float]:

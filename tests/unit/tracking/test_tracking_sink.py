@@ -1,34 +1,32 @@
-"""The sink's thread against a store that blocks, fails, refuses: no wait in training, nothing lost, the program ends."""
+"""Delivery to a store that fails or refuses, the spool between two processes, a disk that is full: nothing lost, nothing doubled."""
 
-import logging
-import threading
-import time
+import errno
+import os
 
 import pytest
 
-from megavlm.config.schema import Recipe, TrackingConfig
-from megavlm.tracking import mlflow_sink
-from megavlm.tracking.mlflow_sink import MAX_QUEUED, MlflowSink, deliver_spool
+from megavlm.tracking import line_file
+from megavlm.tracking.delivery import RETRY_AFTER_S, Delivery
+from megavlm.tracking.line_file import LineFile
+from megavlm.tracking.mlflow_sink import Node, node_of
 from megavlm.tracking.mlflow_store import Rejected, TrackingError, artifact_location, how_to_open, param_values, store_key, tracking_uri
 from megavlm.tracking.mlflow_store import without_password as redact
-from megavlm.tracking.spool import Spool
+from megavlm.tracking.spool import RECORDS_PER_FILE, SpoolReader, SpoolWriter
+from megavlm.tracking.system_metrics import SystemMetrics
 
 
 class FakeStore:
-    """Stands for MLflow: takes everything, unless told to fail, refuse or block."""
+    """Stands for MLflow: takes everything, unless told to fail or refuse."""
+
+    address = "http://***@host"
 
     def __init__(self):
         self.run_id, self.experiment_id = None, None
-        self.is_open, self.down, self.refuse, self.cancelled = False, False, (), False
-        self.gate, self.entered = threading.Event(), threading.Event()
-        self.gate.set()
-        self.taken, self.tries, self.on_try = [], 0, lambda: None
+        self.is_open, self.down, self.refuse = False, False, ()
+        self.taken, self.tries = [], 0
 
     def _answer(self):
         self.tries += 1
-        self.on_try()
-        self.entered.set()
-        self.gate.wait(30)
         if self.down:
             raise ConnectionError("http://user:pass@host refused")
 
@@ -43,203 +41,173 @@ class FakeStore:
         self.taken += items
 
     def steps(self):
-        return sorted({i["step"] for i in self.taken if i["kind"] == "metrics"})
+        return [i["step"] for i in self.taken if i["kind"] == "metrics"]
 
-    def statuses(self):
-        return [i["status"] for i in self.taken if i["kind"] == "status"]
+
+class Bench:
+    """A spool, a store and the delivery between them, by hand."""
+
+    def __init__(self, folder):
+        self.folder, self.store, self.told, self.now = folder, FakeStore(), [], 0.0
+        folder.mkdir(parents=True, exist_ok=True)
+        self.writer = SpoolWriter(folder / "spool")
+        self.delivery = self.another()
+
+    def another(self):
+        """The delivery of a process started again."""
+        readers = [SpoolReader(self.folder / "spool")]
+        return Delivery(self.store, readers, self.folder, lambda what, value: self.told.append((what, value)), lambda: self.now)
+
+    def put(self, *steps):
+        self.writer.append([metrics(s) for s in steps])
+
+    def warnings(self):
+        return [value for what, value in self.told if what == "warning"]
+
+
+def metrics(step):
+    return {"kind": "metrics", "step": step, "time_ms": 1, "values": {"loss": 1.0}}
 
 
 @pytest.fixture
-def store(monkeypatch):
-    found = FakeStore()
-    monkeypatch.setattr(mlflow_sink, "MlflowStore", lambda *a, **k: found)
-    monkeypatch.setattr(mlflow_sink, "DELIVER_EVERY_S", 0.01)
-    monkeypatch.setattr(mlflow_sink, "RETRY_AFTER_S", (0.01,))
-    yield found
-    found.gate.set()
+def bench(tmp_path):
+    return Bench(tmp_path / "run")
 
 
-@pytest.fixture
-def warnings(monkeypatch):
-    """Messages of the sink's own logger. caplog would hear them twice, or not at all, after a test that called setup_logging."""
-    messages = []
-    monkeypatch.setattr(
-        mlflow_sink._log, "filters", [lambda record: record.levelno < logging.WARNING or messages.append(record.getMessage()) or True]
-    )
-    return messages
+def test_everything_arrives_in_order_over_many_files_which_are_deleted(bench):
+    count = 2 * RECORDS_PER_FILE + 7
+    for step in range(1, count + 1):
+        bench.put(step)
+        if step == RECORDS_PER_FILE + 3:
+            assert bench.delivery.round()
+    assert bench.delivery.round() and bench.store.steps() == list(range(1, count + 1))
+    assert len(list((bench.folder / "spool").glob("*.jsonl"))) == 1, "only the file that is written to is left"
+    bench.writer.close()
+    reader = SpoolReader(bench.folder / "spool")
+    assert len(reader) == 0
+    reader.remove_if_done()
+    assert not (bench.folder / "spool").exists()
 
 
-def make(tmp_path, **options):
-    return MlflowSink(TrackingConfig(mlflow_uri="http://127.0.0.1:1"), "name", tmp_path / "run", **options)
+def test_a_delivery_killed_anywhere_goes_on_where_it_was(bench):
+    bench.put(1, 2, 3)
+    bench.delivery.round()
+    bench.put(4, 5)
+    bench.store.down = True  # killed in the middle of sending: nothing was noted
+    assert not bench.delivery.round()
+    bench.store.down = False
+    bench.put(6)
+    bench.another().round()
+    assert bench.store.steps() == [1, 2, 3, 4, 5, 6]
+    bench.another().round()
+    assert bench.store.steps() == [1, 2, 3, 4, 5, 6], "what was taken is noted on disk"
 
 
-def wait_for(condition):
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end, "did not happen in 10 s"
-        time.sleep(0.005)
+def test_a_writer_killed_and_started_again_continues_behind_its_torn_line(bench):
+    bench.put(1)
+    newest = max((bench.folder / "spool").glob("*.jsonl"))
+    with open(newest, "a") as file:
+        file.write('{"kind": "metr')
+    SpoolReader(bench.folder / "spool").keep(lambda item: True)
+    bench.writer = SpoolWriter(bench.folder / "spool")
+    bench.put(2)
+    bench.another().round()
+    assert bench.store.steps() == [1, 2]
+    assert "torn" in (bench.folder / "mlflow-rejected.jsonl").read_text()
 
 
-def test_everything_arrives_in_order_with_its_status(tmp_path, store):
-    sink = make(tmp_path)
-    for step in range(1, 1201):
-        sink.metrics(step, {"loss": 1.0})
-    sink.tags({"stage": "align", "n": 3})
-    sink.artifact(tmp_path)
-    sink.finish("KILLED")
-    assert [i["step"] for i in store.taken if i["kind"] == "metrics"] == list(range(1, 1201))
-    assert store.taken[-1]["status"] == "KILLED" and store.taken[-3]["values"] == {"stage": "align", "n": "3"}
-    assert not (tmp_path / "run" / "mlflow-spool.jsonl").exists()
-
-
-def test_putting_never_waits_for_a_stuck_server_and_overflow_is_spooled(tmp_path, store):
-    store.gate.clear()
-    sink = make(tmp_path)
-    assert store.entered.wait(10)  # the thread is stuck in the store from here on
-    for step in range(1, MAX_QUEUED + 51):
-        sink.metrics(step, {"loss": 1.0})
-    # All puts came back while nobody took anything: the queue is full, the rest is on disk.
-    assert not store.taken and len(sink._queue) == MAX_QUEUED and len(Spool(tmp_path / "run" / "mlflow-spool.jsonl")) == 50
-    store.gate.set()
-    sink.finish(timeout_s=30)
-    assert store.steps() == list(range(1, MAX_QUEUED + 51))
-
-
-def test_finish_leaves_a_stuck_server_alone_and_the_next_start_delivers(tmp_path, store):
-    sink = make(tmp_path)
-    sink.metrics(1, {"loss": 1.0})
-    wait_for(lambda: store.steps() == [1])
-    store.gate.clear()
-    store.entered.clear()
-    sink.metrics(2, {"loss": float("nan")})
-    assert store.entered.wait(10)  # step 2 is in flight: whether it arrives is unknown
-    sink.metrics(3, {"loss": 3.0})
-    began = time.monotonic()
-    sink.finish(timeout_s=0.2)
-    assert time.monotonic() - began < 2.0
-    kept, _, _ = Spool(tmp_path / "run" / "mlflow-spool.jsonl").peek(100)
-    assert [i.get("step", i.get("status")) for i in kept] == [2, 3, "FINISHED"]
-
-    store.down = True  # the stuck thread of the first sink gets its answer: a failure, after everything was put away
-    store.gate.set()
-    sink._thread.join(10)
-    assert store.cancelled and len(Spool(tmp_path / "run" / "mlflow-spool.jsonl")) == 3, "the late thread must not add a second copy"
-    store.down = False
-    second = make(tmp_path)
-    second.finish()
-    assert store.steps() == [1, 2, 3] and not (tmp_path / "run" / "mlflow-spool.jsonl").exists()
-
-
-def test_a_dead_server_is_reported_once_and_gets_all_when_it_is_back(tmp_path, store, warnings):
-    store.down = True
-    sink = make(tmp_path)
+def test_a_dead_server_is_reported_once_asked_seldom_and_gets_all_when_it_is_back(bench):
+    bench.store.down = True
     for step in range(1, 6):
-        sink.metrics(step, {"loss": 1.0})
-    wait_for(lambda: store.tries > 5)
-    wait_for(lambda: not sink._queue)
-    assert len(warnings) == 1 and "does not answer" in warnings[0] and "user:pass" not in warnings[0]
-    assert len(Spool(tmp_path / "run" / "mlflow-spool.jsonl")) == 5  # on disk already: a kill -9 now loses nothing
-    store.down = False
-    wait_for(lambda: store.steps() == [1, 2, 3, 4, 5])
-    sink.finish()
-    assert store.statuses() == ["FINISHED"] and not (tmp_path / "run" / "mlflow-spool.jsonl").exists()
+        bench.put(step)
+        assert not bench.delivery.round()
+    assert bench.store.tries == 1 and len(bench.warnings()) == 1
+    assert "does not take records" in bench.warnings()[0] and "user:pass" not in bench.warnings()[0]
+    for k, pause in enumerate((*RETRY_AFTER_S, RETRY_AFTER_S[-1])):
+        bench.now += pause - 0.1
+        bench.delivery.round()
+        assert bench.store.tries == 1 + k
+        bench.now += 0.2
+        bench.delivery.round()
+        assert bench.store.tries == 2 + k
+    assert not bench.delivery.round(try_now=True) and len(bench.warnings()) == 1
+    bench.store.down = False
+    bench.now += 1000
+    assert bench.delivery.round() and bench.store.steps() == [1, 2, 3, 4, 5]
+    assert ("info", "MLflow at http://***@host answers again") in bench.told and bench.told[-1] == ("reachable", True)
 
 
-def test_a_dead_server_is_not_asked_all_the_time(tmp_path, store, monkeypatch):
-    monkeypatch.setattr(mlflow_sink, "RETRY_AFTER_S", (2.0, 60.0))
-    now = [0.0]
-    rounds = [0]
-
-    def clock():
-        rounds[0] += 1
-        return now[0]
-
-    store.down = True
-    sink = make(tmp_path, clock=clock)
-    wait_for(lambda: store.tries == 1 and rounds[0] > 10)
-    assert store.tries == 1
-    now[0] = 2.5
-    wait_for(lambda: store.tries == 2)
-    now[0] = 60.0
-    seen = rounds[0]
-    wait_for(lambda: rounds[0] > seen + 10)
-    assert store.tries == 2, "the second pause is 60 s"
-    sink.finish()
-    assert store.tries == 3, "the end is worth one more try"
-
-
-def test_refused_records_are_put_aside_and_the_others_taken(tmp_path, store):
-    store.refuse = (3,)
-    sink = make(tmp_path)
-    for step in range(1, 6):
-        sink.metrics(step, {"loss": 1.0})
-    sink.finish()
-    assert store.steps() == [1, 2, 4, 5] and store.statuses() == ["FINISHED"]
-    rejected = (tmp_path / "run" / "mlflow-rejected.jsonl").read_text()
+def test_refused_records_are_put_aside_and_the_others_taken(bench):
+    bench.store.refuse = (3,)
+    bench.put(1, 2, 3, 4, 5)
+    assert bench.delivery.round() and bench.store.steps() == [1, 2, 4, 5]
+    rejected = (bench.folder / "mlflow-rejected.jsonl").read_text()
     assert rejected.count("\n") == 1 and "steps [3]" in rejected and '\\"step\\": 3' in rejected
 
 
-def test_a_resumed_run_drops_what_it_will_make_again(tmp_path, store):
-    spool = Spool(tmp_path / "run" / "mlflow-spool.jsonl")
-    spool.append([{"kind": "metrics", "step": s, "time_ms": 1, "values": {"loss": 1.0}} for s in (4, 5, 6)])
-    spool.append([{"kind": "status", "status": "FAILED", "time_ms": 1}, {"kind": "tags", "values": {"a": "b"}}])
-    sink = make(tmp_path, resume_step=5)
-    wait_for(lambda: not spool.path.exists())
-    assert store.steps() == [4, 5] and store.statuses() == []
-    assert any(i["kind"] == "tags" for i in store.taken)
-    sink.finish()
-    assert store.statuses() == ["FINISHED"]
+def test_the_spool_keeps_what_is_wanted_of_what_waits(bench):
+    bench.put(1, 2)
+    bench.delivery.round()
+    bench.writer.append([metrics(3), {"kind": "status", "status": "FAILED", "time_ms": 1}, {"kind": "tags", "values": {"a": "b"}}])
+    reader = SpoolReader(bench.folder / "spool")
+    assert len(reader) == 3
+    reader.keep(lambda item: item["kind"] != "status")
+    assert [i["kind"] for i in SpoolReader(bench.folder / "spool").peek(9)[0]] == ["metrics", "tags"]
 
 
-def test_a_torn_spool_line_is_kept_apart(tmp_path, store):
-    spool = Spool(tmp_path / "run" / "mlflow-spool.jsonl")
-    spool.append([{"kind": "metrics", "step": 1, "time_ms": 1, "values": {"loss": 1.0}}])
-    with open(spool.path, "a") as file:
-        file.write('{"kind": "metr')
-    spool.append([{"kind": "metrics", "step": 2, "time_ms": 1, "values": {"loss": 1.0}}])
-    make(tmp_path).finish()
-    assert store.steps() == [1, 2]
-    assert "torn" in (tmp_path / "run" / "mlflow-rejected.jsonl").read_text()
+def test_a_full_disk_keeps_lines_in_memory_and_then_writes_them_in_order(tmp_path, monkeypatch):
+    file, full, write = LineFile(tmp_path / "a.jsonl"), [False], os.write
+
+    def half(descriptor, data):
+        if full[0]:
+            write(descriptor, data[:2])  # the disk takes some bytes of the line before it is full
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data)
+
+    file.append(["one"])
+    monkeypatch.setattr(line_file.os, "write", half)
+    full[0] = True
+    file.append(["two"])
+    file.append(["three"])
+    assert (tmp_path / "a.jsonl").read_text() == "one\n" and file.num_waiting == 2
+    full[0] = False
+    file.append(["four"])
+    file.close()
+    assert (tmp_path / "a.jsonl").read_text() == "one\ntwo\nthree\nfour\n" and file.num_dropped == 0
 
 
-def test_the_spool_of_an_ended_run_is_delivered_with_the_end_it_had(tmp_path, store):
-    blocks = {"run": {"dir": str(tmp_path / "run")}, "data": {"sources": {"a": {"path": "x"}}}}
-    recipe = Recipe.model_validate({**blocks, "stages": [{"name": "s", "steps": 1, "mixture": {"a": 1}}]})
-    store.down = True
-    first = make(tmp_path)
-    first.metrics(7, {"loss": 1.0})
-    assert first.finish("KILLED") == 2
-    assert deliver_spool(recipe) == 2
-    store.down = False
-    assert deliver_spool(recipe) == 0
-    assert store.steps() == [7] and store.statuses() == ["KILLED"]
-    recipe.tracking.mlflow = False
-    with pytest.raises(TrackingError, match="mlflow=false"):
-        deliver_spool(recipe)
+def test_a_disk_full_for_ever_does_not_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(line_file, "MAX_WAITING_LINES", 5)
+    file, write = LineFile(tmp_path / "a.jsonl"), os.write
+    monkeypatch.setattr(line_file.os, "write", lambda *a: (_ for _ in ()).throw(OSError(errno.EDQUOT, "quota")))
+    file.append([str(i) for i in range(8)])
+    assert (file.num_waiting, file.num_dropped) == (5, 3)
+    monkeypatch.setattr(line_file.os, "write", write)
+    file.append(["8"])
+    assert (tmp_path / "a.jsonl").read_text().split() == ["3", "4", "5", "6", "7", "8"]
 
 
-def test_after_the_end(tmp_path, store):
-    sink = make(tmp_path)
-    with pytest.raises(TrackingError, match="DONE"):
-        sink.finish("DONE")
-    sink.finish()
-    sink.finish()
-    with pytest.raises(TrackingError, match="after finish"):
-        sink.metrics(1, {"loss": 1.0})
+def test_nodes_are_told_by_their_first_ranks():
+    ranks = [{"LOCAL_RANK": str(r % 4), "LOCAL_WORLD_SIZE": "4"} for r in range(8)]
+    assert [node_of(r, 8, e) for r, e in enumerate(ranks)] == [Node(0, 2), None, None, None, Node(1, 2), None, None, None]
+    assert node_of(0, 1, {}) == Node(0, 1) and node_of(1, 2, {}) is None
+    assert (Node(0, 2).spool, Node(1, 2).spool) == ("mlflow-spool", "mlflow-spool-node-1")
 
 
-def test_the_spool_forgets_only_what_was_dealt_with(tmp_path):
-    spool = Spool(tmp_path / "s.jsonl")
-    spool.append([{"kind": "tags", "values": {"n": str(i)}} for i in range(5)])
-    items, bad, position = spool.peek(3)
-    assert len(items) == 3 and not bad
-    spool.advance(position)
-    spool.compact()
-    assert [i["values"]["n"] for i in Spool(spool.path).peek(9)[0]] == ["3", "4"]
-    spool.advance(spool.peek(9)[2])
-    spool.append([{"kind": "tags", "values": {"n": "5"}}])  # another thread, between sending and shortening
-    spool.compact()
-    assert [i["values"]["n"] for i in spool.peek(9)[0]] == ["5"] and len(spool) == 1
+def test_system_metrics_have_the_names_of_mlflows_own(monkeypatch):
+    own = pytest.importorskip("mlflow.system_metrics.system_metrics_monitor")
+    sampler = SystemMetrics.start(5.0, "node-1", many_nodes=True)
+    (item,) = sampler.due(now_s=1000.0)
+    assert sampler.due(now_s=1004.9) == [] and [i["step"] for i in sampler.due(now_s=1005.0)] == [201]
+    monitor = own.SystemMetricsMonitor("r", node_id="node-1", tracking_uri="sqlite:///x.db")
+    monitor.collect_metrics()
+    seen = []
+    monkeypatch.setattr(monitor.mlflow_logger, "record_metrics", lambda values, step: seen.append(values))
+    monitor.publish_metrics(monitor.aggregate_metrics())
+    assert set(item["values"]) == set(seen[0]) and "system/node-1/cpu_utilization_percentage" in seen[0]
+    assert 0 < item["values"]["system/node-1/system_memory_usage_percentage"] <= 100
+    assert "system/cpu_utilization_percentage" in SystemMetrics.start(5.0, "node-0", many_nodes=False).due(1.0)[0]["values"]
+    assert SystemMetrics.start(None, "node-0", many_nodes=False) is None
 
 
 # ------------------------------------------------------------------------------------------------- names and addresses
