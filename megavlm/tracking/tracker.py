@@ -97,6 +97,15 @@ class Tracker:
             self._earlier = read_cut(self._metrics.path, resume_step)
             self._earlier_evaluations = read_cut(self._evaluations.path, resume_step)
 
+    def go_back(self, step: int) -> None:
+        """Training goes on after `step`, which it has passed (a rollback): later records of metrics.jsonl and evaluation.jsonl are cut."""
+        if self._metrics is None or self._evaluations is None:
+            return
+        self._metrics.close()
+        self._evaluations.close()
+        self._metrics = MetricsWriter(self.run_dir, step)
+        self._evaluations = MetricsWriter(self.run_dir, step, EVALUATION_FILE, one_per_step=False)
+
     def stage_begins(self, stage: str, total_steps: int, first_step: int = 0) -> None:
         """`total_steps` of the stage, `first_step` of them done before this start (0 unless resumed inside the stage)."""
         if self._display is None:
