@@ -119,12 +119,12 @@ def test_a_step_made_again_goes_to_mlflow_once_unless_it_came_out_otherwise(reci
     assert [r["step"] for r in read_metrics(tracker.run_dir)] == list(range(1, 11))
 
 
-def test_a_rewind_cuts_the_files(recipe):
+def test_going_back_cuts_the_files(recipe):
     with Tracker(recipe, interactive=False) as tracker:
         tracker.start(0)
         for step in (1, 2, 3):
             tracker.step(record(step))
-        tracker.rewind(1)
+        tracker.go_back(1)
         tracker.step(record(2, mfu=0.5))
     assert [(r["step"], r.get("mfu")) for r in read_metrics(tracker.run_dir)] == [(1, None), (2, 0.5)]
 
