@@ -87,7 +87,7 @@ class SlurmCluster:
             self.start_controller()
             for number in range(1, self.nodes + 1):
                 self.start_node(number)
-            _until(self._all_idle, 30, "the nodes did not come up")
+            _until(lambda: self._all_idle(self.nodes), 30, "the nodes did not come up")
         except BaseException:
             self.close()
             raise
@@ -106,6 +106,15 @@ class SlurmCluster:
         """SIGKILL to munged, slurmctld or node<N> alone: what a node ran goes on."""
         self._daemons.pop(daemon).kill()
 
+    def kill_machine(self, number: int) -> None:
+        """SIGKILL to all that makes up a node, within a moment: its daemon, its steps, what they run."""
+        tasks = [p for p in self._processes() if p.info["environ"].get("SLURMD_NODENAME") == f"node{number}"]
+        steps = {parent for task in tasks if (parent := task.parent()) is not None and parent.name().startswith("slurmstepd")}
+        self._daemons.pop(f"node{number}").kill()
+        for process in [*steps, *tasks]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
     def run(self, *command: str, check: bool = True) -> str:
         """What one of SLURM's programs prints."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False, timeout=60)
@@ -123,8 +132,10 @@ class SlurmCluster:
         _until(lambda: self.state(job)["JobState"] in states, timeout_s, lambda: f"job {job} is {self.state(job)['JobState']}")
         return self.state(job)
 
-    def start_requeued(self, job: str, timeout_s: float = 60) -> None:
+    def start_requeued(self, job: str, timeout_s: float = 60, without: int | None = None) -> None:
         """Start a job that went back into the queue two seconds after its nodes are free, where SLURM holds it for two minutes.
+
+        `without`: a node that died.
 
         Not at once: a node refuses what starts in the second in which it was told to forget the job ("Job credential revoked"), and that
         ends the job for good.
@@ -136,13 +147,17 @@ class SlurmCluster:
             return self.state(job)["JobState"] in ("RUNNING", "COMPLETING", "COMPLETED", "FAILED")
 
         self.wait(job, {"PENDING"}, timeout_s)
-        _until(self._all_idle, timeout_s, lambda: f"job {job} does not leave its nodes: {self.run('sinfo', '-h', '-N')}")
+        _until(
+            lambda: self._all_idle(self.nodes - (without is not None)),
+            timeout_s,
+            lambda: f"job {job} does not leave its nodes: {self.run('sinfo', '-h', '-N')}",
+        )
         free = time.monotonic()
         _until(lambda: time.monotonic() > free + 2, 3, "the clock stands still")
         _until(has_started, timeout_s, lambda: f"job {job} stayed in the queue: {self.state(job)}")
 
-    def _all_idle(self) -> bool:
-        return len(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) == self.nodes
+    def _all_idle(self, nodes: int) -> bool:
+        return len(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) == nodes
 
     def close(self) -> None:
         """End all jobs, then all daemons."""
@@ -164,11 +179,15 @@ class SlurmCluster:
         self._kill_what_is_left()
 
     def _kill_what_is_left(self) -> None:
-        """Steps that a killed daemon left behind, and their ranks: they carry the cluster's name."""
-        for process in psutil.process_iter(["environ"]):
-            if (process.info["environ"] or {}).get("SLURM_CONF") == str(self.configuration):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
+        """Steps that a killed daemon left behind, and their ranks."""
+        for process in self._processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def _processes(self) -> list[psutil.Process]:
+        """What carries the cluster's name."""
+        found = psutil.process_iter(["environ"])
+        return [process for process in found if (process.info["environ"] or {}).get("SLURM_CONF") == str(self.configuration)]
 
     def _start(self, name: str, *command: str) -> None:
         with (self.folder / f"{name}.out").open("ab") as out:

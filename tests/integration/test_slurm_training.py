@@ -1,4 +1,4 @@
-"""A real run on a real SLURM of two nodes: a rank is killed, the time limit comes near, and the losses are those of a quiet run."""
+"""Real runs on a real SLURM: a rank is killed, the time limit comes near, a node dies, the controller is away. The losses stay as they were."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
@@ -21,6 +22,8 @@ from tests.integration.test_train_command import megavlm
 
 pytestmark = pytest.mark.skipif(bool(missing_programs()), reason=f"no SLURM here: {', '.join(missing_programs())} missing")
 STEPS, SAVED_EVERY = 60, 10
+SAVED: dict[str, Any] = {"every_steps": SAVED_EVERY}
+LAST = f"{STEPS:08d}-{tiny_stage(steps=STEPS)['name']}"
 
 
 def until(true: Callable[[], bool], what: Callable[[], str], timeout_s: float = 120) -> None:
@@ -30,60 +33,106 @@ def until(true: Callable[[], bool], what: Callable[[], str], timeout_s: float = 
         time.sleep(0.1)
 
 
-def ranks_of(job: str) -> dict[int, psutil.Process]:
-    """The job's training processes, by rank."""
-    found = {}
-    for process in psutil.process_iter(["environ", "cmdline"]):
-        its, line = process.info["environ"] or {}, process.info["cmdline"] or []
-        if its.get("SLURM_JOB_ID") == job and "megavlm.cli" in line and "SLURM_PROCID" in its and line[0] != "srun":
-            found[int(its["SLURM_PROCID"])] = process
-    return found
+class Run:
+    """One that was submitted with `megavlm launch`."""
+
+    def __init__(self, cluster: SlurmCluster, folder: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cluster, self.dir = cluster, folder / "a run"
+        dump_recipe(tiny_recipe(self.dir, data_dir, [tiny_stage(steps=STEPS)], checkpoint=SAVED), folder / "recipe.yaml")
+        facts = {"nodes": 2, "gpus_per_node": 0, "ranks_per_node": 1, "exclusive": False, "memory_per_node": None, "time": "10"}
+        (folder / "cluster.yaml").write_text(yaml.safe_dump(facts))
+        monkeypatch.setenv("MEGAVLM_JOBS", str(folder / "jobs"))
+        monkeypatch.setenv("SLURM_CONF", str(cluster.configuration))
+        done = megavlm("launch", str(folder / "recipe.yaml"), "--on", "slurm", "--cluster", str(folder / "cluster.yaml"))
+        assert done.returncode == 0, done.stderr
+        (self.job,) = (json.loads(path.read_text())["id"] for path in (folder / "jobs").glob("*.json"))
+
+    def log(self) -> str:
+        return "".join(path.read_text() for path in (self.dir / "slurm").glob("*.log")) or self.cluster.run("scontrol", "show", "job")
+
+    def step(self) -> int:
+        return max((record["step"] for record in read_metrics(self.dir)), default=0) if (self.dir / "metrics.jsonl").exists() else 0
+
+    def reaches(self, step: int) -> None:
+        until(lambda: self.step() >= step, self.log)
+
+    def says(self, words: str, timeout_s: float = 120) -> None:
+        until(lambda: words in self.log(), self.log, timeout_s)
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """The job's training processes, by rank."""
+        found = {}
+        for process in psutil.process_iter(["environ", "cmdline"]):
+            its, line = process.info["environ"] or {}, process.info["cmdline"] or []
+            if its.get("SLURM_JOB_ID") == self.job and "megavlm.cli" in line and "SLURM_PROCID" in its and line[0] != "srun":
+                found[int(its["SLURM_PROCID"])] = process
+        return found
+
+    def is_the_quiet_one(self, quiet: list[float]) -> None:
+        """Every step is there once, with the loss of a run that nobody disturbed; no process is left."""
+        records = read_metrics(self.dir)
+        assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+        assert [record["loss"] for record in records] == quiet
+        assert (self.dir / "checkpoints" / "latest").read_text().strip() == LAST
+        assert not self.ranks()
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module")
+def quiet(pool: RankPool, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    recipe = tiny_recipe(tmp_path_factory.mktemp("quiet") / "run", data_dir, [tiny_stage(steps=STEPS)], checkpoint=SAVED)
+    return [record["loss"] for record in pool.run(train_and_read, recipe, world_size=2)[0]]
+
+
 @pytest.mark.slow
 def test_a_killed_rank_and_the_time_limit_change_no_loss(
-    pool: RankPool, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quiet: list[float], data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage, saved = [tiny_stage(steps=STEPS)], {"every_steps": SAVED_EVERY}
-    quiet = pool.run(train_and_read, tiny_recipe(tmp_path / "quiet", data_dir, stage, checkpoint=saved), world_size=2)[0]
-    run_dir = tmp_path / "a run"
-    dump_recipe(tiny_recipe(run_dir, data_dir, stage, checkpoint=saved), tmp_path / "recipe.yaml")
-    facts = {"nodes": 2, "gpus_per_node": 0, "ranks_per_node": 1, "exclusive": False, "memory_per_node": None, "time": "10"}
-    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(facts))
-    (tmp_path / "slurm").mkdir()
-    monkeypatch.setenv("MEGAVLM_JOBS", str(tmp_path / "jobs"))
-
-    def log() -> str:
-        return "".join(path.read_text() for path in (run_dir / "slurm").glob("*.log")) or cluster.run("scontrol", "show", "job")
-
-    def step() -> int:
-        return max((record["step"] for record in read_metrics(run_dir)), default=0) if (run_dir / "metrics.jsonl").exists() else 0
-
     with SlurmCluster(tmp_path / "slurm") as cluster:
-        monkeypatch.setenv("SLURM_CONF", str(cluster.configuration))
-        done = megavlm("launch", str(tmp_path / "recipe.yaml"), "--on", "slurm", "--cluster", str(tmp_path / "cluster.yaml"))
-        assert done.returncode == 0, done.stderr
-        (job,) = (json.loads(path.read_text())["id"] for path in (tmp_path / "jobs").glob("*.json"))
-
-        until(lambda: step() > SAVED_EVERY, log)
-        ranks_of(job)[1].send_signal(signal.SIGKILL)
-        until(lambda: "start 1 on" in log(), log)
-        before = step()
-        until(lambda: step() > before, log)
-
-        cluster.run("scancel", "--batch", "--signal=USR2", job, check=False)  # what SLURM sends before the limit
-        cluster.start_requeued(job)
-        until(lambda: f"done at step {STEPS}" in log(), log)
-        assert cluster.wait(job, {"COMPLETED"})["Restarts"] == "1"
+        run = Run(cluster, tmp_path, data_dir, monkeypatch)
+        run.reaches(SAVED_EVERY + 1)
+        run.ranks()[1].send_signal(signal.SIGKILL)
+        run.says("start 1 on")
+        run.reaches(run.step() + 1)
+        cluster.run("scancel", "--batch", "--signal=USR2", run.job, check=False)  # what SLURM sends before the limit
+        cluster.start_requeued(run.job)
+        run.says(f"done at step {STEPS}")
+        assert cluster.wait(run.job, {"COMPLETED"})["Restarts"] == "1"
         listed = json.loads(megavlm("jobs", "--json").stdout)
-    assert [(entry["id"], entry["state"], entry["step"], entry["checkpoint"]) for entry in listed] == [
-        (job, "COMPLETED", STEPS, f"{STEPS:08d}-{stage[0]['name']}")
-    ]
-    assert not ranks_of(job), "no rank is left behind"
-    records = read_metrics(run_dir)
-    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
-    assert [r["loss"] for r in records] == [r["loss"] for r in quiet]
+    assert [(entry["id"], entry["state"], entry["step"], entry["checkpoint"]) for entry in listed] == [(run.job, "COMPLETED", STEPS, LAST)]
+    run.is_the_quiet_one(quiet)
+
+
+@pytest.mark.slow
+def test_a_dead_node_is_replaced(quiet: list[float], data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its daemon, its steps and its ranks are gone at one moment, as with a lost machine; a third node takes its place."""
+    with SlurmCluster(tmp_path / "slurm", nodes=3, lost_after_s=10) as cluster:
+        run = Run(cluster, tmp_path, data_dir, monkeypatch)
+        run.reaches(SAVED_EVERY + 1)
+        first = cluster.state(run.job)["NodeList"]
+        dead = int(run.ranks()[1].environ()["SLURMD_NODENAME"].removeprefix("node"))
+        cluster.kill_machine(dead)
+        until(lambda: cluster.state(run.job)["Restarts"] == "1", lambda: run.log() + str(cluster.state(run.job)), 90)
+        cluster.start_requeued(run.job, without=dead)
+        run.says(f"done at step {STEPS}")
+        found = cluster.wait(run.job, {"COMPLETED"})
+        assert found["NodeList"] != first
+    run.is_the_quiet_one(quiet)
+
+
+@pytest.mark.slow
+def test_a_controller_that_was_away_changes_nothing(
+    quiet: list[float], data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with SlurmCluster(tmp_path / "slurm") as cluster:
+        run = Run(cluster, tmp_path, data_dir, monkeypatch)
+        run.reaches(SAVED_EVERY + 1)
+        cluster.kill("slurmctld")
+        run.reaches(run.step() + SAVED_EVERY)
+        cluster.start_controller()
+        run.says(f"done at step {STEPS}")
+        assert cluster.wait(run.job, {"COMPLETED"})["Restarts"] == "0"
+    assert "start 1" not in run.log()
+    run.is_the_quiet_one(quiet)
 
 
 def test_a_grid_that_does_not_divide_is_refused_before_it_is_submitted(data_dir: Path, tmp_path: Path) -> None:
