@@ -13,7 +13,8 @@ from typing import Any
 from megatron.core.dist_checkpointing import load
 from megatron.core.dist_checkpointing.strategies import torch as mcore_torch
 from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from megavlm.checkpoint.errors import CheckpointError
@@ -29,7 +30,13 @@ def load_sharded(tensors: dict[Any, Any], path: Path) -> dict[Any, Any]:
     # megatron-core finds its reader by these names, at every call.
     mcore_torch.FileSystemReader = mcore_torch.CachedMetadataFileSystemReader = _GuardedReader
     strategies = mcore_torch.TorchDistLoadShardedStrategy(), _NothingInCommon()
-    loaded: dict[Any, Any] = load(tensors, str(path), *strategies, validate_access_integrity=False)
+    try:
+        loaded: dict[Any, Any] = load(tensors, str(path), *strategies, validate_access_integrity=False)
+    except CheckpointException as error:  # its text is the tracebacks of all ranks
+        rank, (cause, _) = next(iter(sorted(error.failures.items())))
+        raise CheckpointError(
+            f"{path} cannot be read on rank {rank}: {type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
+        ) from error
     return loaded
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from megavlm.data.chat_sources import SOURCES
 from megavlm.data.chat_templates import ChatError, Rendered
 from megavlm.data.sample import IMAGE_TOKEN
+from megavlm.data.token_files import read_text
 from megavlm.data.tokenizer import Tokenizer
 
 TODAY = datetime.datetime(2024, 7, 26)
@@ -36,6 +37,7 @@ def read_template(template: str, tokenizer: Tokenizer) -> tuple[str, str]:
 
     Raises:
         ChatError: the tokenizer brings no template, or there is no such file.
+        TokenizerError: the file is no text.
     """
     if template == "tokenizer":
         source = tokenizer.chat_template()
@@ -47,7 +49,7 @@ def read_template(template: str, tokenizer: Tokenizer) -> tuple[str, str]:
     file = Path(template)
     if not file.is_file():
         raise ChatError(f"data.chat_template={template!r}: there is no such file")
-    return file.name, file.read_text(encoding="utf-8")
+    return file.name, read_text(file)
 
 
 class JinjaTemplate:

@@ -9,6 +9,7 @@ from pathlib import Path
 from megavlm.config.schema import DataConfig, ModelConfig
 from megavlm.data.sample import IMAGE_TOKEN
 from megavlm.data.sentencepiece_export import TokenizerError
+from megavlm.data.token_files import read_tokenizer
 
 FOLDER = "qformer_tokenizer"
 """Where a Hugging Face folder keeps that tokenizer."""
@@ -25,12 +26,7 @@ class InstructionTokenizer:
     """
 
     def __init__(self, folder: str | Path, vocab_size: int, max_positions: int) -> None:
-        import tokenizers
-
-        file = Path(folder) / "tokenizer.json"
-        if not file.is_file():
-            raise TokenizerError(f"{folder} has no tokenizer.json: data.instruction_tokenizer takes a folder with a fast tokenizer")
-        self._tok = tokenizers.Tokenizer.from_file(str(file))
+        self._tok = read_tokenizer(Path(folder), "data.instruction_tokenizer takes")
         self._tok.no_padding()
         self._tok.enable_truncation(max_positions)
         highest = max(self._tok.get_vocab(with_added_tokens=True).values())

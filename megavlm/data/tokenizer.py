@@ -22,6 +22,7 @@ from typing import Any
 
 from megavlm.data.sample import IMAGE_TOKEN
 from megavlm.data.sentencepiece_export import SPACE, SPECIAL_TYPES, TokenizerError, is_marker, to_tokenizers
+from megavlm.data.token_files import read_json, read_text, read_tokenizer
 
 """What stands for a picture in the data's messages; also the name of our own tokenizers' placeholder."""
 _HF_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -241,14 +242,11 @@ class HuggingFaceTokenizer(Tokenizer):
         import tokenizers
 
         self.folder = Path(folder)
-        file = self.folder / "tokenizer.json"
-        if not file.is_file():
-            raise TokenizerError(f"{folder} has no tokenizer.json: data.tokenizer takes a *.model file or a folder with a fast tokenizer")
-        self._tok = tokenizers.Tokenizer.from_file(str(file))
+        self._tok = read_tokenizer(self.folder, "data.tokenizer takes a *.model file, or")
         self._tok.no_truncation()
         self._tok.no_padding()
         config_file = self.folder / "tokenizer_config.json"
-        self._config: dict[str, Any] = json.loads(config_file.read_text()) if config_file.is_file() else {}
+        self._config: dict[str, Any] = read_json(config_file) if config_file.is_file() else {}
         self.image_token = image_token
         if image_token == IMAGE_TOKEN and image_token not in {t.content for t in self._tok.get_added_tokens_decoder().values()}:
             self._tok.add_special_tokens([tokenizers.AddedToken(image_token, normalized=False, special=True)])
@@ -285,9 +283,9 @@ class HuggingFaceTokenizer(Tokenizer):
         """
         file = self.folder / "chat_template.jinja"
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            return read_text(file)
         file = self.folder / "chat_template.json"
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else self._config
+        config = read_json(file) if file.is_file() else self._config
         found = config.get("chat_template")
         if isinstance(found, list):
             found = {t["name"]: t["template"] for t in found}
