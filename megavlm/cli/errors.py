@@ -45,14 +45,18 @@ def _has_raise_in_own_code(error: BaseException) -> bool:
 
 
 def report(error: Exception) -> int:
-    """Prints an exception that reached the top on stderr and returns the exit code. MEGAVLM_DEBUG=1 (--debug) adds the traceback."""
-    if not is_user_error(error):
+    """Prints an exception that reached the top on stderr and returns the exit code. MEGAVLM_DEBUG=1 (--debug) adds the traceback.
+
+    An exception with an `exit_code` of its own says all there is to say.
+    """
+    own_code = getattr(error, "exit_code", None)
+    if not is_user_error(error) and own_code is None:
         traceback.print_exception(error)
         return EXIT_FAULT
     if os.environ.get(DEBUG_VARIABLE):
         traceback.print_exception(error)
     print(f"megavlm: error: {_message(error)}", file=sys.stderr, flush=True)
-    return EXIT_USER_ERROR
+    return EXIT_USER_ERROR if own_code is None else int(own_code)
 
 
 def note_exit(code: int) -> None:

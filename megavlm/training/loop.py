@@ -9,10 +9,10 @@ for each stage:
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from megavlm.training.accounting import Accountant
 from megavlm.training.build import StageModel
 from megavlm.training.checkpointing import Checkpointer, prepare_model
 from megavlm.training.data import RunData, StageStream
+from megavlm.training.faults import Finding, RollBack, StepJudge, TrainingFailure, describe, roll_back, settle
+from megavlm.training.incidents import IncidentLog
 from megavlm.training.layout import settled_layout, stage_layout
 from megavlm.training.loss_scale import scale_of
 from megavlm.training.memory import MemoryWatch
@@ -43,16 +45,23 @@ from megavlm.training.watch import StepWatch
 from megavlm_kernels.packed_attention import machine_of
 
 
-class TrainingFailure(RuntimeError):
-    """Training cannot go on: the loss or the gradient is not a number."""
-
-
 def run_stages(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker, stop: StopRequest, device: torch.device) -> int:
     """Train from `state` on. Returns 0 when the recipe (or run.max_steps) is done, 128 + the signal's number when stopped by one."""
+    incidents = IncidentLog(recipe.run.dir)
+    beginning = None  # of the stage, where there is no checkpoint of it to roll back to
     while state.stage_index < len(recipe.stages):
         if recipe.run.max_steps is not None and state.step >= recipe.run.max_steps:
             break
-        signal_number = _run_stage(recipe, state, data, tracker, stop, device)
+        if state.stage_step == 0:
+            beginning = deepcopy(state)
+        incident = None
+        try:
+            signal_number = _run_stage(recipe, state, data, tracker, stop, device, incidents)
+        except RollBack as back:
+            incident = back.incident
+        if incident is not None:  # out here, where the exception and with it the model are gone
+            state = roll_back(recipe, state, beginning, incident, tracker, incidents)
+            continue
         if signal_number:
             return 128 + signal_number
         if not state.is_stage_done(recipe.stages[state.stage_index].steps):
@@ -63,10 +72,13 @@ def run_stages(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker,
     return 0
 
 
-def _run_stage(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker, stop: StopRequest, device: torch.device) -> int:
+def _run_stage(
+    recipe: Recipe, state: RunState, data: RunData, tracker: Tracker, stop: StopRequest, device: torch.device, incidents: IncidentLog
+) -> int:
     stage = recipe.stages[state.stage_index]
     if state.is_stage_done(stage.steps):
         return 0
+    state.cursor = incidents.cursor_behind(stage.name, state)
     state.stage_names = [s.name for s in recipe.stages[: state.stage_index + 1]]
     layout = stage_layout(recipe.parallel, stage, recipe.model)
     if layout.split == "balanced":
@@ -93,7 +105,7 @@ def _run_stage(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker,
         held_out = data.held_out(stage, ctx)
         stream.tasks = sorted({*stream.tasks, *data.held_out_tasks})
         watch = StepWatch(recipe, stage, ctx, tracker, memory)
-        return _StageRun(recipe, stage, state, ctx, layout, model, stream, held_out, tracker, checkpointer, stop, watch).run()
+        return _StageRun(recipe, stage, state, ctx, layout, model, stream, held_out, tracker, checkpointer, stop, watch, incidents).run()
     finally:
         for stream in streams:
             stream.close()
@@ -117,12 +129,14 @@ class _StageRun:
         checkpointer: Checkpointer,
         stop: StopRequest,
         watch: StepWatch,
+        incidents: IncidentLog,
     ) -> None:
         self.recipe, self.stage, self.state, self.ctx, self.model = recipe, stage, state, ctx, model
         self.stream, self.held_out, self.tracker, self.checkpointer, self.stop = stream, held_out, tracker, checkpointer, stop
         name = torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else None
         self.accountant = Accountant(recipe, stage, ctx.grid.world_size, name, layout)
-        self.watch = watch
+        self.watch, self.incidents = watch, incidents
+        self.judge = StepJudge(recipe.faults, state, ctx.device)
 
     def run(self) -> int:
         """Steps until the stage or its data are done, run.max_steps is reached or a signal came. Returns the signal's number or 0."""
@@ -167,10 +181,11 @@ class _StageRun:
             data = self.stream.next()
         if show_pictures:
             log_sample_pictures(self.tracker, self.recipe, self.stage, data, self.stream.tokenizer, self.ctx)
-        # Steps that fp16's loss scaler skipped were no updates: the schedule waits for them.
+        # Steps that were skipped were no updates: the schedule waits for them.
         rates = set_learning_rate(self.model.optimizer, self.stage, self.state.stage_step - self.state.stage_skipped)
         scale = scale_of(self.model.optimizer)
-        loss, grad_norm = train_step(self.model, data.microbatches, self.stream.tasks, self.ctx)
+        self.judge.begin_step()
+        loss, grad_norm = train_step(self.model, data.microbatches, self.stream.tasks, self.ctx, self.judge.allows)
         seconds = time.perf_counter() - start
         watched = self.watch.finish_step(data.plan, self.state.stage_step + 1)
         self.state.step += 1
@@ -179,13 +194,21 @@ class _StageRun:
         if grad_norm is None:
             self.state.stage_skipped += 1
         self._record(data, loss, grad_norm, rates, seconds, scale, watched)
-        if grad_norm is None:
+        if self.judge.finding is not None:
+            self._settle(self.judge.finding, loss, data)
+        elif grad_norm is None:
             self._skipped(scale)
-        elif not (math.isfinite(loss.loss) and math.isfinite(grad_norm)):
-            raise TrainingFailure(
-                f"step {self.state.step} (stage {self.stage.name}): loss {loss.loss}, gradient norm {grad_norm}. "
-                "No checkpoint was written for this step; lower the learning rate, or look at the samples of this step in metrics.jsonl"
-            )
+        else:
+            self.judge.accept(loss.loss, grad_norm)
+
+    def _settle(self, finding: Finding, loss: StepLoss, data: StepData) -> None:
+        """Tell of a step that was not updated for what was found in it; raises TrainingFailure or RollBack where it says so."""
+        incident = settle(finding, data.plan, self.ctx.data_rank, loss.bad_microbatches, self.recipe.faults, self.state, self.incidents)
+        self.tracker.incident(
+            incident["kind"],
+            self.state.step,
+            f"{describe(incident)}: no update ({self.state.stage_skipped} of {self.state.stage_step} steps of this stage skipped)",
+        )
 
     def _skipped(self, scale: float | None) -> None:
         """Tell of a step whose fp16 gradients overflowed; raises TrainingFailure where no smaller loss scale is allowed."""
@@ -210,7 +233,11 @@ class _StageRun:
         watched: dict[str, Any],
     ) -> None:
         pack_tokens = self.stream.pack_tokens
-        scaling = {} if scale is None else {"loss_scale": scale, "skipped_steps": self.state.stage_skipped}
+        scaling: dict[str, Any] = {} if scale is None else {"loss_scale": scale}
+        if scale is not None or self.state.stage_skipped:
+            scaling["skipped_steps"] = self.state.stage_skipped
+        if grad_norm is None:
+            scaling["skipped"] = "overflow" if self.judge.finding is None else self.judge.finding.kind
         self.tracker.step(
             {
                 "step": self.state.step,

@@ -18,7 +18,9 @@ class RunState:
     stage_step: int = 0
     """Optimizer steps done in the current stage."""
     stage_skipped: int = 0
-    """Of these, steps whose fp16 gradients overflowed: they changed nothing, and the learning rate waited."""
+    """Of these, steps that changed nothing (fp16 gradients that overflowed, faults.on_nonfinite and on_spike): the learning rate waited."""
+    recent: dict[str, list[float]] = field(default_factory=dict)
+    """loss and grad_norm of the stage's last steps, where faults.on_spike compares with them."""
     loss_scaler: dict[str, float] = field(default_factory=dict)
     """State of fp16's loss scaler; {} in other formats and before the first save of a stage."""
     stage_ended: bool = False
@@ -69,7 +71,7 @@ class RunState:
     def finish_stage(self) -> None:
         """Move to the beginning of the next stage."""
         self.stage_index, self.stage_step, self.stage_ended, self.cursor = self.stage_index + 1, 0, False, None
-        self.stage_skipped, self.loss_scaler = 0, {}
+        self.stage_skipped, self.loss_scaler, self.recent = 0, {}, {}
 
     def is_stage_done(self, steps: int) -> bool:
         """Whether a stage of so many steps has nothing more to train."""

@@ -8,12 +8,15 @@ changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megavlm.data.types import PackedBatch
@@ -26,6 +29,7 @@ from megavlm.parallel.sharded import ShardedDataParallel
 from megavlm.parallel.step_parts import turn_on_gradient
 from megavlm.tracking.timers import part
 from megavlm.training.build import StageModel
+from megavlm.training.loss_scale import scaler_of
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class StepLoss:
     """Plain mean over each task's targets, for tasks that occurred."""
     z_loss: float = 0.0
     """What is added to `loss` for the gradients (LossConfig.z_loss), a weighted mean too."""
+    bad_microbatches: tuple[int, ...] = ()
+    """Where `loss` is not finite: those of this rank whose own loss is not. Other ranks have others."""
 
 
 def forward_backward(
@@ -81,7 +87,10 @@ def forward_backward(
     sums = torch.zeros(3 + 2 * len(tasks), dtype=torch.float64, device=ctx.device)
     for report in reports:
         sums += report
-    return _to_loss(sum_over_data_then_share(sums, ctx).tolist(), tasks)
+    loss = _to_loss(sum_over_data_then_share(sums, ctx).tolist(), tasks)
+    if math.isfinite(loss.loss):
+        return loss
+    return replace(loss, bad_microbatches=tuple(i for i, report in enumerate(reports) if not torch.isfinite(report).all()))
 
 
 def _own_pictures(chunk: torch.nn.Module, batch: PackedBatch) -> PackedBatch:
@@ -131,20 +140,44 @@ def _to_loss(sums: list[float], tasks: Sequence[str]) -> StepLoss:
     return StepLoss(sums[0] / number, int(sums[1]), by_task, sums[2] / number)
 
 
-def train_step(
-    model: StageModel, microbatches: Sequence[PackedBatch], tasks: Sequence[str], ctx: ParallelContext
-) -> tuple[StepLoss, float | None]:
-    """Forward, backward, update. Returns the losses and the gradient norm before clipping.
+Judge = Callable[[float, float | None], bool]
+"""Whether to go on towards the update, given the loss, and the gradient norm once it is known. Asked on all ranks together."""
 
-    The norm is None where fp16 gradients overflowed: no weight has changed then.
+
+def train_step(
+    model: StageModel, microbatches: Sequence[PackedBatch], tasks: Sequence[str], ctx: ParallelContext, judge: Judge | None = None
+) -> tuple[StepLoss, float | None]:
+    """Forward, backward, and the update if `judge` allows it. Returns the losses and the gradient norm before clipping.
+
+    The norm is None where no weight has changed: fp16 gradients overflowed, or `judge` said no.
     """
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     model.optimizer.zero_grad()
     loss = forward_backward(model.chunks, microbatches, tasks, ctx)
     with part("optimizer"):
-        updated, grad_norm, _ = model.optimizer.step()
-        return loss, float(grad_norm) if updated else None
+        return loss, _update(model.optimizer, loss.loss, judge or (lambda loss, grad_norm: True))
+
+
+@torch.no_grad()
+def _update(optimizer: MegatronOptimizer, loss: float, allows: Judge) -> float | None:
+    """megatron-core's `optimizer.step` with `allows` asked before anything changes. Returns the gradient norm; None without an update.
+
+    In fp16 the loss alone is asked about first: the loss scale must not come down for what it is not the cause of.
+    """
+    if scaler_of(optimizer) is not None and not allows(loss, None):
+        return None
+    if optimizer.prepare_grads():
+        return None
+    grad_norm = float(optimizer.get_grad_norm())
+    if not allows(loss, grad_norm):
+        return None
+    for part_ in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if parameters := part_.get_parameters():
+            clip_grad_by_total_norm_fp32(
+                parameters, part_.config.clip_grad, grad_norm, part_.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            )
+    return grad_norm if optimizer.step_with_ready_grads() else None
 
 
 @torch.no_grad()

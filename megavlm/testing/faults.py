@@ -1,0 +1,69 @@
+"""Faults on demand: a loss that goes wrong in a chosen step, in a chosen microbatch, without a hook in the code that trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from megavlm.data.types import StepData
+from megavlm.models.vlm import TargetLoss, VisionLanguageModel
+from megavlm.parallel.context import ParallelContext
+from megavlm.training.data import StageStream
+
+
+@contextmanager
+def bad_steps(factors: Mapping[int, float], *, data_rank: int = 0, microbatch: int = 0) -> Iterator[None]:
+    """Losses, and with them gradients, of one microbatch of a data rank are multiplied by factors[data step] (from 0 over the stage).
+
+    math.nan makes a loss that is not a number, 1e3 a spike. It follows the data: a step that is made again from the same samples goes wrong
+    again, one that is made from others does not.
+    """
+    now: dict[str, Any] = {"factor": None, "calls": 0}
+    next_data, forward, build = StageStream.next, VisionLanguageModel.forward, VisionLanguageModel.__init__
+
+    def next_marked(self: StageStream) -> StepData:
+        data = next_data(self)
+        now.update(factor=factors.get(data.plan.step), calls=0)
+        return data
+
+    def build_marked(
+        self: VisionLanguageModel, model: Any, precision: Any, parallel: Any, ctx: ParallelContext, *args: Any, **named: Any
+    ) -> None:
+        now["here"] = ctx.data_rank == data_rank
+        build(self, model, precision, parallel, ctx, *args, **named)
+
+    def forward_marked(self: VisionLanguageModel, *args: Any, **named: Any) -> Any:
+        output = forward(self, *args, **named)
+        if not isinstance(output, TargetLoss) or not self.training:
+            return output
+        number, now["calls"] = now["calls"], now["calls"] + 1
+        if now["factor"] is None or number != microbatch or not now["here"]:
+            return output
+        return output._replace(total=output.total * now["factor"], loss_Q=output.loss_Q * now["factor"])
+
+    with (
+        patch.object(StageStream, "next", next_marked),
+        patch.object(VisionLanguageModel, "__init__", build_marked),
+        patch.object(VisionLanguageModel, "forward", forward_marked),
+    ):
+        yield
+
+
+@contextmanager
+def without_data_of(data_steps: set[int]) -> Iterator[None]:
+    """The stage's data lack these steps: the oracle of what skips or leaves them out."""
+    next_data = StageStream.next
+
+    def next_other(self: StageStream) -> StepData:
+        while (data := next_data(self)).plan.step in data_steps:
+            pass
+        return data
+
+    with patch.object(StageStream, "next", next_other):
+        yield
+
+
+NAN = math.nan

@@ -1,0 +1,95 @@
+"""Incidents of a run: <run.dir>/incidents.jsonl, a line each, remembered over restarts."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megavlm.data.types import PackPlan, StepPlan
+from megavlm.parallel.reductions import from_rank_zero
+from megavlm.tracking.metrics import encode_line, read_metrics
+from megavlm.training.state import RunState
+
+INCIDENTS_FILE = "incidents.jsonl"
+Incident = dict[str, Any]
+"""What every line has: kind (nonfinite, spike, straggler, divergence), step, stage, time_s (since 1970); nonfinite and spike also action
+(skip, rollback, stop), data_step (of the stage's data, from 0), loss, grad_norm, samples {source: rows}, and suspects: the microbatches
+whose own loss was not finite. A rollback has to_step, and the data cursor that training went on from."""
+_log = logging.getLogger(__name__)
+
+
+class IncidentLog:
+    """The incidents so far, the same on every rank; rank 0 writes them down."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.path = Path(run_dir) / INCIDENTS_FILE
+        self.incidents: list[Incident] = from_rank_zero(_read(self.path) if dist.get_rank() == 0 else None)
+
+    def add(self, incident: Mapping[str, Any]) -> Incident:
+        """Note an incident that all ranks know of."""
+        entry = {**incident, "time_s": time.time()}
+        self.incidents.append(entry)
+        if dist.get_rank() == 0:
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(encode_line(entry) + "\n")
+            except OSError as error:
+                _log.warning("%s could not be written (%s)", self.path, error)
+        return entry
+
+    def number_with(self, incident: Mapping[str, Any], window_steps: int) -> int:
+        """Incidents of the same stage and action within so many steps of this one, itself included. One that a restart met again on the
+        same data counts once."""
+        return len(
+            {incident["data_step"]}
+            | {
+                entry["data_step"]
+                for entry in self.incidents
+                if all(entry.get(key) == incident[key] for key in ("action", "stage"))
+                and abs(entry["step"] - incident["step"]) < window_steps
+            }
+        )
+
+    def cursor_behind(self, stage: str, state: RunState) -> dict[str, Any] | None:
+        """Where the data go on: behind those that a rollback to this very checkpoint left out, otherwise where `state` says.
+
+        A run that ends before it has saved again would otherwise meet the same data once more.
+        """
+        here = state.cursor
+        for entry in self.incidents:
+            if entry.get("action") == "rollback" and (entry["stage"], entry["to_step"]) == (stage, state.step):
+                there = entry["cursor"]
+                if here is None or there["step"] > here["step"]:
+                    here = there
+        return here
+
+
+def _read(path: Path) -> list[Incident]:
+    return read_metrics(path.parent, path.name) if path.exists() else []
+
+
+def samples_of(plan: StepPlan) -> dict[str, list[int]]:
+    """Rows of each source in a step, over all ranks."""
+    return _rows(pack for rank in plan.assignment for microbatch in rank for pack in microbatch)
+
+
+def suspects_of(plan: StepPlan, data_rank: int, bad_microbatches: tuple[int, ...]) -> list[dict[str, Any]]:
+    """The microbatches whose own loss was not finite, over all ranks, with their samples; every rank calls this with its own."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, [(data_rank, number) for number in bad_microbatches])
+    places = sorted({place for part in found for place in part})
+    return [{"data_rank": rank, "microbatch": number, "samples": _rows(plan.assignment[rank][number])} for rank, number in places]
+
+
+def _rows(packs: Any) -> dict[str, list[int]]:
+    rows: dict[str, list[int]] = {}
+    pack: PackPlan
+    for pack in packs:
+        for sample in pack.samples:
+            rows.setdefault(sample.source, []).append(int(sample.row))
+    return {source: sorted(found) for source, found in sorted(rows.items())}

@@ -1,0 +1,184 @@
+"""Losses that are not numbers, and spikes: skipped, rolled back or the end, on every layout, against runs that never saw the data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megavlm.config.schema import Recipe
+from megavlm.testing.faults import NAN, bad_steps, without_data_of
+from megavlm.testing.marks import slow_unless
+from megavlm.testing.pool import RankError, RankPool
+from megavlm.testing.recipes import tiny_recipe, tiny_stage, train_and_read
+from megavlm.tracking.metrics import read_metrics
+
+Records = list[dict[str, Any]]
+STEPS = 6
+FP16 = {"dtype": "fp16", "loss_scale": {"initial": 256.0, "window_steps": 2}}
+
+
+def recipe_of(run_dir: Path, data_dir: Path, steps: int = STEPS, **blocks: Any) -> Recipe:
+    return tiny_recipe(run_dir, data_dir, [tiny_stage(steps=steps)], **blocks)
+
+
+def train_badly(recipe: Recipe, factors: dict[int, float], data_rank: int = 0) -> Records:
+    with bad_steps(factors, data_rank=data_rank, microbatch=1):
+        return train_and_read(recipe)
+
+
+def train_without(recipe: Recipe, data_steps: set[int]) -> Records:
+    with without_data_of(data_steps):
+        return train_and_read(recipe)
+
+
+def incidents(run_dir: Path) -> Records:
+    return read_metrics(run_dir, "incidents.jsonl")
+
+
+def numbers(records: Records) -> list[tuple[float, float, Any]]:
+    return [(record["loss"], record["grad_norm"], record["lr"]) for record in records]
+
+
+LAYOUTS: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
+    (2, {}, {}),
+    (2, {"zero": 1}, {}),
+    (2, {"tensor": 2}, {}),
+    (2, {"pipeline": 2}, {}),
+    (2, {"zero": 1}, FP16),
+    (2, {"pipeline": 2}, FP16),
+    (2, {"zero": 1, "overlap_grad_reduce": True, "overlap_param_gather": True}, {"dtype": "bf16"}),
+    (2, {"zero": 3}, {"dtype": "bf16"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "precision"),
+    slow_unless(LAYOUTS, lambda w, parallel, precision: parallel in ({}, {"pipeline": 2}) and not precision),
+)
+def test_a_skipped_step_leaves_no_trace(
+    world_size: int, parallel: dict[str, Any], precision: dict[str, Any], pool: RankPool, data_dir: Path, tmp_path: Path
+) -> None:
+    """Weights, optimizer, schedule and loss scale go on as if the step's data had never been there: bit for bit."""
+    blocks = {"parallel": parallel, **({"precision": precision} if precision else {})}
+    recipe = recipe_of(tmp_path / "run", data_dir, faults={"on_nonfinite": "skip"}, **blocks)
+    records = pool.run(train_badly, recipe, {2: NAN}, world_size=world_size)[0]
+    truth = pool.run(train_without, recipe_of(tmp_path / "truth", data_dir, **blocks), {2}, world_size=world_size)[0]
+    assert records[2]["skipped"] == "nonfinite" and "grad_norm" not in records[2]
+    assert numbers(records[:2] + records[3:]) == numbers(truth[:-1])
+    assert [r.get("skipped_steps", 0) for r in records] == [r.get("skipped_steps", 0) for r in truth[:2]] + [1] * (STEPS - 2)
+    if precision == FP16:
+        assert [r["loss_scale"] for r in records[:2] + records[3:]] == [r["loss_scale"] for r in truth[:-1]]
+    (incident,) = incidents(tmp_path / "run")
+    assert (incident["kind"], incident["action"], incident["step"], incident["data_step"]) == ("nonfinite", "skip", 3, 2)
+
+
+def test_the_bad_microbatch_is_named(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    """Two data ranks with two microbatches each: of the four the one that was spoilt, with its samples."""
+    recipe = recipe_of(tmp_path, data_dir, faults={"on_nonfinite": "skip"})
+    pool.run(train_badly, recipe, {1: NAN}, 1, world_size=2)
+    (incident,) = incidents(tmp_path)
+    (suspect,) = incident["suspects"]
+    assert (suspect["data_rank"], suspect["microbatch"]) == (1, 1)
+    for source, rows in suspect["samples"].items():
+        assert set(rows) <= set(incident["samples"][source])
+    assert sum(map(len, suspect["samples"].values())) < sum(map(len, incident["samples"].values()))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel"), slow_unless([(2, {}), (2, {"zero": 1}), (2, {"tensor": 2}), (2, {"pipeline": 2})], lambda w, p: "zero" in p)
+)
+def test_a_rollback_goes_on_behind_the_bad_data(
+    world_size: int, parallel: dict[str, Any], pool: RankPool, data_dir: Path, tmp_path: Path
+) -> None:
+    """Bad data in step 4, a checkpoint at step 2: steps 3 on are made again, from what follows the bad data."""
+    blocks = {"parallel": parallel, "checkpoint": {"every_steps": 2}}
+    recipe = recipe_of(tmp_path / "run", data_dir, faults={"on_nonfinite": "rollback"}, **blocks)
+    records = pool.run(train_badly, recipe, {3: NAN}, world_size=world_size)[0]
+    truth = pool.run(train_without, recipe_of(tmp_path / "truth", data_dir, **blocks), {2, 3}, world_size=world_size)[0]
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    assert numbers(records) == numbers(truth)
+    (incident,) = incidents(tmp_path / "run")
+    assert (incident["action"], incident["step"], incident["to_step"]) == ("rollback", 4, 2)
+
+
+@pytest.mark.slow
+def test_a_rollback_without_a_checkpoint_goes_to_the_beginning_of_the_stage(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path / "run", data_dir, faults={"on_nonfinite": "rollback"})
+    records = pool.run(train_badly, recipe, {1: NAN}, world_size=1)[0]
+    truth = pool.run(train_without, recipe_of(tmp_path / "truth", data_dir), {0, 1}, world_size=1)[0]
+    assert numbers(records) == numbers(truth)
+
+
+def stop_after(recipe: Recipe, factors: dict[int, float], saves: int) -> None:
+    """Train until the rollback is done and the run would save again; then the power fails."""
+    from unittest.mock import patch
+
+    from megavlm.training.loop import _StageRun
+
+    save, left = _StageRun._save, [saves]
+
+    def cut(self: Any) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        save(self)
+
+    with patch.object(_StageRun, "_save", cut), bad_steps(factors, microbatch=1):
+        try:
+            train_and_read(recipe)
+        except KeyboardInterrupt:
+            return
+    raise AssertionError("was to be cut off")
+
+
+def test_a_restart_does_not_meet_the_data_of_a_rollback_again(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    """Killed behind the rollback and before the next checkpoint: the newest one still points at the bad data."""
+    blocks: dict[str, Any] = {"checkpoint": {"every_steps": 2}, "faults": {"on_nonfinite": "rollback", "max_rollbacks": 1}}
+    pool.run(stop_after, recipe_of(tmp_path / "run", data_dir, **blocks), {2: NAN}, 1, world_size=1)
+    assert len(incidents(tmp_path / "run")) == 1
+    records = pool.run(train_badly, recipe_of(tmp_path / "run", data_dir, **blocks), {2: NAN}, world_size=1)[0]
+    truth = pool.run(train_without, recipe_of(tmp_path / "truth", data_dir), {2}, world_size=1)[0]
+    assert numbers(records) == numbers(truth)
+    assert len(incidents(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize("action", ["skip", pytest.param("rollback", marks=pytest.mark.slow)])
+def test_a_spike_is_seen(action: str, pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    """A loss a thousand times as high in a quarter of the batch; the window of medians is full by then, and carried over a resume."""
+    faults = {"on_spike": action, "spike_window_steps": 4, "loss_spike_factor": 3.0}
+    blocks = {"faults": faults, "checkpoint": {"every_steps": 3}}
+    pool.run(train_badly, recipe_of(tmp_path / "run", data_dir, 8, run={"max_steps": 4}, **blocks), {1: 1e3, 5: 1e3}, world_size=2)
+    # Nothing is a spike before the window is full: step 2 was trained on.
+    assert not (tmp_path / "run" / "incidents.jsonl").exists()
+    records = pool.run(train_badly, recipe_of(tmp_path / "run", data_dir, 8, **blocks), {1: 1e3, 5: 1e3}, world_size=2)[0]
+    (incident,) = incidents(tmp_path / "run")
+    assert (incident["kind"], incident["action"], incident["data_step"]) == ("spike", action, 5)
+    assert incident["loss"] > 3 * incident["medians"]["loss"] and incident["grad_norm"] is not None
+    assert [r.get("skipped") for r in records] == [None] * 5 + (["spike"] if action == "skip" else [None]) + [None] * 2
+
+
+def test_more_than_the_budget_ends_the_run(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, data_dir, faults={"on_nonfinite": "skip", "max_skips": 1}, checkpoint={"every_steps": 1})
+    with pytest.raises(
+        RankError, match=r"step 4 .*loss nan.*faults\.on_nonfinite=skip, 2 of them within 1000 steps, and faults\.max_skips=1"
+    ):
+        pool.run(train_badly, recipe, {1: NAN, 3: NAN}, world_size=1)
+    assert [i["action"] for i in incidents(tmp_path)] == ["skip", "stop"]
+    # A restart meets the same data and ends alike: the budget is remembered.
+    with pytest.raises(RankError, match=r"step 4 .*2 of them"):
+        pool.run(train_badly, recipe, {1: NAN, 3: NAN}, world_size=1)
+    # A larger one lets it pass, and a skip that was met before counts once.
+    wider = recipe_of(tmp_path, data_dir, faults={"on_nonfinite": "skip", "max_skips": 2}, checkpoint={"every_steps": 1})
+    assert len(pool.run(train_badly, wider, {1: NAN, 3: NAN}, world_size=1)[0]) == STEPS
+
+
+def test_stop_is_before_the_update(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    """The recipe's default: the last checkpoint is from before, and the message says where to look."""
+    recipe = recipe_of(tmp_path, data_dir, checkpoint={"every_steps": 1})
+    with pytest.raises(RankError, match=r"step 3 \(stage all\): loss nan.*rows .*faults\.on_nonfinite=stop.*incidents\.jsonl"):
+        pool.run(train_badly, recipe, {2: NAN}, world_size=2)
+    assert json.loads((tmp_path / "checkpoints" / "00000002-all" / "state.json").read_text())["step"] == 2
+    assert not (tmp_path / "checkpoints" / "00000003-all").exists()
