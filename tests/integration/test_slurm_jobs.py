@@ -98,6 +98,17 @@ def test_the_warning_before_the_limit_saves_and_the_job_goes_on_by_itself(cluste
     assert jobs.state(job) == "COMPLETED"
 
 
+@pytest.mark.slow
+def test_slurm_itself_warns_before_the_limit(cluster: SlurmCluster, run_dir: Path) -> None:
+    """It counts limits in minutes, and warns up to a minute early."""
+    trapped = 'trap "save; exit 140" USR2; if [ "$MEGAVLM_START" = 0 ]; then echo ready; while :; do sleep 0.1; done; fi'
+    job = start(run_dir, trapped, time="1", signal_before_s=50)
+    until(job, "out of time at step 1: back into the queue", 90)
+    cluster.start_requeued(job.id)
+    until(job, "done at step 1")
+    assert cluster.wait(job.id, ENDED)["JobState"] == "COMPLETED"
+
+
 def test_restarts_without_progress_come_to_an_end(cluster: SlurmCluster, run_dir: Path) -> None:
     """One start that got on, then two restarts that did not."""
     job = start(run_dir, '[ "$MEGAVLM_START" = 0 ] && save; exit 7')

@@ -1,4 +1,4 @@
-"""Real runs on a real SLURM: a rank is killed, the time limit comes near, a node dies, the controller is away. The losses stay as they were."""
+"""Real runs on a real SLURM: a rank is killed, the time limit comes, a node dies, the controller is away. The losses stay as they were."""
 
 from __future__ import annotations
 
