@@ -125,14 +125,14 @@ def _digest(stream: BinaryIO, summing: Any) -> str:
 
 def write_json(file: Path, value: Any) -> None:
     """Write and flush to the disk, replacing the file in one step."""
-    write_text(file, json.dumps(value, indent=1))
+    write_bytes(file, json.dumps(value, indent=1).encode())
 
 
-def write_text(file: Path, text: str) -> None:
-    """The same for text."""
+def write_bytes(file: Path, data: bytes) -> None:
+    """Write and flush to the disk, replacing the file in one step."""
     temporary = file.with_name(file.name + UNFINISHED)
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(text)
+    with open(temporary, "wb") as stream:
+        stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, file)
@@ -143,7 +143,7 @@ def publish(unfinished: Path, path: Path) -> None:
     """Give a run's finished checkpoint its name, in the place of an older one of that name, then point `latest` to it."""
     put_in_place(unfinished, path)
     if path.parent.name == CHECKPOINTS:
-        write_text(path.parent / LATEST, f"{path.name}\n")
+        write_bytes(path.parent / LATEST, (f"{path.name}\n").encode())
 
 
 def put_in_place(unfinished: Path, path: Path) -> None:

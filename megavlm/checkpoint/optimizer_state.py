@@ -1,13 +1,18 @@
-"""Adam's moments, master weights and step count, read from and written to megatron-core's optimizers in the model's shapes.
+"""Adam's moments, master weights and step count in megatron-core's optimizers, wherever they lie.
 
 All three optimizers (fp32, bf16 with masters, distributed) are seen alike: for each trained parameter a tensor `exp_avg`, a tensor
-`exp_avg_sq` and, where the parameter is not fp32, a tensor `master`, each shaped as this rank's parameter. A checkpoint is
-therefore independent of the optimizer's own layout. Learning rates and decay are settings of the recipe, not state.
+`exp_avg_sq` and, where the parameter is not fp32, a tensor `master`; or as much of them as this rank holds, a stretch of the flattened
+parameter. A checkpoint is therefore independent of the optimizer's own layout. Learning rates and decay are settings of the recipe,
+not state.
+
+megatron-core's own ways are not used: `DistributedOptimizer.load_state_dict` gives all parameters one shared `step` tensor (Adam then
+counts N steps an update), its `state_dict` asserts on a rank that trains nothing or has not stepped yet, `fully_reshardable` raises
+KeyError 'step' with torch's Adam, and its world tensors drop the padding between buckets but are cut by indices that count it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,57 +20,45 @@ import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
-from megavlm.parallel.sharded import compute_dtype, gathered, is_sharded, write_part
+from megavlm.parallel.sharded import compute_dtype, is_sharded, local_part
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
 
 
 class StateTensor(NamedTuple):
-    """One tensor of optimizer state."""
+    """One tensor of optimizer state, the optimizer's own: what is written to it, the optimizer has."""
 
     name: str
     """exp_avg, exp_avg_sq or master."""
     parameter: torch.nn.Parameter
     """The model's parameter that it belongs to."""
     tensor: torch.Tensor
-    """Shaped as the parameter on this rank."""
+    """Shaped as the parameter on this rank; or this rank's stretch of it, contiguous."""
+    start: int | None
+    """First element of the stretch in the flattened parameter; None: the tensor is whole."""
 
 
-def collect(optimizer: Any, *, for_loading: bool) -> list[StateTensor]:
-    """Every state tensor of this rank, states created where Adam has none yet.
-
-    Without `for_loading` the distributed optimizer's shards are gathered over its data-parallel group (all its ranks must call
-    this). With it, the tensors are places to load into, to be handed to `put_back`.
-    """
+def tensors(optimizer: Any) -> list[StateTensor]:
+    """Every state tensor of this rank, states created where Adam has none yet."""
     found: list[StateTensor] = []
     for part in _parts(optimizer):
         _create_states(part.optimizer)
         if isinstance(part, DistributedOptimizer):
-            found += _gathered(part, for_loading)
+            for parameter, main, start in _shards(part):
+                found += [StateTensor(name, parameter, t, start) for name, t in _targets(part.optimizer, parameter, main).items()]
         else:
-            for state in _plain(part):
-                # All ranks of a sharded parameter's group hold a part of it, and each gathers the whole.
-                tensor, parameter = state.tensor, state.parameter
+            for name, parameter, tensor in _plain(part):
+                start = None
                 if is_sharded(parameter):
-                    tensor = torch.zeros(parameter.shape, dtype=tensor.dtype) if for_loading else gathered(tensor, parameter)
-                found.append(state._replace(tensor=tensor))
+                    tensor, start = local_part(tensor, parameter)
+                found.append(StateTensor(name, parameter, tensor, start))
     return found
 
 
-@torch.no_grad()
-def put_back(optimizer: Any, loaded: Sequence[StateTensor], step: int) -> None:
-    """Write tensors of `collect(for_loading=True)`, now filled, into the optimizer, and set Adam's step count."""
-    by_place = {(s.name, id(s.parameter)): s.tensor for s in loaded}
+def set_step(optimizer: Any, step: int) -> None:
+    """Adam has made so many updates."""
     for part in _parts(optimizer):
-        if isinstance(part, DistributedOptimizer):
-            for parameter, main, start, end in _shards(part):
-                for name, target in _targets(part.optimizer, parameter, main).items():
-                    target.copy_(by_place[name, id(parameter)].flatten()[start:end])
-        else:
-            for name, parameter, target in _plain(part):
-                if is_sharded(parameter):
-                    write_part(target, by_place[name, id(parameter)], parameter)
         _set_step(part.optimizer, step)
 
 
@@ -127,13 +120,15 @@ def _set_step(adam: torch.optim.Optimizer, step: int) -> None:
                 adam.state[parameter]["step"] = _step_tensor(group, parameter, step)
 
 
-def _steps(adam: torch.optim.Optimizer) -> Iterator[int]:
-    for group in adam.param_groups:
-        if isinstance(group.get("step"), int | float):
-            yield int(group["step"])
-        for parameter in group["params"]:
-            if "step" in adam.state.get(parameter, {}):
-                yield int(adam.state[parameter]["step"])
+def _steps(adam: torch.optim.Optimizer) -> set[int]:
+    """Every step count that a group or a parameter has; tensors on a device are asked all at once."""
+    groups = {int(group["step"]) for group in adam.param_groups if isinstance(group.get("step"), int | float)}
+    counts = [state["step"] for group in adam.param_groups for p in group["params"] if "step" in (state := adam.state.get(p, {}))]
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for count in counts:
+        count = torch.as_tensor(count, dtype=torch.float32)
+        by_device.setdefault(count.device, []).append(count.reshape(()))
+    return groups.union(*({int(n) for n in torch.stack(c).unique().tolist()} for c in by_device.values()))
 
 
 def _targets(adam: torch.optim.Optimizer, parameter: torch.nn.Parameter, main: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -142,7 +137,7 @@ def _targets(adam: torch.optim.Optimizer, parameter: torch.nn.Parameter, main: t
     return tensors if compute_dtype(parameter) == torch.float32 else tensors | {MASTER: main.data}
 
 
-def _plain(part: Any) -> list[StateTensor]:
+def _plain(part: Any) -> list[tuple[str, torch.nn.Parameter, torch.Tensor]]:
     if isinstance(part, Float16OptimizerWithFloat16Params):
         pairs = [
             pair
@@ -152,47 +147,14 @@ def _plain(part: Any) -> list[StateTensor]:
         pairs += [(p, p) for group in part.fp32_from_fp32_groups for p in group]
     else:
         pairs = [(p, p) for group in part.optimizer.param_groups for p in group["params"]]
-    return [StateTensor(name, p, tensor) for p, main in pairs for name, tensor in _targets(part.optimizer, p, main).items()]
+    return [(name, p, tensor) for p, main in pairs for name, tensor in _targets(part.optimizer, p, main).items()]
 
 
-def _shards(part: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, int, int]]:
-    """(parameter, this rank's main shard, its range in the flattened parameter) of every parameter that this rank updates."""
+def _shards(part: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, int]]:
+    """(parameter, this rank's main shard, where it begins in the flattened parameter) of every parameter that this rank updates."""
     for ranges_by_dtype in part.gbuf_ranges:
         for buckets in ranges_by_dtype.values():
             for bucket in buckets:
                 for parameter, where in bucket["param_map"].items():
                     group, order = part.model_param_group_index_map[parameter]
-                    yield parameter, part.optimizer.param_groups[group]["params"][order], where["param"].start, where["param"].end
-
-
-def _gathered(part: DistributedOptimizer, empty: bool) -> list[StateTensor]:
-    """Whole tensors from the shards, bucket by bucket; uninitialised ones of the same shapes when `empty`."""
-    found: list[StateTensor] = []
-    for buffer, ranges_by_dtype in zip(part.buffers, part.gbuf_ranges, strict=True):
-        (bucket_ranges,) = ranges_by_dtype.values()
-        for bucket, ranges in zip(buffer.buckets, bucket_ranges, strict=True):
-            parameters = list(bucket.params_list)
-            names = [*MOMENTS] if parameters[0].dtype == torch.float32 else [*MOMENTS, MASTER]
-            for name in names:
-                if empty:
-                    found += [StateTensor(name, p, torch.zeros(p.shape, dtype=torch.float32)) for p in parameters]
-                    continue
-                whole = _gather_bucket(part, bucket.grad_data.numel(), ranges, name)
-                for parameter in parameters:
-                    start, end = (index - bucket.offset for index in buffer.param_index_map[parameter][:2])
-                    found.append(StateTensor(name, parameter, whole[start:end].view(parameter.shape)))
-    return found
-
-
-def _gather_bucket(part: DistributedOptimizer, numel: int, ranges: dict[str, Any], name: str) -> torch.Tensor:
-    """One kind of state of a whole bucket, padding included, on the CPU of every data-parallel rank."""
-    group = part.data_parallel_group
-    local = torch.zeros(numel // group.size(), dtype=torch.float32, device=_collective_device())
-    for parameter, where in ranges["param_map"].items():
-        index, order = part.model_param_group_index_map[parameter]
-        main = part.optimizer.param_groups[index]["params"][order]
-        source = _targets(part.optimizer, parameter, main)[name]
-        local[where["gbuf_local"].start : where["gbuf_local"].end] = source.detach()
-    whole = [torch.empty_like(local) for _ in range(group.size())]
-    dist.all_gather(whole, local, group=group)
-    return torch.cat(whole).cpu()
+                    yield parameter, part.optimizer.param_groups[group]["params"][order], where["param"].start

@@ -79,7 +79,7 @@ class CheckpointReader:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        metadata = read_metadata(self.path)
+        self.metadata = metadata = read_metadata(self.path)
         self.entries: dict[str, TensorStorageMetadata] = dict(metadata.state_dict_metadata)  # type: ignore[arg-type]
         self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
 
@@ -96,7 +96,7 @@ class CheckpointReader:
         entry = self._entry(key)
         whole = None
         for chunk in entry.chunks:
-            piece = self._piece(key, chunk.offsets)
+            piece = self.piece(key, chunk.offsets)
             if tuple(piece.shape) != tuple(chunk.sizes):
                 raise CheckpointError(f"{self.path}: {key} is damaged: shape {tuple(piece.shape)} instead of {tuple(chunk.sizes)}")
             if tuple(chunk.sizes) == tuple(entry.size):
@@ -113,7 +113,12 @@ class CheckpointReader:
             raise CheckpointError(f"{self.path} has no tensor {key}")
         return self.entries[key]
 
-    def _piece(self, key: str, offsets: torch.Size) -> torch.Tensor:
+    def file(self, name: str) -> Path:
+        """Path of a file that the index names."""
+        return self.path / name
+
+    def piece(self, key: str, offsets: torch.Size) -> torch.Tensor:
+        """The chunk of a tensor that begins at `offsets`. Raises CheckpointError when it is missing or damaged."""
         place = self._places.get(MetadataIndex(key, offsets)) or self._places.get(MetadataIndex(key))
         if place is None or place.transform_descriptors:
             raise CheckpointError(f"{self.path}: the index does not say where {key} lies, or it is stored in a form that is not read here")

@@ -6,33 +6,23 @@ written is held in memory here, and a job that was killed goes on where it was (
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 import megavlm
 from megavlm.checkpoint import folders
+from megavlm.checkpoint.boxes import Box
+from megavlm.checkpoint.index import Placed, index_files
 from megavlm.checkpoint.journal import JOURNAL, Journal, publish
+from megavlm.checkpoint.records import without_crc
 
 _FILE_BYTES = 2_000_000_000
 _SYNC_BYTES = 500_000_000
-_CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 
 
 class CheckpointWriter:
@@ -79,7 +69,7 @@ class CheckpointWriter:
             self._close_file()
             self._number, self._end = self._number + 1, 0
         stream = self._opened()
-        with _without_crc():
+        with without_crc():
             try:
                 torch.save(tensor.detach(), stream)
             except RuntimeError as error:
@@ -98,9 +88,8 @@ class CheckpointWriter:
         """Write indexes, state and manifest, and give the folder its name. `more` adds files and folders of its own."""
         self._close_file()
         entries = self._journal.entries
-        (self.folder / ".metadata").write_bytes(pickle.dumps(_metadata(entries)))
-        torch.save({}, self.folder / "common.pt")
-        (self.folder / "metadata.json").write_text(json.dumps(_CONFIG))
+        for name, data in index_files([_placed(entry) for entry in entries]).items():
+            (self.folder / name).write_bytes(data)
         held = sorted({entry["key"].split(".", 1)[0] for entry in entries})
         everything = {
             "format": folders.FORMAT,
@@ -160,24 +149,7 @@ class CheckpointWriter:
         self._sums[file] = self._hashing.submit(folders.checksum, self.folder / file)
 
 
-def _metadata(entries: list[dict[str, Any]]) -> Metadata:
-    tensors: dict[str, Any] = {}
-    storage: dict[MetadataIndex, _StorageInfo] = {}
-    for entry in entries:
-        key, size = entry["key"], torch.Size(entry["shape"])
-        start = torch.Size([0] * len(size))
-        properties = TensorProperties(dtype=getattr(torch, entry["dtype"]))
-        tensors[key] = TensorStorageMetadata(properties, size, [ChunkStorageMetadata(start, size)])
-        storage[MetadataIndex(key, start)] = _StorageInfo(entry["file"], entry["offset"], entry["length"])
-    return Metadata(state_dict_metadata=tensors, planner_data=None, storage_data=storage, storage_meta=StorageMeta())
-
-
-@contextmanager
-def _without_crc() -> Iterator[None]:
-    """torch's zip checksums off: the manifest's checksum covers every byte, and nothing reads them."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
+def _placed(entry: dict[str, Any]) -> Placed:
+    shape = tuple(entry["shape"])
+    box = Box((0,) * len(shape), shape)
+    return Placed(entry["key"], getattr(torch, entry["dtype"]), shape, box, entry["file"], entry["offset"], entry["length"])

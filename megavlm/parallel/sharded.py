@@ -151,62 +151,50 @@ def is_sharded(parameter: torch.Tensor) -> bool:
     return isinstance(parameter, DTensor)
 
 
-def gathered(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """The whole on the CPU of something that is sharded as `parameter` is; all ranks of its group must call this.
+def local_part(tensor: torch.Tensor, parameter: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """This rank's part of something that is sharded as `parameter` is, and where it begins in the flattened whole.
 
-    `tensor` is the parameter itself, or state of an optimizer: sharded like it, or this rank's part in host memory.
+    `tensor` is the parameter itself, or state of an optimizer: sharded like it, or this rank's part in host memory already.
     """
     assert isinstance(parameter, DTensor)
-    if not isinstance(tensor, DTensor):
-        local = tensor.to(parameter.to_local().device)
-        mesh, placements = parameter.device_mesh, parameter.placements
-        tensor = DTensor.from_local(local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
-    sharded: Any = tensor.detach()
-    whole: torch.Tensor = sharded.full_tensor()
-    return whole.cpu()
-
-
-@torch.no_grad()
-def write_part(target: torch.Tensor, whole: torch.Tensor, parameter: torch.Tensor) -> None:
-    """Copy this rank's part of `whole` into `target`, which is sharded as `parameter` is (see `gathered`)."""
-    assert isinstance(parameter, DTensor)
-    local = _local(target)
-    each = -(-whole.shape[0] // parameter.device_mesh.size())
-    start = min(parameter.device_mesh.get_local_rank() * each, whole.shape[0])
-    local.copy_(whole[start : start + local.shape[0]])
+    rows = -(-parameter.shape[0] // parameter.device_mesh.size())
+    first = min(parameter.device_mesh.get_local_rank() * rows, parameter.shape[0])
+    local = _local(tensor.detach())
+    assert local.is_contiguous()
+    return local, first * (parameter.numel() // max(parameter.shape[0], 1))
 
 
 @contextmanager
-def whole_parameters(chunks: Sequence[torch.nn.Module], *, write_back: bool) -> Iterator[dict[int, torch.nn.Parameter]]:
-    """Whole parameters on the CPU, in the format of computation, in the place of sharded ones; id of the sharded one -> the whole one.
-
-    With `write_back` they are empty, and this rank's parts of what is put into them are kept. Chunks that are not sharded stay as they are.
+def stand_ins(chunks: Sequence[torch.nn.Module]) -> Iterator[dict[int, Any]]:
+    """Parameters without values (torch's meta device), whole and in the format of computation, in the place of sharded ones; id of the
+    stand-in -> the sharded one. For whoever asks a model of its parameters' names and shapes. Chunks that are not sharded stay as they are.
     """
-    twins: dict[int, torch.nn.Parameter] = {}
     places: list[tuple[Any, str, Any]] = []
+    by_parameter: dict[int, torch.nn.Parameter] = {}
+    sharded: dict[int, Any] = {}
     for chunk in chunks:
-        module: Any = chunk.module if isinstance(chunk, ShardedDataParallel) else chunk
-        is_sharded_chunk = isinstance(module, FSDPModule)
-        if is_sharded_chunk:
-            for part in module.modules():
-                if isinstance(part, FSDPModule):
-                    part.reshard()
-            places += [(owner, name, p) for owner in module.modules() for name, p in owner._parameters.items() if isinstance(p, DTensor)]
-            for _, _, parameter in places:
-                if id(parameter) not in twins:
-                    dtype = module.config.params_dtype
-                    data = torch.zeros(parameter.shape, dtype=dtype) if write_back else gathered(parameter, parameter).to(dtype)
-                    twin = torch.nn.Parameter(data, requires_grad=parameter.requires_grad)
-                    for mark, value in vars(parameter).items():
-                        setattr(twin, mark, value)
-                    twins[id(parameter)] = twin
+        module = chunk.module if isinstance(chunk, ShardedDataParallel) else chunk
+        if not isinstance(module, FSDPModule):
+            continue
+        inner: Any = module
+        for part in inner.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+        for owner in inner.modules():
+            for name, parameter in owner._parameters.items():
+                if isinstance(parameter, DTensor):
+                    places.append((owner, name, parameter))
+                    if id(parameter) not in by_parameter:
+                        data = torch.empty(parameter.shape, dtype=compute_dtype(parameter), device="meta")
+                        stand_in = torch.nn.Parameter(data, requires_grad=parameter.requires_grad)
+                        for mark, value in vars(parameter).items():
+                            setattr(stand_in, mark, value)
+                        by_parameter[id(parameter)] = stand_in
+                        sharded[id(stand_in)] = parameter
     for owner, name, parameter in places:
-        owner._parameters[name] = twins[id(parameter)]
+        owner._parameters[name] = by_parameter[id(parameter)]
     try:
-        yield twins
-        if write_back:
-            for _, _, parameter in places:
-                write_part(parameter, twins[id(parameter)].data, parameter)
+        yield sharded
     finally:
         for owner, name, parameter in places:
             owner._parameters[name] = parameter

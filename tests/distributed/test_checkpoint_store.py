@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import queue
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from megavlm.checkpoint import optimizer_state, store
+from megavlm.checkpoint import optimizer_state, saver, store
 from megavlm.checkpoint.errors import CheckpointError
 from megavlm.checkpoint.retention import Rules, prune
 from megavlm.config.schema import ParallelConfig, Recipe
 from megavlm.models.init import initialise
 from megavlm.models.weights import sharding_metadata
-from megavlm.parallel import mcore_fixes
 from megavlm.parallel.context import ParallelContext, enter_grid
 from megavlm.testing.pool import RankPool
 from megavlm.testing.tiny import tiny_batch, tiny_chunks, tiny_model_config
@@ -137,37 +134,27 @@ def test_damage_is_one_error_on_every_rank(pool: RankPool, tmp_path: Path, damag
 
 def save_where_a_rank_cannot_write(path: Path) -> str:
     model, ctx = build({})
-    original = mcore_fixes.write_in_process
+    original = saver._write_file
 
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any) -> Any:
         if ctx.rank == 1:
             raise OSError(28, "No space left on device")
-        original(*arguments)
+        return original(*arguments)
 
-    mcore_fixes.write_in_process = fail
+    saver._write_file = fail
     try:
         store.save(path, model.modules, model.optimizer, {}, ctx)
     except CheckpointError as error:
         return str(error)
     finally:
-        mcore_fixes.write_in_process = original
+        saver._write_file = original
     return "saved"
 
 
-def save_with_a_hole(path: Path) -> None:
-    """A file that cannot be opened: a folder has its name."""
-    model, ctx = build({})
-    (path.with_name(path.name + ".tmp") / "__0_0.distcp").mkdir(parents=True, exist_ok=True)
-    original, store._fresh_folder = store._fresh_folder, lambda folder: None
-    try:
-        store.save(path, model.modules, None, {}, ctx)
-    finally:
-        store._fresh_folder = original
-
-
-def test_a_file_that_cannot_be_opened(pool: RankPool, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="CheckpointError: .*rank 0 could not write: .*Is a directory"):
-        pool.run(save_with_a_hole, tmp_path / "00000001-a", world_size=2)
+def test_a_folder_that_cannot_be_made(pool: RankPool, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(AssertionError, match="CheckpointError: .*rank 0 could not write: .*Not a directory"):
+        pool.run(save_one, tmp_path / "file" / "00000001-a", {}, world_size=2)
 
 
 def test_a_full_disk_leaves_the_older_checkpoint_alone(pool: RankPool, tmp_path: Path) -> None:
@@ -226,7 +213,7 @@ def traps() -> dict[str, str]:
         part.state_dict()
     except AssertionError:
         found["state_dict before the first step"] = "AssertionError"
-    optimizer_state.collect(model.optimizer, for_loading=True)
+    optimizer_state.tensors(model.optimizer)
     state = part.sharded_state_dict(sharded, metadata=sharding_metadata(ctx))
     loaded = {k: {n: t.data for n, t in v.items() if hasattr(t, "local_shape")} for k, v in state["param_state"].items()}
     try:
@@ -245,17 +232,11 @@ def test_the_traps_are_still_there(pool: RankPool) -> None:
     assert found["tensors of step"] == "shared"
 
 
-def queue_kind() -> tuple[bool, bool]:
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    filesystem_async._results_queue = None
-    mcore_fixes.install()
-    mine = filesystem_async._get_write_results_queue() if hasattr(filesystem_async, "_get_write_results_queue") else None
+def makes_on_meta() -> bool:
     with torch.device("meta"):
-        on_meta = torch.arange(3).is_meta and torch.empty(2).is_meta
-    return isinstance(mine, queue.Queue), on_meta and dist.is_initialized()
+        return torch.arange(3).is_meta and torch.empty(2).is_meta
 
 
-def test_fixes_of_the_process(pool: RankPool) -> None:
-    """No manager process for the writer's results; device contexts reach wrapped factories (transformers loads on meta)."""
-    assert pool.run(queue_kind)[0] == (True, True)
+def test_device_contexts_reach_wrapped_factories(pool: RankPool) -> None:
+    """transformers loads on meta."""
+    assert pool.run(makes_on_meta) == [True]
