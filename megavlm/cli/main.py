@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megavlm.cli import checkpoint, config, convert, data, doctor, evaluate, generate, jobs, launch, quickstart, train
+from megavlm.cli import checkpoint, config, convert, data, doctor, evaluate, generate, jobs, launch, quickstart, track, train
 from megavlm.cli.errors import DEBUG_VARIABLE, note_exit, report
 
 app = typer.Typer(
@@ -45,6 +45,7 @@ app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
 app.add_typer(convert.app, name="convert")
+app.add_typer(track.app, name="track")
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("doctor")(doctor.doctor)

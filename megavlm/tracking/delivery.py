@@ -7,6 +7,7 @@ time (docs/tracking.md has figures). It ends when it is told to, and when the pr
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -14,11 +15,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megavlm.tracking.metrics import encode_line
 from megavlm.tracking.mlflow_store import MlflowStore, Rejected, saved_run_id, without_password
-from megavlm.tracking.spool import Item, SpoolReader, SpoolWriter
+from megavlm.tracking.spool import LOCK_FILE, Item, SpoolReader, SpoolWriter
 from megavlm.tracking.system_metrics import SystemMetrics
 
 REJECTED_FILE = "mlflow-rejected.jsonl"
@@ -28,7 +29,7 @@ RETRY_AFTER_S = (2.0, 5.0, 15.0, 60.0)
 """Pauses after a failed delivery; the last one repeats."""
 
 Tell = Callable[[str, Any], None]
-"""(what, value) for the process that started this one: what is "info", "warning", "open", "reachable" or "waiting"."""
+"""(what, value) for the process that started this one: what is "info", "warning", "open" or "reachable"."""
 
 
 class Delivery:
@@ -153,13 +154,19 @@ def main() -> None:
         os.nice(5)  # training comes first
     run_dir = Path(settings["run_dir"])
     run_id = settings["run_id"]
-    while settings["follows"] and run_id is None:
-        # The first node makes the run; the others wait until its id is there.
-        if orders.wait(1.0) is not None:
-            return
-        run_id = saved_run_id(run_dir)
-    identity = (settings["uri"], settings["experiment"], settings["run_name"], run_dir, run_id, settings["params"])
     spool = Path(settings["spool"])
+    spool.mkdir(parents=True, exist_ok=True)
+    # One process delivers a spool: that of a killed training may be at its last words, and a replay may be asked for too early.
+    with open(spool / LOCK_FILE, "wb") as lock:
+        while not _locked(lock) or (settings["follows"] and run_id is None):
+            if orders.wait(1.0) is not None:
+                return
+            run_id = run_id or saved_run_id(run_dir)  # the first node makes the run; the others wait until its id is there
+        _deliver(settings, run_dir, run_id, spool, orders, tell)
+
+
+def _deliver(settings: dict[str, Any], run_dir: Path, run_id: str | None, spool: Path, orders: _Orders, tell: Tell) -> None:
+    identity = (settings["uri"], settings["experiment"], settings["run_name"], run_dir, run_id, settings["params"])
     writer = SpoolWriter(spool / "system")
     delivery = Delivery(
         MlflowStore(*identity, lambda text: tell("warning", text)), [SpoolReader(spool), SpoolReader(spool / "system")], run_dir, tell
@@ -173,6 +180,16 @@ def main() -> None:
     # What a silent server takes now need not wait for another start. Whoever waits for this kills it when the time is up.
     _end_after(deadline)
     delivery.round(try_now=True)
+
+
+def _locked(lock: BinaryIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks
+    return True
 
 
 def _end_after(seconds: float) -> None:

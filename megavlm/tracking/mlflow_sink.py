@@ -302,20 +302,30 @@ def sink_for(recipe: Recipe, resume_step: int | None = None, node: Node | None =
 
 
 def deliver_spool(recipe: Recipe, timeout_s: float = 120.0) -> int:
-    """Send what an ended run, on all its nodes, could not deliver. Returns the number of records that still wait.
+    """Send what an ended run could not deliver, for so long of each of its nodes. Returns the number of records that still wait.
 
     Raises TrackingError with tracking.mlflow=false.
     """
     if not recipe.tracking.mlflow:
         raise TrackingError(f"tracking.mlflow=false: the run in {recipe.run.dir} is not in MLflow, so there is nothing to send")
     run_dir = Path(recipe.run.dir)
-    end, waiting = time.monotonic() + timeout_s, 0
-    others = [int(p.name.rpartition("-")[2]) for p in run_dir.glob(f"{SPOOL_FOLDER}-node-*") if p.name.rpartition("-")[2].isdigit()]
-    for index in (0, *sorted(others)):
-        sink = sink_for(recipe, node=Node(index, 1 + len(others)))
+    waiting = 0
+    for index in _nodes_with_spool(run_dir):
+        sink = sink_for(recipe, node=Node(index))
         assert sink is not None
-        waiting += sink.finish(None, max(FINISH_TIMEOUT_S, end - time.monotonic()))
+        waiting += sink.finish(None, timeout_s)
     return waiting
+
+
+def num_waiting(run_dir: Path) -> int:
+    """Records in the spools of a run's nodes."""
+    folders = [run_dir / Node(index).spool for index in _nodes_with_spool(run_dir)]
+    return sum(len(SpoolReader(folder)) + len(SpoolReader(folder / "system")) for folder in folders)
+
+
+def _nodes_with_spool(run_dir: Path) -> list[int]:
+    others = (p.name.removeprefix(f"{SPOOL_FOLDER}-node-") for p in run_dir.glob(f"{SPOOL_FOLDER}-node-*"))
+    return [0, *sorted(int(number) for number in others if number.isdigit())]
 
 
 def _digest(folder: Path) -> str:

@@ -26,6 +26,8 @@ Item = dict[str, Any]
 {"kind": "status", "status", "time_ms"}."""
 
 RECORDS_PER_FILE = 2_000
+LOCK_FILE = "lock"
+"""Held by the one process that delivers."""
 _DELIVERED = "delivered.json"
 
 
@@ -102,8 +104,10 @@ class SpoolReader:
         """Delete the folder when nothing waits in it. Only where its writer is closed."""
         if not self.folder.exists() or len(self):
             return
-        for path in (*(_file(self.folder, n) for n in _numbers(self.folder)), self.folder / _DELIVERED, self.folder / f"{_DELIVERED}.new"):
-            path.unlink(missing_ok=True)
+        for number in _numbers(self.folder):
+            _file(self.folder, number).unlink(missing_ok=True)
+        for name in (_DELIVERED, f"{_DELIVERED}.new", LOCK_FILE):
+            (self.folder / name).unlink(missing_ok=True)
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
 

@@ -244,50 +244,6 @@ def test_config_schema(tmp_path):
     assert megavlm("config", "schema").stdout == (tmp_path / "schema.json").read_text()
 
 
-# -------------------------------------------------------------------------------------------------------------------------- doctor
-
-
-@pytest.mark.slow
-def test_doctor_finds_what_is_there_and_says_what_is_not():
-    from importlib.metadata import version
-
-    done = megavlm("doctor", "--json")
-    assert done.returncode == 0, done.stderr
-    parts = {p["name"]: p for p in json.loads(done.stdout)["parts"]}
-    assert parts["torch"]["status"] == "ok" and parts["torch"]["version"] == version("torch")
-    assert parts["megatron-core"]["version"] == version("megatron-core")
-    assert all(p["status"] in ("ok", "missing", "broken") and p["without"] for p in parts.values())
-    assert {"CUDA", "Transformer Engine", "Apex", "flash-attn", "DALI", "nvImageCodec", "sentencepiece", "mlflow"} <= set(parts)
-
-
-@pytest.mark.parametrize("as_json", [True, False])
-def test_doctor_reports_and_does_not_fail(monkeypatch, capsys, as_json):
-    from megavlm.cli import _parts
-    from megavlm.cli.doctor import doctor
-
-    parts = [_parts.Part("psutil", "psutil", ("psutil",), True, "a"), _parts.Part("nope", "no_such_part", ("no",), True, "nothing trains")]
-    monkeypatch.setattr(_parts, "PARTS", parts)
-    doctor(as_json=as_json)
-    out = capsys.readouterr().out
-    if as_json:
-        assert [p["status"] for p in json.loads(out)["parts"]] == ["ok", "missing"]
-        ways = json.loads(out)["context"]
-        assert list(ways) == ["keys", "p2p", "all_gather", "a2a"] and ways["keys"] in ("auto takes this one", "")
-    else:
-        assert "needed: nothing trains" in out and "Needed and not usable: nope" in out
-        assert "keys of context ranks" in out and "all_gather" in out
-
-
-def test_doctor_tells_a_broken_package_from_a_missing_one(tmp_path, monkeypatch):
-    from megavlm.cli._parts import Part, examine
-
-    (tmp_path / "broken_part_for_test.py").write_text("raise OSError('libcuda.so.1: cannot open shared object file')")
-    monkeypatch.syspath_prepend(tmp_path)
-    broken = examine(Part("x", "broken_part_for_test", ("x",), False, "nothing"))
-    assert (broken.status, broken.detail) == ("broken", "OSError: libcuda.so.1: cannot open shared object file")
-    assert examine(Part("y", "no_such_part.inner", ("y",), False, "nothing")).status == "missing"
-
-
 # ------------------------------------------------------------------------------------------------------------------------ start-up
 
 

@@ -194,12 +194,12 @@ def test_nodes_are_told_by_their_first_ranks():
     assert (Node(0, 2).spool, Node(1, 2).spool) == ("mlflow-spool", "mlflow-spool-node-1")
 
 
-def test_system_metrics_have_the_names_of_mlflows_own(monkeypatch):
+def test_system_metrics_have_the_names_of_mlflows_own(monkeypatch, tmp_path):
     own = pytest.importorskip("mlflow.system_metrics.system_metrics_monitor")
     sampler = SystemMetrics.start(5.0, "node-1", many_nodes=True)
     (item,) = sampler.due(now_s=1000.0)
     assert sampler.due(now_s=1004.9) == [] and [i["step"] for i in sampler.due(now_s=1005.0)] == [201]
-    monitor = own.SystemMetricsMonitor("r", node_id="node-1", tracking_uri="sqlite:///x.db")
+    monitor = own.SystemMetricsMonitor("r", node_id="node-1", tracking_uri=f"sqlite:///{tmp_path}/x.db")
     monitor.collect_metrics()
     seen = []
     monkeypatch.setattr(monitor.mlflow_logger, "record_metrics", lambda values, step: seen.append(values))

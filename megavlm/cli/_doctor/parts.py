@@ -10,7 +10,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
@@ -116,11 +116,6 @@ def machine() -> dict[str, str]:
     except (ValueError, OSError):
         found["memory_gib"] = "unknown"
     return found
-
-
-def as_json(findings: list[Finding]) -> dict[str, Any]:
-    """The whole report as plain values."""
-    return {"machine": machine(), "parts": [asdict(f) for f in findings]}
 
 
 def _version(part: Part) -> str:

@@ -1,0 +1,1 @@
+"""What `megavlm doctor` looks at, a module each."""

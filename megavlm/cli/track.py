@@ -1,0 +1,44 @@
+"""`megavlm track`: what runs have told MLflow, or could not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="What runs have told MLflow, or could not yet.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `replay` a sub-command, alone as it is."""
+
+
+@app.command()
+def replay(
+    run_dir: Annotated[Path, typer.Argument(help="The run's folder, with its recipe.yaml.", metavar="RUN_DIR")],
+    uri: Annotated[str | None, typer.Option(help="Instead of the recipe's tracking.mlflow_uri.")] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds to try, of each node's records.")] = 600.0,
+) -> None:
+    """Send what MLflow did not take while the run went on; exit code 1 when records are left.
+
+    Records that were sent already are not doubled. Not while the run trains: it sends them itself.
+    """
+    from megavlm.config.load import load_recipe
+    from megavlm.tracking.console import setup_logging
+    from megavlm.tracking.mlflow_sink import deliver_spool, num_waiting
+
+    recipe = load_recipe(run_dir / "recipe.yaml")
+    recipe.run.dir = str(run_dir)  # the folder may have been moved since
+    if uri is not None:
+        recipe.tracking.mlflow_uri = uri
+    setup_logging()
+    before = num_waiting(run_dir)
+    if not before:
+        typer.echo(f"{run_dir}: nothing waits for MLflow")
+        return
+    left = deliver_spool(recipe, timeout)
+    typer.echo(f"{run_dir}: {before - left} of {before} records sent")
+    if left:
+        raise typer.Exit(1)
