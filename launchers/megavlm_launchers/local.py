@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megavlm.config.exits import Exit
 from megavlm_launchers.environment import free_port, rank_environment
 from megavlm_launchers.errors import LaunchError
 
@@ -33,6 +34,8 @@ FORWARDED = {
 STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 WATCHED = {signal.SIGCHLD, *FORWARDED}
 LOG_TAIL_LINES = 25
+HUNG_GRACE_S = 1.0
+"""After a hang: ranks that still run have written their stacks, or never will."""
 
 
 @dataclass
@@ -194,6 +197,8 @@ def _reap(group: _Group) -> None:
     if failed is None or group.failed is not None:
         return
     group.failed = failed
+    if failed.exit_code == Exit.HUNG:
+        group.grace_s = min(group.grace_s, HUNG_GRACE_S)
     group.kill_at = time.monotonic() + group.grace_s
     others = f"; stopping the other {len(group.alive)}" if group.alive and not group.stop_requested else ""
     group.say(f"rank {failed.rank} {_ending(failed)}{others}")
@@ -224,7 +229,8 @@ def _kill(group: _Group) -> None:
 def _ending(rank: _Rank) -> str:
     code = rank.process.returncode
     if code >= 0:
-        return f"ended with exit code {code}"
+        meaning = Exit.describe(code)
+        return f"ended with exit code {code}" + (f" ({meaning})" if meaning != "unknown" and code > Exit.USER else "")
     hint = " (out of memory?)" if code == -signal.SIGKILL else ""
     return f"was ended by {_signal_name(-code)}{hint}"
 

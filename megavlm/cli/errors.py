@@ -7,7 +7,6 @@ exit code 1.
 
 from __future__ import annotations
 
-import contextlib
 import dis
 import errno
 import os
@@ -18,8 +17,6 @@ from pathlib import Path
 EXIT_USER_ERROR = 2
 EXIT_FAULT = 1
 DEBUG_VARIABLE = "MEGAVLM_DEBUG"
-EXIT_NOTE_VARIABLE = "MEGAVLM_EXIT_NOTE"
-"""A file that the first of many ranks to fail writes its exit code to: SLURM keeps the highest, which a killed neighbour's is."""
 OWN_PACKAGES = ("megavlm", "megavlm_launchers", "megavlm_kernels")
 _FILE_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _DISK_ERRORS = {errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO}
@@ -61,10 +58,10 @@ def report(error: Exception) -> int:
 
 def note_exit(code: int) -> None:
     """Leave the exit code where the launcher of this rank asked for it, if it is a failure and the first."""
-    path = os.environ.get(EXIT_NOTE_VARIABLE)
-    if path and code:
-        with contextlib.suppress(OSError), open(path, "x", encoding="utf-8") as file:
-            file.write(f"{code}\n")
+    if code:
+        from megavlm.config import exits  # here: pydantic comes with it, and `megavlm --help` needs neither
+
+        exits.note_exit(code)
 
 
 def _message(error: BaseException) -> str:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from enum import IntEnum
+
+EXIT_NOTE_VARIABLE = "MEGAVLM_EXIT_NOTE"
+"""A file that the first of many ranks to fail writes its exit code to: SLURM keeps the highest, which a killed neighbour's is."""
 
 
 class Exit(IntEnum):
@@ -37,3 +42,11 @@ class Exit(IntEnum):
         if code > 128:
             return f"ended by signal {code - 128}"
         return next((known.meaning for known in cls if known == code), "unknown")
+
+
+def note_exit(code: int) -> None:
+    """Leave the exit code where the launcher of this rank asked for it, if it is a failure and the first."""
+    path = os.environ.get(EXIT_NOTE_VARIABLE)
+    if path and code:
+        with contextlib.suppress(OSError), open(path, "x", encoding="utf-8") as file:
+            file.write(f"{int(code)}\n")

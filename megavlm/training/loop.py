@@ -38,6 +38,7 @@ from megavlm.training.loss_scale import scale_of
 from megavlm.training.memory import MemoryWatch
 from megavlm.training.optimizer import set_learning_rate
 from megavlm.training.pictures import log_sample_pictures
+from megavlm.training.sections import Sections
 from megavlm.training.signals import StopRequest
 from megavlm.training.state import RunState
 from megavlm.training.step import StepLoss, measure, train_step
@@ -45,7 +46,9 @@ from megavlm.training.watch import StepWatch
 from megavlm_kernels.packed_attention import machine_of
 
 
-def run_stages(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker, stop: StopRequest, device: torch.device) -> int:
+def run_stages(
+    recipe: Recipe, state: RunState, data: RunData, tracker: Tracker, stop: StopRequest, device: torch.device, sections: Sections
+) -> int:
     """Train from `state` on. Returns 0 when the recipe (or run.max_steps) is done, 128 + the signal's number when stopped by one."""
     incidents = IncidentLog(recipe.run.dir)
     beginning = None  # of the stage, where there is no checkpoint of it to roll back to
@@ -56,7 +59,7 @@ def run_stages(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker,
             beginning = deepcopy(state)
         incident = None
         try:
-            signal_number = _run_stage(recipe, state, data, tracker, stop, device, incidents)
+            signal_number = _run_stage(recipe, state, data, tracker, stop, device, sections, incidents)
         except RollBack as back:
             incident = back.incident
         if incident is not None:  # out here, where the exception and with it the model are gone
@@ -73,11 +76,19 @@ def run_stages(recipe: Recipe, state: RunState, data: RunData, tracker: Tracker,
 
 
 def _run_stage(
-    recipe: Recipe, state: RunState, data: RunData, tracker: Tracker, stop: StopRequest, device: torch.device, incidents: IncidentLog
+    recipe: Recipe,
+    state: RunState,
+    data: RunData,
+    tracker: Tracker,
+    stop: StopRequest,
+    device: torch.device,
+    sections: Sections,
+    incidents: IncidentLog,
 ) -> int:
     stage = recipe.stages[state.stage_index]
     if state.is_stage_done(stage.steps):
         return 0
+    sections.setup()
     state.cursor = incidents.cursor_behind(stage.name, state)
     state.stage_names = [s.name for s in recipe.stages[: state.stage_index + 1]]
     layout = stage_layout(recipe.parallel, stage, recipe.model)
@@ -105,7 +116,9 @@ def _run_stage(
         held_out = data.held_out(stage, ctx)
         stream.tasks = sorted({*stream.tasks, *data.held_out_tasks})
         watch = StepWatch(recipe, stage, ctx, tracker, memory)
-        return _StageRun(recipe, stage, state, ctx, layout, model, stream, held_out, tracker, checkpointer, stop, watch, incidents).run()
+        return _StageRun(
+            recipe, stage, state, ctx, layout, model, stream, held_out, tracker, checkpointer, stop, watch, sections, incidents
+        ).run()
     finally:
         for stream in streams:
             stream.close()
@@ -129,13 +142,14 @@ class _StageRun:
         checkpointer: Checkpointer,
         stop: StopRequest,
         watch: StepWatch,
+        sections: Sections,
         incidents: IncidentLog,
     ) -> None:
         self.recipe, self.stage, self.state, self.ctx, self.model = recipe, stage, state, ctx, model
         self.stream, self.held_out, self.tracker, self.checkpointer, self.stop = stream, held_out, tracker, checkpointer, stop
         name = torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else None
         self.accountant = Accountant(recipe, stage, ctx.grid.world_size, name, layout)
-        self.watch, self.incidents = watch, incidents
+        self.watch, self.sections, self.incidents = watch, sections, incidents
         self.judge = StepJudge(recipe.faults, state, ctx.device)
 
     def run(self) -> int:
@@ -175,6 +189,7 @@ class _StageRun:
         self._evaluate_if_due()
 
     def _one_step(self, show_pictures: bool) -> None:
+        self.sections.step()
         self.watch.begin_step(self.state.step + 1)
         start = time.perf_counter()
         with part("data"):
@@ -188,6 +203,8 @@ class _StageRun:
         loss, grad_norm = train_step(self.model, data.microbatches, self.stream.tasks, self.ctx, self.judge.allows)
         seconds = time.perf_counter() - start
         watched = self.watch.finish_step(data.plan, self.state.stage_step + 1)
+        if warning := self.sections.step_done():
+            self.tracker.message(f"warning: {warning}")
         self.state.step += 1
         self.state.stage_step += 1
         self.state.cursor = dict(data.plan.cursor_after)
@@ -265,7 +282,7 @@ class _StageRun:
         # When data end right behind a step that was due, that step's measurement is the last.
         if is_due == self.state.stage_ended and self.state.stage_step != self.stage.steps:
             return
-        with self._whole_parameters(), self.watch.memory.aside():
+        with self.sections.evaluation(), self._whole_parameters(), self.watch.memory.aside():
             loss = measure(self.model.chunks, [d.microbatches for d in self.held_out], self.stream.tasks, self.ctx)
         self.tracker.evaluation(
             {"step": self.state.step, "stage": self.stage.name, "loss": loss.loss, "targets": loss.num_targets, "task_loss": loss.by_task}
@@ -281,7 +298,7 @@ class _StageRun:
 
     def _save(self) -> None:
         start = time.perf_counter()
-        with self._whole_parameters(), self.watch.memory.aside():
+        with self.sections.checkpoint(), self._whole_parameters(), self.watch.memory.aside():
             path = self.checkpointer.save(self.model, self.stage, self.state)
         self.tracker.message(f"saved {path.name} in {time.perf_counter() - start:.1f} s")
 

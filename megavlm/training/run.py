@@ -15,29 +15,32 @@ from megavlm.training.checkpointing import resume_point
 from megavlm.training.data import RunData
 from megavlm.training.layout import check_run
 from megavlm.training.loop import run_stages
+from megavlm.training.sections import Sections
 from megavlm.training.signals import StopRequest
 
 
 def train(recipe: Recipe) -> int:
     """Train the recipe on this rank, resuming where run.dir stands. Returns the exit code: 0, or 128 + signal after a stop."""
-    device = choose_device(recipe.run)
-    start_process_group(device, recipe.run.distributed_timeout_s)
-    try:
-        _set_determinism(recipe.run.deterministic)
-        check_run(recipe, dist.get_world_size())
-        _make_run_dir(recipe)
-        state = resume_point(recipe)
-        shows_mfu = device.type == "cuda" or recipe.tracking.peak_tflops_per_rank is not None
-        with StopRequest() as stop, Tracker(recipe, dist.get_rank(), dist.get_world_size(), shows_mfu=shows_mfu) as tracker:
-            tracker.start(state.step)
-            if state.step:
-                tracker.message(f"resuming at step {state.step}, stage {recipe.stages[state.stage_index].name}")
-            code = run_stages(recipe, state, RunData(recipe), tracker, stop, device)
-            tracker.finish("FINISHED" if code == 0 else "KILLED")
-            dist.barrier()  # SLURM ends all ranks when one has ended with a code: rank 0's last words come first
-            return code
-    finally:
-        stop_process_group()
+    with Sections(recipe) as sections:
+        device = choose_device(recipe.run)
+        start_process_group(device, recipe.run.distributed_timeout_s)
+        try:
+            _set_determinism(recipe.run.deterministic)
+            check_run(recipe, dist.get_world_size())
+            _make_run_dir(recipe)
+            state = resume_point(recipe)
+            shows_mfu = device.type == "cuda" or recipe.tracking.peak_tflops_per_rank is not None
+            with StopRequest() as stop, Tracker(recipe, dist.get_rank(), dist.get_world_size(), shows_mfu=shows_mfu) as tracker:
+                tracker.start(state.step)
+                if state.step:
+                    tracker.message(f"resuming at step {state.step}, stage {recipe.stages[state.stage_index].name}")
+                code = run_stages(recipe, state, RunData(recipe), tracker, stop, device, sections)
+                sections.setup()
+                tracker.finish("FINISHED" if code == 0 else "KILLED")
+                dist.barrier()  # SLURM ends all ranks when one has ended with a code: rank 0's last words come first
+                return code
+        finally:
+            stop_process_group()
 
 
 def _set_determinism(wanted: bool) -> None:

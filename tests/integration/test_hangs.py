@@ -1,0 +1,120 @@
+"""Ranks that hang: every rank leaves its stacks, the right exit code comes back in time, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from megavlm.config.exits import Exit
+from megavlm.parallel.watchdog import FALLBACK_S
+
+LIMIT_S = 2.0
+MARK = "MEGAVLM_TEST_HANGS"
+SLACK_S = 10.0
+"""For a busy machine; what is promised on a quiet one is limit + 5 s."""
+RANK = f"""
+import ctypes, os, signal, sys, time
+from datetime import timedelta
+from pathlib import Path
+import torch, torch.distributed as dist
+from megavlm.parallel.watchdog import Watchdog
+
+def sleeping(): time.sleep(600)
+def stopped(): os.kill(os.getpid(), signal.SIGSTOP)
+def deaf():
+    time.sleep(1)  # the watchdog hears of the section
+    ctypes.PyDLL(None).sleep(600)  # keeps the interpreter
+
+rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+with Watchdog(Path(sys.argv[1]), rank, size) as dog:
+    dog.enter("setup", 120, "setup_s")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=600))
+    for step in range(2):
+        dog.enter("a step", {LIMIT_S}, "step_s")
+        with dog.during("an evaluation", 60, "evaluation_s"):
+            time.sleep(0.1)
+        hangs = sys.argv[2].split(",")[rank]
+        if hangs and step == 1:
+            print("HANGS", time.time(), file=sys.stderr, flush=True)
+            globals()[hangs]()
+        dist.all_reduce(torch.ones(1))
+"""
+LAUNCHER = """
+import sys
+from megavlm_launchers.local import launch_local
+sys.exit(launch_local([sys.executable, "-c", sys.argv[1], sys.argv[2], sys.argv[3]], int(sys.argv[4]), log_dir=sys.argv[5]))
+"""
+
+
+class Hang:
+    """A launch that hung, and what became of it."""
+
+    def __init__(self, hangs: list[str], folder: Path) -> None:
+        num_ranks = len(hangs)
+        self.stacks = folder / "stacks"
+        command = [sys.executable, "-c", LAUNCHER, RANK, str(self.stacks), ",".join(hangs), str(num_ranks), str(folder / "logs")]
+        environment = os.environ | {MARK: str(folder), "MEGAVLM_EXIT_NOTE": str(folder / "note")}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+        self.code, end = done.returncode, time.time()
+        logs = [path.read_text() for path in sorted((folder / "logs").glob("*.log"))] if num_ranks > 1 else []
+        self.said = "\n".join([done.stderr, *logs])
+        began = float(self.said.split("HANGS ")[1].split()[0])
+        self.seconds = end - began
+        self.orphans = [p.pid for p in psutil.process_iter() if _environment(p).get(MARK) == str(folder)]
+        self.note = (folder / "note").read_text().strip() if (folder / "note").exists() else ""
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return dict(process.environ())
+    except psutil.Error:
+        return {}
+
+
+def test_a_sleeping_and_a_stopped_rank(tmp_path: Path) -> None:
+    """One sleeps, one is stopped and can do nothing, and the third waits for them in a collective, in C++."""
+    hang = Hang(["", "sleeping", "stopped"], tmp_path)
+    assert hang.code == Exit.HUNG and hang.note == "77", hang.said
+    assert "in sleeping" in (hang.stacks / "rank-1.txt").read_text()
+    assert "all_reduce" in (hang.stacks / "rank-0.txt").read_text()
+    assert not (hang.stacks / "rank-2.txt").exists()
+    assert "a step takes longer than step_s=2 s" in hang.said
+    assert "no stacks from rank 2: stopped" in hang.said
+    assert LIMIT_S < hang.seconds < LIMIT_S + SLACK_S and not hang.orphans
+
+
+def test_a_rank_that_keeps_the_interpreter(tmp_path: Path) -> None:
+    """No Python runs in it any more, the watchdog's thread included."""
+    hang = Hang(["deaf"], tmp_path)
+    assert hang.code == 1, hang.said
+    assert "in deaf" in hang.said and "Timeout" in hang.said
+    assert LIMIT_S + FALLBACK_S - 0.5 < hang.seconds < LIMIT_S + FALLBACK_S + SLACK_S and not hang.orphans
+
+
+def test_what_does_not_hang_is_left_alone() -> None:
+    """Each section has its own time, one inside another does not count for the outer one, and after the end nothing is watched."""
+    code = """
+import time
+from pathlib import Path
+from megavlm.parallel import watchdog
+watchdog.FALLBACK_S = 0.5
+with watchdog.Watchdog(Path("/nowhere"), 0, 1) as dog:
+    for _ in range(2):
+        dog.enter("a step", 1.0, "step_s")
+        time.sleep(0.6)
+        with dog.during("a checkpoint", 5, "timeout_s"):
+            time.sleep(1.2)
+        time.sleep(0.6)
+    dog.enter("free", None, "")
+    time.sleep(1.2)
+    dog.enter("a step", 0.6, "step_s")
+    time.sleep(0.3)
+time.sleep(1.2)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
