@@ -101,13 +101,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_QD) if wants_hidden else None
         grad_weight = torch.zeros(weight_VD.shape, dtype=accumulate, device=device) if wants_weight else None
         of_chunk = _chunk_by_triton if uses_triton(hidden_QD) else _chunk
+        scale = _gradient_scale(loss_weight_Q) if weight_VD.dtype == torch.float16 else loss_weight_Q.new_ones(())
+        scaled_weight_Q = loss_weight_Q * scale
         step = chunk_rows(weight_VD.shape[0], device.type)
         for start in range(0, num_rows, step):
             rows = slice(start, min(start + step, num_rows))
             hidden = hidden_QD[rows]
             logits = hidden @ weight_VD.T
             loss_Q[rows], log_z_Q[rows], grad_logits = of_chunk(
-                logits, column_Q[rows], loss_weight_Q[rows], settings, wants_hidden or wants_weight
+                logits, column_Q[rows], scaled_weight_Q[rows], settings, wants_hidden or wants_weight
             )
             if grad_logits is None:
                 continue
@@ -116,7 +118,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(grad_logits, weight_VD, out=grad_hidden[rows])
             if grad_weight is not None:
                 _add_product(grad_weight, grad_logits.T, hidden)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight, scale)
         ctx.weight_dtype = weight_VD.dtype
         z_total = settings.z_loss * (loss_weight_Q * log_z_Q.square()).sum()
         ctx.mark_non_differentiable(loss_Q, z_total)
@@ -124,12 +126,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: torch.Tensor, *_: torch.Tensor) -> tuple[Any, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, grad_weight, scale = ctx.saved_tensors
+        factor = grad_total / scale
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
+            # In fp16 the factor itself, a loss scale, can be infinite.
+            grad_hidden = (grad_hidden.to(factor.dtype) * factor).to(grad_hidden.dtype)
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+            grad_weight = (grad_weight * factor).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None
+
+
+def _gradient_scale(loss_weight_Q: torch.Tensor) -> torch.Tensor:
+    """Power of two by which fp16 gradients are computed, since the loss scale comes only with the backward pass: the largest loss weight
+    becomes 512 to 1024, so that what is 1e-10 of it is still kept, and sums over a vocabulary stay far from 65504."""
+    peak = torch.nn.functional.pad(loss_weight_Q.abs(), (0, 1)).max()
+    return torch.where(peak > 0, torch.exp2((1024.0 / peak).log2().floor()), 1.0)
 
 
 _Chunk = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]

@@ -172,3 +172,21 @@ def test_gradients_of_the_weight_are_summed_in_fp32() -> None:
         one = [given[0][row : row + 1], given[1], given[2][row : row + 1], given[3][row : row + 1]]
         summed += torch.autograd.grad(linear_cross_entropy(*one, vocab_size=VOCABULARY).total, given[1])[0]  # type: ignore[arg-type]
     assert (summed.double() - truth[2]).abs().max() > 2**-8 * scale, "bf16 sums would pass too"
+
+
+def test_fp16_keeps_small_gradients_and_takes_a_large_loss_scale() -> None:
+    """A loss scale is 65536 or more, infinite in fp16, and comes only with the backward pass; loss weights of a long pack are small."""
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(5, 32, generator=generator).half()
+    weight = (0.1 * torch.randn(4096, 32, generator=generator)).half()
+    target, loss_weight = torch.arange(5), torch.full((5,), 1e-4)
+    found, truth = [], []
+    for dtype, into in ((torch.float16, found), (torch.float64, truth)):
+        given = [hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
+        total = linear_cross_entropy(*given, target, loss_weight.to(dtype if dtype == torch.float64 else torch.float32)).total
+        into += torch.autograd.grad(2.0**17 * total, given)
+    for ours_, exact in zip(found, truth, strict=True):
+        assert ours_.isfinite().all()
+        error = (ours_.double() - exact).abs() / exact.abs().clamp(min=exact.abs().median() / 100)
+        assert error.median() < 1e-3, "half of all entries within fp16's own rounding"
+        assert (ours_ == 0).double().mean() < 1e-3, "nothing is flushed to zero"
