@@ -51,7 +51,7 @@ check: $(STAMP) ## Lint, format, types, floors, Dockerfile, shell
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/hadolint Dockerfile
+	$(BIN)/hadolint Dockerfile Dockerfile.cpu
 	$(BIN)/shellcheck .ci/run
 
 format: $(STAMP) ## Put code into the shape that `make check` wants

@@ -20,6 +20,7 @@ REQUIREMENTS = [
     "safetensors>=0.5,<1",
     "mlflow>=3.17,<4",
     "psutil>=6",
+    "nvidia-ml-py>=12",  # GPUs in MLflow's system metrics
     "xxhash>=3.4",
     "pydantic>=2.10,<3",
     "omegaconf>=2.3,<3",
@@ -45,6 +46,7 @@ DEV_REQUIREMENTS = [
     *EXTRAS["s3"],
     *EXTRAS["video"],
     "moto[s3,server]>=5,<6",
+    "Flask-WTF>=1,<2",  # an MLflow server with passwords
     "webdataset>=1,<2",
     "pytest>=8,<10",
     "pytest-timeout>=2.3,<3",
