@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megavlm.config.exits import Exit
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, incomplete, damaged or of another model."""
+
+
+class DiskFull(CheckpointError):
+    """A checkpoint for which there is no room."""
+
+    exit_code = Exit.DISK_FULL
 
 
 class HuggingFaceError(ValueError):

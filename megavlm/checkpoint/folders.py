@@ -31,8 +31,17 @@ FORMAT = 1
 CHECKSUM = "xxh3_128"
 """Name of the checksum in manifests that are written now."""
 _READ_BYTES = 4 << 20
+DAMAGED = ".damaged"
+"""Ends the name of a checkpoint that was found damaged: nothing looks at it again, nothing deletes it."""
 _NAME = re.compile(r"^(\d{8,})-(.+)$")
 _ASIDE = re.compile(r"\.[0-9a-f]{8}\.old$")
+
+
+def latest(run_dir: str | Path) -> str | None:
+    """Name of the checkpoint that was saved last; None before the first."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return (Path(run_dir) / CHECKPOINTS / LATEST).read_text(encoding="utf-8").strip() or None
+    return None
 
 
 def step_and_stage(name: str) -> tuple[int, str]:
@@ -139,6 +148,26 @@ def write_bytes(file: Path, data: bytes) -> None:
     sync_folder(file.parent)
 
 
+def recover(run_dir: str | Path) -> None:
+    """Give a checkpoint its name back that a kill caught while a newer one of the same name was about to take its place."""
+    root = Path(run_dir) / CHECKPOINTS
+    for path in root.glob(f"*{REPLACED}") if root.is_dir() else []:
+        original = root / _ASIDE.sub("", path.name)
+        if is_leftover(path) and not original.exists() and problem(path) is None:
+            path.rename(original)
+            sync_folder(root)
+
+
+def set_damaged_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that nothing takes it for one; returns its new path."""
+    aside_as = path.with_name(path.name + DAMAGED)
+    if aside_as.exists():
+        aside_as = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{DAMAGED}")
+    path.rename(aside_as)
+    sync_folder(path.parent)
+    return aside_as
+
+
 def publish(unfinished: Path, path: Path) -> None:
     """Give a run's finished checkpoint its name, in the place of an older one of that name, then point `latest` to it."""
     put_in_place(unfinished, path)
@@ -181,11 +210,9 @@ def named(run_dir: str | Path) -> list[Path]:
     root = Path(run_dir) / CHECKPOINTS
     if not root.is_dir():
         return []
-    latest = ""
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        latest = (root / LATEST).read_text(encoding="utf-8").strip()
-    paths = [p for p in root.iterdir() if p.is_dir() and _NAME.match(p.name) and not p.name.endswith((UNFINISHED, REPLACED))]
-    return sorted(paths, key=lambda p: (step_and_stage(p.name)[0], p.name == latest, p.name))
+    newest_saved = latest(run_dir)
+    paths = [p for p in root.iterdir() if p.is_dir() and _NAME.match(p.name) and not p.name.endswith((UNFINISHED, REPLACED, DAMAGED))]
+    return sorted(paths, key=lambda p: (step_and_stage(p.name)[0], p.name == newest_saved, p.name))
 
 
 def is_leftover(path: Path) -> bool:

@@ -70,6 +70,16 @@ def prune(run_dir: str | Path, rules: Rules, *, leftovers: bool = True) -> list[
     return gone + (remove_leftovers(root) if leftovers else [])
 
 
+def prune_to_newest(run_dir: str | Path, number: int) -> None:
+    """Delete all but the newest complete checkpoints, and every other folder of checkpoints there is: a tier that is lost anyway."""
+    paths = folders.named(run_dir)
+    kept = [path for path in paths if folders.problem(path) is None][-number:]
+    for path in paths:
+        if path not in kept:
+            shutil.rmtree(path.rename(folders.aside(path)))
+    remove_leftovers(Path(run_dir) / folders.CHECKPOINTS)
+
+
 def remove_leftovers(root: Path, spare: Iterable[str] = ()) -> list[str]:
     """Delete what interrupted saves and deletions left in a folder of checkpoints, but `spare`; returns the names."""
     found = [p for p in root.glob("*") if folders.is_leftover(p) and p.name not in set(spare)] if root.is_dir() else []

@@ -92,8 +92,8 @@ class Saver:
         self.shares = agree_on_shares([*pieces.model, *pieces.optimizer], self.nodes, on_nodes=on_nodes)
         self._staging: Staging | None = None
         self._job: _Job | None = None
-        self.after: Callable[[Path], None] | None = None
-        """Called by the thread that published a checkpoint, with its path: tidying up needs no waiting for."""
+        self.after: Callable[[Path, bool], None] | None = None
+        """Called by the thread that published a checkpoint, with its path and whether it is local: tidying up needs no waiting for."""
 
     @property
     def is_busy(self) -> bool:
@@ -199,7 +199,7 @@ class Saver:
                 with watchdog(f"{what} {job.path}", self.timeout_s):
                     work(job)
                     if job.is_publishing and self.after is not None:
-                        self.after(job.path)
+                        self.after(job.path, job.is_local)
             except Exception as error:
                 job.error = error
             else:

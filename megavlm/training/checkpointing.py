@@ -1,50 +1,70 @@
-"""When and what the loop saves, and where a stage's weights come from."""
+"""When and what the loop saves, and where a run goes on and a stage's weights come from."""
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
-from megavlm.checkpoint import store
+from megavlm.checkpoint import folders, resume, store
+from megavlm.checkpoint.errors import CheckpointError, DiskFull
 from megavlm.checkpoint.hf import start_from
-from megavlm.checkpoint.retention import Rules, prune
+from megavlm.checkpoint.retention import HELD_OUT_LOSS, Rules, prune, prune_to_newest
+from megavlm.checkpoint.saver import Outcome, Saver
+from megavlm.checkpoint.shares import Nodes
 from megavlm.config.schema import ParallelConfig, Recipe, StageConfig
 from megavlm.parallel.context import ParallelContext
 from megavlm.parallel.reductions import from_rank_zero, union_over_ranks
 from megavlm.training.build import StageModel, build_chunks, wrap_for_training
+from megavlm.training.layout import stage_layout
 from megavlm.training.loss_scale import restore_scaler, scaler_state
 from megavlm.training.state import RunState
 
 
 def checkpoint_root(recipe: Recipe) -> Path:
     """Folder of a run's checkpoints."""
-    return Path(recipe.run.dir) / "checkpoints"
+    return Path(recipe.run.dir) / folders.CHECKPOINTS
+
+
+def local_run_dir(recipe: Recipe) -> Path | None:
+    """This node's own folder for the run, which holds its local checkpoints; None without a local tier."""
+    if recipe.checkpoint.local is None:
+        return None
+    place = hashlib.sha256(str(Path(recipe.run.dir).resolve()).encode()).hexdigest()[:8]
+    return Path(recipe.checkpoint.local.dir) / f"{recipe.run.name}-{place}"
 
 
 def resume_point(recipe: Recipe) -> RunState:
-    """State of the newest checkpoint in run.dir, or the beginning. All ranks get rank 0's answer.
+    """State of the newest good checkpoint, or the beginning; `warnings` tells of damaged ones that were passed over. All ranks call this.
 
-    Raises ValueError when checkpoint.resume is off and run.dir already holds checkpoints: a run is never overwritten.
+    Raises ValueError when checkpoint.resume is off and run.dir already holds checkpoints: a run is never overwritten. Raises
+    CheckpointError when there are checkpoints and none is good.
     """
+    if not recipe.checkpoint.resume:
+        there = from_rank_zero(bool(folders.named(recipe.run.dir)) if dist.get_rank() == 0 else None)
+        if there:
+            raise ValueError(f"{checkpoint_root(recipe)} already holds checkpoints and checkpoint.resume is false: choose another run.dir")
+    local = local_run_dir(recipe)
+    found = resume.find(recipe.run.dir, local, None if local is None else _fits(recipe))
+    if found.path is None:
+        return RunState(model=recipe.model.model_dump(mode="json"), dtype=recipe.precision.dtype, warnings=found.warnings)
+    state = RunState.from_json(found.state, recipe)
+    state.source, state.warnings = str(found.path), found.warnings
+    return state
 
-    def look() -> RunState | Exception:
-        try:
-            newest = store.newest(recipe.run.dir)
-            if newest is None:
-                return RunState(model=recipe.model.model_dump(mode="json"), dtype=recipe.precision.dtype)
-            if not recipe.checkpoint.resume:
-                raise ValueError(f"{newest.parent} already holds checkpoints and checkpoint.resume is false: choose another run.dir")
-            state = RunState.from_json(store.read_state(newest), recipe)
-            return state
-        except (ValueError, OSError) as error:
-            return error
 
-    answer = from_rank_zero(look() if dist.get_rank() == 0 else None)
-    if isinstance(answer, Exception):
-        raise answer
-    assert isinstance(answer, RunState)
-    return answer
+def _fits(recipe: Recipe) -> dict[str, Any]:
+    """What must not have changed for a node's own checkpoint to be of use: the run, who is on which node, and what each rank holds."""
+    layouts = [stage_layout(recipe.parallel, stage, recipe.model).model_dump(mode="json") for stage in recipe.stages]
+    text = repr((layouts, recipe.parallel.split, [stage.packs_per_step for stage in recipe.stages]))
+    return {
+        "run": resume.run_id(recipe.run.dir),
+        "node_of_rank": list(Nodes.agree().of_rank),
+        "layout": hashlib.sha256(text.encode()).hexdigest()[:16],
+    }
 
 
 def prepare_model(recipe: Recipe, stage: StageConfig, layout: ParallelConfig, state: RunState, ctx: ParallelContext) -> StageModel:
@@ -57,7 +77,9 @@ def prepare_model(recipe: Recipe, stage: StageConfig, layout: ParallelConfig, st
     root = checkpoint_root(recipe)
     if state.stage_step > 0:
         model = wrap_for_training(modules, recipe, stage, layout)
-        store.load(root / state.checkpoint, model.modules, model.optimizer, ctx)
+        # Its checksums have been compared just now, when it was chosen.
+        source = Path(state.source) if state.source else root / state.checkpoint
+        store.load(source, model.modules, model.optimizer, ctx, verify=not state.source)
         restore_scaler(model.optimizer, state.loss_scaler)
         return model
     start_from(modules, recipe.init, recipe.model, recipe.run.seed, ctx)
@@ -73,22 +95,112 @@ def prepare_model(recipe: Recipe, stage: StageConfig, layout: ParallelConfig, st
 
 
 class Checkpointer:
-    """Writes <run.dir>/checkpoints/<step>-<stage> and clears away what the recipe does not keep."""
+    """Saves one stage's model: to <run.dir>/checkpoints/<step>-<stage>, and to the node's own disk where the recipe says so.
 
-    def __init__(self, recipe: Recipe, ctx: ParallelContext) -> None:
-        self.recipe, self.ctx, self.root = recipe, ctx, checkpoint_root(recipe)
+    Every rank calls the same methods at the same steps. A save is under way until `advance` or `wait` tells how it ended.
+    """
 
-    def save(self, model: StageModel, stage: StageConfig, state: RunState) -> Path:
-        """Save model, optimizer and state; the last checkpoint of every stage is kept."""
-        folder = f"{state.step:08d}-{stage.name}"
-        held = union_over_ranks({name for chunk in model.modules for name, _ in chunk.named_children()})
-        state.modules.update(dict.fromkeys(sorted(held), folder))
-        state.checkpoint = folder
-        state.loss_scaler = scaler_state(model.optimizer)
-        path = self.root / folder
-        store.save(path, model.modules, model.optimizer, state.to_json(), self.ctx, timeout_s=self.recipe.checkpoint.timeout_s)
-        if dist.get_rank() == 0:
-            config = self.recipe.checkpoint
+    def __init__(self, recipe: Recipe, stage: StageConfig, model: StageModel, ctx: ParallelContext) -> None:
+        self.recipe, self.stage, self.model, self.ctx = recipe, stage, model, ctx
+        self.config, self.root = recipe.checkpoint, checkpoint_root(recipe)
+        self._local = local_run_dir(recipe)
+        self._fits = {} if self._local is None else _fits(recipe)
+        self._saver: Saver | None = None
+        self._pending: dict[str, Any] = {}
+        self._held_out: tuple[int, float] | None = None
+        if self.config.local is not None or (self.config.asynchronous and self.config.every_steps is not None):
+            self._make_saver().warm_up()
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory that this rank saves from; 0 before the first save where none is made during a stage."""
+        return 0 if self._saver is None else self._saver.host_bytes
+
+    def measured(self, step: int, held_out_loss: float) -> None:
+        """The held-out loss of the weights after so many steps."""
+        self._held_out = step, held_out_loss
+
+    def is_due(self, state: RunState) -> bool:
+        """Is a checkpoint to be written after this step, in the middle of the stage?"""
+        every = self.config.every_steps
+        return every is not None and state.step % every == 0 and state.stage_step < self.stage.steps
+
+    def is_local_due(self, state: RunState) -> bool:
+        """Is a local one? Not where a durable one is, nor while another save is under way."""
+        if self.config.local is None or self.is_due(state) or self.is_busy or state.stage_step >= self.stage.steps:
+            return False
+        return state.step % self.config.local.every_steps == 0
+
+    @property
+    def is_busy(self) -> bool:
+        """Is a save under way?"""
+        return self._saver is not None and self._saver.is_busy
+
+    def begin(self, state: RunState) -> None:
+        """Begin to save the state of now; training may go on. None may be under way."""
+        name = f"{state.step:08d}-{self.stage.name}"
+        state.loss_scaler = scaler_state(self.model.optimizer)
+        saver = self._make_saver()
+        self._pending = {"checkpoint": name, "modules": {**state.modules, **dict.fromkeys(saver.shares.held, name)}}
+        loss = self._held_out[1] if self._held_out is not None and self._held_out[0] == state.step else None
+        saver.begin(self.root / name, {**state.to_json(), **self._pending, HELD_OUT_LOSS: loss})
+
+    def begin_local(self, state: RunState) -> None:
+        """Begin to save to this node's own disk."""
+        assert self._local is not None
+        name = f"{state.step:08d}-{self.stage.name}"
+        state.loss_scaler = scaler_state(self.model.optimizer)
+        saved = {**state.to_json(), "checkpoint": name, resume.LOCAL: self._fits}
+        self._make_saver().begin(self._local / folders.CHECKPOINTS / name, saved, is_local=True)
+
+    def progress(self) -> list[int]:
+        """What `advance` wants the largest of over all ranks."""
+        return [0, 0] if self._saver is None else self._saver.progress()
+
+    def advance(self, agreed: list[int], state: RunState) -> Outcome | None:
+        """Go on with a save that is under way; returns how it ended when it has."""
+        outcome = None if self._saver is None else self._saver.advance(agreed)
+        return self._settled(outcome, state)
+
+    def wait(self, state: RunState, *, is_last: bool = False) -> Outcome | None:
+        """Until the save that is under way has ended. Nothing can make up for the last one of a stage: its failure is an error."""
+        outcome = None if self._saver is None else self._saver.wait()
+        return self._settled(outcome, state, is_last=is_last)
+
+    def _settled(self, outcome: Outcome | None, state: RunState, *, is_last: bool = False) -> Outcome | None:
+        """Note a save that ended in the run's state; raises CheckpointError where its failure ends the run."""
+        if outcome is None or outcome.is_local:
+            return outcome
+        if outcome.error is None:
+            state.checkpoint = self._pending["checkpoint"]
+            state.modules.update(self._pending["modules"])
+            return outcome
+        if not outcome.is_full:
+            raise CheckpointError(outcome.error)
+        if is_last or self.config.on_disk_full == "exit":
+            raise DiskFull(f"{outcome.error}. Earlier checkpoints are as they were: make room, and start again")
+        return outcome
+
+    def _make_saver(self) -> Saver:
+        if self._saver is None:
+            self._saver = Saver(
+                self.model.modules, self.model.optimizer, self.ctx, timeout_s=self.config.timeout_s, on_nodes=self._local is not None
+            )
+            self._saver.after = self._tidy_up
+        return self._saver
+
+    def _tidy_up(self, path: Path, is_local: bool) -> None:
+        """By the thread that has published a checkpoint."""
+        if is_local:
+            assert self._local is not None and self.config.local is not None
+            prune_to_newest(self._local, self.config.local.keep_last)
+        else:
+            config = self.config
             prune(self.recipe.run.dir, Rules(config.keep_last, config.keep_every_steps, config.keep_best))
-        dist.barrier()
-        return path
+
+
+def remove_local(recipe: Recipe) -> None:
+    """The run is done: what lies on this node's own disk is of no use any more. Every rank may call this."""
+    local = local_run_dir(recipe)
+    if local is not None:
+        shutil.rmtree(local, ignore_errors=True)

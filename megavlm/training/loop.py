@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megavlm.checkpoint.saver import Outcome
 from megavlm.config.load import dump_recipe
 from megavlm.config.schema import ParallelConfig, Recipe, StageConfig
 from megavlm.data.plan import EndOfData
@@ -38,6 +39,7 @@ from megavlm.training.loss_scale import scale_of
 from megavlm.training.memory import MemoryWatch
 from megavlm.training.optimizer import set_learning_rate
 from megavlm.training.pictures import log_sample_pictures
+from megavlm.training.replicas import check_replicas
 from megavlm.training.sections import Sections
 from megavlm.training.signals import StopRequest
 from megavlm.training.state import RunState
@@ -97,9 +99,9 @@ def _run_stage(
     ctx = enter_grid(layout, device, recipe.run.seed)
     streams: list[StageStream] = []
     try:
-        checkpointer = Checkpointer(recipe, ctx)
         memory = MemoryWatch(recipe, stage, layout, ctx)
         model = prepare_model(recipe, stage, layout, state, ctx)
+        checkpointer = Checkpointer(recipe, stage, model, ctx)
         if recipe.precision.fp8 != "none":
             backend = choose_fp8(recipe.model, recipe.precision, layout, machine_of(device.type))
             tracker.message(f"stage {stage.name}: linear layers in FP8 ({recipe.precision.fp8} scales) through {backend}")
@@ -156,6 +158,10 @@ class _StageRun:
         """Steps until the stage or its data are done, run.max_steps is reached or a signal came. Returns the signal's number or 0."""
         try:
             return self._steps()
+        except (RollBack, TrainingFailure):
+            # All ranks are here: what they were saving is good, and is finished.
+            self._tell(self.checkpointer.wait(self.state))
+            raise
         finally:
             self.watch.close()
 
@@ -170,12 +176,14 @@ class _StageRun:
                 self._end_early(end)
                 break
             is_first = False
+            self._compare_replicas_if_due()
             self._evaluate_if_due()
-            signal_number = self.stop.agreed(self.ctx.device)
-            if self._save_is_due() and not signal_number:
-                self._save()
+            signal_number, progress = self.stop.agreed(self.ctx.device, self.checkpointer.progress())
+            self._tell(self.checkpointer.advance(progress, self.state))
+            if not signal_number and not self._reached_max_steps():
+                self._save_if_due()
         self.watch.end()
-        self._save()
+        self._save(waits=True, is_last=True)
         if signal_number:
             self.tracker.message(f"signal {signal_number}: saved step {self.state.step}, leaving")
         return signal_number
@@ -274,16 +282,23 @@ class _StageRun:
             }
         )
 
+    def _compare_replicas_if_due(self) -> None:
+        every = self.recipe.faults.replica_hash_every_steps
+        if every is not None and self.state.step % every == 0:
+            with self._whole_parameters(), self.watch.memory.aside():
+                check_replicas(self.model, self.ctx, self.recipe.faults, self.state, self.tracker, self.incidents)
+
     def _evaluate_if_due(self) -> None:
         every = self.recipe.evaluation.every_steps
         if not self.held_out or every is None:
             return
-        is_due = self.state.stage_step % every == 0
+        is_due = self.state.stage_step % every == 0 or (self.recipe.checkpoint.keep_best > 0 and self.checkpointer.is_due(self.state))
         # When data end right behind a step that was due, that step's measurement is the last.
         if is_due == self.state.stage_ended and self.state.stage_step != self.stage.steps:
             return
         with self.sections.evaluation(), self._whole_parameters(), self.watch.memory.aside():
             loss = measure(self.model.chunks, [d.microbatches for d in self.held_out], self.stream.tasks, self.ctx)
+        self.checkpointer.measured(self.state.step, loss.loss)
         self.tracker.evaluation(
             {"step": self.state.step, "stage": self.stage.name, "loss": loss.loss, "targets": loss.num_targets, "task_loss": loss.by_task}
         )
@@ -292,15 +307,32 @@ class _StageRun:
         limit = self.recipe.run.max_steps
         return limit is not None and self.state.step >= limit
 
-    def _save_is_due(self) -> bool:
-        every = self.recipe.checkpoint.every_steps
-        return every is not None and self.state.step % every == 0 and self.state.stage_step < self.stage.steps
+    def _save_if_due(self) -> None:
+        if self.checkpointer.is_due(self.state):
+            self._save(waits=not self.recipe.checkpoint.asynchronous)
+        elif self.checkpointer.is_local_due(self.state):
+            with self.sections.checkpoint(), self._whole_parameters(), self.watch.memory.aside():
+                self.checkpointer.begin_local(self.state)
 
-    def _save(self) -> None:
-        start = time.perf_counter()
+    def _save(self, *, waits: bool, is_last: bool = False) -> None:
+        if self.checkpointer.is_busy:
+            start = time.perf_counter()
+            with self.sections.checkpoint():
+                self._tell(self.checkpointer.wait(self.state))
+            self.tracker.message(f"saving step {self.state.step} waited {time.perf_counter() - start:.1f} s for the save before it")
         with self.sections.checkpoint(), self._whole_parameters(), self.watch.memory.aside():
-            path = self.checkpointer.save(self.model, self.stage, self.state)
-        self.tracker.message(f"saved {path.name} in {time.perf_counter() - start:.1f} s")
+            self.checkpointer.begin(self.state)
+            if waits:
+                self._tell(self.checkpointer.wait(self.state, is_last=is_last))
+
+    def _tell(self, outcome: Outcome | None) -> None:
+        """Of a save that has ended. Local ones are told of only when they fail."""
+        if outcome is None:
+            return
+        if outcome.error is not None:
+            self.tracker.incident("save_failed", self.state.step, f"{outcome.error}; training goes on without this checkpoint")
+        elif not outcome.is_local:
+            self.tracker.message(f"saved {outcome.path.name} in {outcome.seconds:.1f} s, {outcome.stall_s:.2f} s of them without training")
 
     def _whole_parameters(self) -> AbstractContextManager[None]:
         """Overlapped gathering updates parameters on their next use; whoever reads them otherwise needs them gathered first."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from megavlm.checkpoint.hf.registering import register_newest
 from megavlm.checkpoint.hf.texts import KEPT, keep_texts
 from megavlm.config.schema import Recipe
 from megavlm.parallel.context import choose_device, start_process_group, stop_process_group
 from megavlm.tracking.tracker import Tracker
-from megavlm.training.checkpointing import resume_point
+from megavlm.training.checkpointing import remove_local, resume_point
 from megavlm.training.data import RunData
 from megavlm.training.layout import check_run
 from megavlm.training.loop import run_stages
@@ -21,6 +23,14 @@ from megavlm.training.signals import StopRequest
 
 def train(recipe: Recipe) -> int:
     """Train the recipe on this rank, resuming where run.dir stands. Returns the exit code: 0, or 128 + signal after a stop."""
+    code = _train(recipe)
+    if code == 0 and recipe.tracking.register_model is not None and os.environ.get("RANK", "0") == "0":
+        # The other ranks have left: writing and uploading a model may take longer than any of their time limits.
+        register_newest(recipe)
+    return code
+
+
+def _train(recipe: Recipe) -> int:
     with Sections(recipe) as sections:
         device = choose_device(recipe.run)
         start_process_group(device, recipe.run.distributed_timeout_s)
@@ -32,10 +42,14 @@ def train(recipe: Recipe) -> int:
             shows_mfu = device.type == "cuda" or recipe.tracking.peak_tflops_per_rank is not None
             with StopRequest() as stop, Tracker(recipe, dist.get_rank(), dist.get_world_size(), shows_mfu=shows_mfu) as tracker:
                 tracker.start(state.step)
+                for warning in state.warnings:
+                    tracker.incident("damaged_checkpoint", state.step, warning)
                 if state.step:
-                    tracker.message(f"resuming at step {state.step}, stage {recipe.stages[state.stage_index].name}")
+                    tracker.message(f"resuming at step {state.step}, stage {recipe.stages[state.stage_index].name}, from {state.source}")
                 code = run_stages(recipe, state, RunData(recipe), tracker, stop, device, sections)
                 sections.setup()
+                if code == 0:
+                    remove_local(recipe)
                 tracker.finish("FINISHED" if code == 0 else "KILLED")
                 dist.barrier()  # SLURM ends all ranks when one has ended with a code: rank 0's last words come first
                 return code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from types import FrameType, TracebackType
 
 import torch
@@ -30,8 +31,10 @@ class StopRequest:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._received = self._received or number
 
-    def agreed(self, device: torch.device) -> int:
-        """Number of the signal that some rank received; 0 when none did."""
-        value = torch.tensor([self._received], device=device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return int(value.item())
+    def agreed(self, device: torch.device, numbers: Sequence[int] = ()) -> tuple[int, list[int]]:
+        """Number of the signal that some rank received, 0 when none did; and the largest over all ranks of each of `numbers`, which
+        whoever has something to agree on at the end of each step sends along."""
+        values = torch.tensor([self._received, *numbers], device=device)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        signal_number, *largest = values.tolist()
+        return int(signal_number), [int(number) for number in largest]

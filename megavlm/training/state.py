@@ -38,8 +38,13 @@ class RunState:
     model: dict[str, Any] = field(default_factory=dict)
     """The recipe's model block, to refuse a resume with another architecture."""
 
+    source: str = ""
+    """Folder that this state was read from; "" at the beginning of a run. Not stored."""
+    warnings: list[str] = field(default_factory=list)
+    """What was wrong with checkpoints that were passed over for it. Not stored."""
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name not in ("source", "warnings")}
 
     @classmethod
     def from_json(cls, values: dict[str, Any], recipe: Recipe) -> RunState:
