@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
+    from megavlm.config import Recipe
     from megavlm.data.chat import Chat
     from megavlm.parallel.context import ParallelContext
 
@@ -48,6 +49,9 @@ def export(
     dtype: Dtype = None,
     max_shard_gb: Annotated[float, typer.Option(min=0.001, help="A weight file that would grow beyond this is followed by another.")] = 5.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a Hugging Face folder that is there.")] = False,
+    register: Annotated[
+        str | None, typer.Option(help="Then upload the folder to the run's MLflow, as a new version of the model of this name.")
+    ] = None,
 ) -> None:
     """Write a folder that transformers' class of the model's family, and AutoProcessor, load without custom code.
 
@@ -55,6 +59,7 @@ def export(
     """
     from megavlm.checkpoint.hf import export_hf
 
+    recipe = _recipe_of_run(source) if register is not None else None
     exported = export_hf(
         source,
         folder,
@@ -64,6 +69,32 @@ def export(
         overwrite=overwrite,
     )
     typer.echo(f"{exported.num_tensors} weights, {exported.num_parameters:,} numbers ({exported.dtype}) -> {exported.folder}")
+    if register is not None and recipe is not None:
+        _register(recipe, folder, register)
+
+
+def _recipe_of_run(source: Path) -> Recipe:
+    """The recipe of the run that a checkpoint belongs to: its MLflow run is the one that gets the model."""
+    from megavlm.config.load import load_recipe
+    from megavlm.tracking.mlflow_store import TrackingError
+
+    for run_dir in (source, *source.resolve().parents[:2]):
+        if (run_dir / "recipe.yaml").exists():
+            recipe = load_recipe(run_dir / "recipe.yaml")
+            recipe.run.dir = str(run_dir)  # the folder may have been moved since
+            return recipe
+    raise TrackingError(f"--register needs a run, whose MLflow run gets the model, and {source} belongs to none (no recipe.yaml)")
+
+
+def _register(recipe: Recipe, folder: Path, name: str) -> None:
+    from megavlm.checkpoint.hf.registering import register_folder
+    from megavlm.tracking.console import setup_logging
+
+    setup_logging()
+    if register_folder(recipe, folder, name):
+        typer.echo(f"{name} is not registered yet: `megavlm track replay {recipe.run.dir}` sends what MLflow did not take")
+        raise typer.Exit(1)
+    typer.echo(f"registered in MLflow as a version of {name}")
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from megavlm.config.blocks import Block, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -39,10 +39,11 @@ class TrackingConfig(Block):
     """MLflow gets each node's use of processors, memory, disk, network and GPUs so often (MLFLOW_SYSTEM_METRICS_NODE_ID names a node; else
     node-0, node-1, ...). None: never."""
     register_model: Annotated[str, Field(pattern=r"^[^/:]+$")] | None = None
-    """When the last stage is done, the newest checkpoint is exported to <run.dir>/hf and registered in MLflow as a new version of the model
-    of this name. The whole folder is uploaded. None: not; `megavlm convert export --register NAME` does it later."""
+    """When the run ends well (the recipe is done, or run.max_steps reached), its newest checkpoint is exported to <run.dir>/hf and
+    registered in MLflow as a new version of the model of this name; the whole folder is uploaded. None: not; later with
+    `megavlm convert export --register NAME`."""
     register_timeout_s: PositiveFloat = 3600.0
-    """So long the end of a run waits for that upload, while the server answers; what is not done then waits in the spool."""
+    """So long rank 0 waits for that upload while the server answers; what is not done then waits in the spool."""
     log_every_steps: PositiveInt = 10
     """Console line interval; metrics.jsonl always gets every step."""
     num_sample_pictures: NonNegativeInt = 8
@@ -52,3 +53,9 @@ class TrackingConfig(Block):
     step_parts: bool = True
     """Take apart each step's time (data, encoder, LLM, head, backward, communication, pipeline, optimizer): time_s in metrics.jsonl."""
     profile: ProfileConfig = Field(default_factory=ProfileConfig)
+
+    @model_validator(mode="after")
+    def _has_a_registry(self) -> TrackingConfig:
+        if self.register_model is not None and not self.mlflow:
+            raise ValueError(f"register_model={self.register_model} with mlflow=false: there is no MLflow to register it in")
+        return self

@@ -47,6 +47,7 @@ class MlflowServer:
         """Start it (again), and wait until it answers. Raises RuntimeError with the end of its log when it does not."""
         secrets = {"MLFLOW_AUTH_ADMIN_PASSWORD": ADMIN_PASSWORD, "MLFLOW_FLASK_SERVER_SECRET_KEY": "of tests"} if self._auth else {}
         environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1", **secrets}
+        environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # seven processes that no run needs
         log = self.folder / "server.log"
         with open(log, "ab") as file:
             self._process = subprocess.Popen(

@@ -29,7 +29,7 @@ RETRY_AFTER_S = (2.0, 5.0, 15.0, 60.0)
 """Pauses after a failed delivery; the last one repeats."""
 
 Tell = Callable[[str, Any], None]
-"""(what, value) for the process that started this one: what is "info", "warning", "open" or "reachable"."""
+"""(what, value) for the process that started this one: what is "info", "warning" or "open"."""
 
 
 class Delivery:
@@ -60,7 +60,6 @@ class Delivery:
         if self._failures:
             self._tell("info", f"MLflow at {self._store.address} answers again")
         self._failures, self._next_try = 0, 0.0
-        self._tell("reachable", True)
         return True
 
     def _failed(self, error: Exception) -> None:
@@ -70,7 +69,6 @@ class Delivery:
             where = self._spools[0].folder
             self._tell("warning", f"MLflow at {self._store.address} does not take records; they wait in {where} ({reason})")
         self._failures += 1
-        self._tell("reachable", False)
 
     def _open_and_send(self) -> None:
         if not self._store.is_open:
@@ -169,7 +167,10 @@ def _deliver(settings: dict[str, Any], run_dir: Path, run_id: str | None, spool:
     identity = (settings["uri"], settings["experiment"], settings["run_name"], run_dir, run_id, settings["params"])
     writer = SpoolWriter(spool / "system")
     delivery = Delivery(
-        MlflowStore(*identity, lambda text: tell("warning", text)), [SpoolReader(spool), SpoolReader(spool / "system")], run_dir, tell
+        MlflowStore(*identity, lambda text: tell("warning", text), settings["reopen"]),
+        [SpoolReader(spool), SpoolReader(spool / "system")],
+        run_dir,
+        tell,
     )
     sampler = SystemMetrics.start(settings["system_every_s"], settings["node"], settings["many_nodes"])
     while (deadline := orders.wait(DELIVER_EVERY_S)) is None:

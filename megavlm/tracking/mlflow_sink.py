@@ -119,13 +119,13 @@ class MlflowSink:
         self._put_lock = threading.Lock()
         self._finished = False
         self._experiment_id: str | None = None
-        self._reachable, self._model_waits = False, False
         self._settings = {
             "uri": self.uri,
             "experiment": config.experiment,
             "run_name": run_name,
             "run_dir": str(self._run_dir),
             "run_id": run_id,
+            "reopen": resume_step is not None,
             "params": param_values(recipe or {}),
             "spool": str(self._run_dir / node.spool),
             "follows": node.index > 0,
@@ -133,7 +133,6 @@ class MlflowSink:
             "many_nodes": node.count > 1,
             "system_every_s": config.system_metrics_every_s if resume_step is not None else None,
         }
-        self._register_timeout_s = config.register_timeout_s
         self._run_id = run_id
         self._stopping = threading.Event()
         self._process = self._start()
@@ -163,18 +162,16 @@ class MlflowSink:
         self._put({"kind": "table", "path": str(Path(path).resolve()), "folder": folder})
 
     def model(self, folder: str | Path, name: str) -> None:
-        """A model's folder, to be stored with the run and registered as a new version of `name`. `finish` waits for it."""
+        """A model's folder, to be stored with the run and registered as a new version of `name`. Give `finish` the time it takes."""
         folder = Path(folder).resolve()
         self._put({"kind": "model", "path": str(folder), "name": name, "digest": _digest(folder)})
-        self._model_waits = True
 
     def finish(self, status: str | None = "FINISHED", timeout_s: float | None = None) -> int:
         """Deliver what waits and close the run; after `timeout_s` the rest stays in the spool.
 
         Args:
             status: of the run from now on; None leaves it to the one that waits in the spool.
-            timeout_s: None: FINISH_TIMEOUT_S, or FINISH_TIMEOUT_SQLITE_S for an sqlite store; tracking.register_timeout_s where a model is
-                to be registered and the server answers.
+            timeout_s: None: FINISH_TIMEOUT_S, or FINISH_TIMEOUT_SQLITE_S for an sqlite store.
 
         Returns the number of records in the spool. Raises TrackingError for a status that MLflow does not have.
         A second call does nothing.
@@ -187,7 +184,9 @@ class MlflowSink:
             self._put({"kind": "status", "status": status, "time_ms": _now_ms()})
         self._finished = True
         self._spool.close()
-        self._end_process(self._finish_timeout() if timeout_s is None else timeout_s)
+        if timeout_s is None:
+            timeout_s = FINISH_TIMEOUT_SQLITE_S if self.uri.startswith("sqlite") else FINISH_TIMEOUT_S
+        self._end_process(timeout_s)
         atexit.unregister(self.finish)
         # What the delivering process noted on disk is what counts: it may have been killed at any moment.
         self._reader = SpoolReader(self._reader.folder)
@@ -223,11 +222,6 @@ class MlflowSink:
             raise TrackingError(f"a record of kind {item['kind']!r} came after finish(): log it before, or start the run's tracking again")
         with self._put_lock:
             self._spool.append([item])
-
-    def _finish_timeout(self) -> float:
-        if self._model_waits and self._reachable:
-            return self._register_timeout_s
-        return FINISH_TIMEOUT_SQLITE_S if self.uri.startswith("sqlite") else FINISH_TIMEOUT_S
 
     # ------------------------------------------------------------------------------------------ the process beside it
 
@@ -268,8 +262,6 @@ class MlflowSink:
             return  # the half of a line that its writer was killed in
         if what == "open":
             self._run_id, self._experiment_id = value["run_id"], value["experiment_id"]
-        elif what == "reachable":
-            self._reachable = bool(value)
         elif what in ("info", "warning"):
             (_log.warning if what == "warning" else _log.info)("%s", value)
 

@@ -121,6 +121,7 @@ class MlflowStore:
         run_id: run to continue; a new one is made when the store does not have it.
         params: for a new run. A continued run keeps its own: a changed value becomes the tag recipe.<key>.
         warn: takes a text for the user.
+        reopen: a run to continue is RUNNING again; False leaves its status, since nothing trains.
     """
 
     def __init__(
@@ -132,9 +133,10 @@ class MlflowStore:
         run_id: str | None,
         params: Mapping[str, str],
         warn: Callable[[str], None],
+        reopen: bool = True,
     ) -> None:
         self._uri, self._experiment, self._run_name, self._run_dir = uri, experiment, run_name, run_dir
-        self._params, self._warn = dict(params), warn
+        self._params, self._warn, self._reopen = dict(params), warn, reopen
         self.run_id = run_id
         self.experiment_id: str | None = None
         self._client: Any = None
@@ -181,7 +183,7 @@ class MlflowStore:
             return str(found.experiment_id)
 
     def _continue_run(self, client: Any) -> dict[str, str] | None:
-        """Params of the run to continue, now set to RUNNING; None when the store does not have it."""
+        """Params of the run to continue; None when the store does not have it."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -195,7 +197,8 @@ class MlflowStore:
             self._warn(f"MLflow run {self.run_id} was deleted: a new run is made")
             return None
         self.experiment_id = run.info.experiment_id
-        client.update_run(self.run_id, status="RUNNING")
+        if self._reopen:
+            client.update_run(self.run_id, status="RUNNING")
         return dict(run.data.params)
 
     def _log_params(self, client: Any, stored: Mapping[str, str]) -> None:

@@ -227,11 +227,6 @@ class Tracker:
         if self._mlflow is not None and self.writes:
             self._mlflow.table(path, folder)
 
-    def model(self, folder: str | Path, name: str) -> None:
-        """Log a model's folder and register it in MLflow as a new version of `name`; `finish` waits for it while the server answers."""
-        if self._mlflow is not None and self.writes:
-            self._mlflow.model(folder, name)
-
     def how_to_open(self) -> str | None:
         """The command that shows the run in MLflow; None without MLflow, and on ranks that do not write."""
         return self._mlflow.how_to_open() if self._mlflow is not None and self.writes else None
