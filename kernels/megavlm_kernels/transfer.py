@@ -7,4 +7,5 @@ import torch
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A copy that the host does not wait for: from memory that is not pinned CUDA would first finish all it was given."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    moves = device.type == "cuda" and not x.is_cuda
+    return x.pin_memory().to(device, non_blocking=True) if moves else x.to(device)

@@ -113,6 +113,8 @@ class PackedBatch:
     own_pictures: tuple[int, ...] | None = None
     """Where pictures are dealt to ranks (planner/pictures.py): those whose pixels and instructions are here; all else tells of all
     pictures. None: they are all here."""
+    host_image_positions_N: torch.Tensor | None = None
+    """image_positions_N as `to` found them in host memory: what is built there must not wait for the device. None: never moved."""
     num_bad_samples: int = 0
     metadata: dict[str, object] = field(default_factory=dict)
 
@@ -126,11 +128,16 @@ class PackedBatch:
         """Tokens that belong to a sample."""
         return sum(n for n, s in zip(self.segment_lengths, self.segment_samples, strict=True) if s is not None)
 
+    @property
+    def image_rows_N(self) -> torch.Tensor:
+        """image_positions_N, without a halt where the batch came from host memory."""
+        return self.image_positions_N if self.host_image_positions_N is None else self.host_image_positions_N
+
     def to(self, device: torch.device | str) -> PackedBatch:
         """Copy with every tensor on `device`."""
         tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
         moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
-        return replace(self, **moved)
+        return replace(self, **{**moved, "host_image_positions_N": self.image_rows_N})
 
 
 @dataclass

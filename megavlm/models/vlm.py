@@ -261,7 +261,7 @@ class VisionLanguageModel(MegatronModule):
                 [sample is not None for sample in batch.segment_samples],
                 batch.target_positions_Q,
                 batch.target_segments_Q,
-                batch.image_positions_N,
+                batch.image_rows_N,
             ),
         )
         if language.cross_attention is not None:

@@ -126,7 +126,7 @@ def sight_of(model: ModelConfig, batch: PackedBatch, context: tuple[ContextLayou
     """
     style = model.language.cross_attention
     assert style is not None
-    rows, places = picture_rows(model, batch), batch.image_positions_N.tolist()
+    rows, places = picture_rows(model, batch), batch.image_rows_N.tolist()
     if len(rows) != len(places):
         raise ValueError(
             f"{len(places)} image placeholders, but {len(rows)} pictures: with model.language.cross_attention each picture is one token"

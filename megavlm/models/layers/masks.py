@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from megavlm.parallel.host import numbers_of_rows, on_device
+from megavlm_kernels.transfer import to_device
 
 Bidirectional = Literal["none", "prefix", "pictures"]
 
@@ -55,7 +56,7 @@ def groups_of(
     is_sample: Sequence[bool],
     target_positions_Q: torch.Tensor,
     target_segments_Q: torch.Tensor,
-    image_positions_N: torch.Tensor,
+    image_rows_N: torch.Tensor,
 ) -> Groups | None:
     """The groups of a microbatch; None when it has none.
 
@@ -67,20 +68,21 @@ def groups_of(
     if kind == "none" or max(segment_lengths, default=0) <= 1:
         return None
     device, num_rows = target_positions_Q.device, sum(segment_lengths)
-    segment_S = numbers_of_rows(segment_lengths, device)
-    row_S = torch.arange(num_rows, device=device)
-    none = torch.full_like(row_S, -1)
     if kind == "prefix":
+        segment_S = numbers_of_rows(segment_lengths, device)
+        row_S = torch.arange(num_rows, device=device)
         ends = on_device([*accumulate(segment_lengths)], device)
         first_target = ends.scatter_reduce(0, target_segments_Q, target_positions_Q, "amin")
         first_target = torch.where(on_device(is_sample, device, torch.bool), first_target, -1)
-        group_S = torch.where(row_S <= first_target[segment_S], segment_S, none)
+        group_S = torch.where(row_S <= first_target[segment_S], segment_S, -1)
         return Groups(group_S, within_window=False, segments=frozenset(i for i, sample in enumerate(is_sample) if sample))
-    is_visual = torch.zeros(num_rows, dtype=torch.bool, device=device)
-    is_visual[image_positions_N] = True
+    # On the rows' own device, which is the host: which segments have pictures must be known there.
+    is_visual = torch.zeros(num_rows, dtype=torch.bool, device=image_rows_N.device)
+    is_visual[image_rows_N] = True
     starts = is_visual & ~torch.cat([is_visual.new_zeros(1), is_visual[:-1]])
-    segments = frozenset(segment_S[image_positions_N].unique().tolist())
-    return Groups(torch.where(is_visual, starts.cumsum(0), none), within_window=True, segments=segments) if segments else None
+    segments = frozenset(numbers_of_rows(segment_lengths, image_rows_N.device)[image_rows_N].unique().tolist())
+    group_S = torch.where(is_visual, starts.cumsum(0), -1)
+    return Groups(to_device(group_S, device), within_window=True, segments=segments) if segments else None
 
 
 @dataclass
