@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from megavlm.data.types import StepData
 from megavlm.models.vlm import TargetLoss, VisionLanguageModel
 from megavlm.parallel.context import ParallelContext
@@ -63,6 +65,36 @@ def without_data_of(data_steps: set[int]) -> Iterator[None]:
         return data
 
     with patch.object(StageStream, "next", next_other):
+        yield
+
+
+@contextmanager
+def flipped_bit(step: int, rank: int, key: str, *, of_optimizer: bool = False) -> Iterator[None]:
+    """Behind a step (from 1) of the process, the lowest bit of one element of this rank's part of a tensor is another.
+
+    `key` is a part of the tensor's name in checkpoints. Raises ValueError where the rank has no such tensor.
+    """
+    from megavlm.checkpoint.pieces import pieces_of
+    from megavlm.training import loop
+
+    train_step, made = vars(loop)["train_step"], [0]
+
+    def train_and_flip(model: Any, microbatches: Any, tasks: Any, ctx: ParallelContext, *judge: Any) -> Any:
+        result = train_step(model, microbatches, tasks, ctx, *judge)
+        made[0] += 1
+        if made[0] == step and ctx.rank == rank:
+            pieces = pieces_of(model.chunks, model.optimizer, ctx)
+            found = [p for p in (pieces.optimizer if of_optimizer else pieces.model) if key in p.key]
+            if not found:
+                raise ValueError(f"rank {rank} holds no {key}")
+            element = (
+                found[0].tensor.view(-1)[:1] if found[0].tensor.is_contiguous() else found[0].tensor[(slice(0, 1),) * found[0].tensor.dim()]
+            )
+            kind = {2: torch.int16, 4: torch.int32}[element.element_size()]
+            element.view(kind).bitwise_xor_(1)
+        return result
+
+    with patch.object(loop, "train_step", train_and_flip):
         yield
 
 
