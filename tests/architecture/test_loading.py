@@ -16,7 +16,7 @@ FOLDERS = ["megavlm", "kernels", "launchers", "tools", "benchmarks", "docs"]
 # file; everything else is listed with what guards it.
 PICKLES = {
     "megavlm/checkpoint/reader.py": "an unpickler with an allow-list; torch.load with weights_only=True",
-    "megavlm/checkpoint/writer.py": "writes torch's index, reads none",
+    "megavlm/checkpoint/index.py": "writes torch's index, reads none",
     "megavlm/data/workers.py": "pipe between a rank and its own worker processes",
     "megavlm/data/worker_process.py": "the other end of that pipe",
     "megavlm/data/batch_memory.py": "description of a batch, through that pipe",
