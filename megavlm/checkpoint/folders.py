@@ -37,6 +37,12 @@ _NAME = re.compile(r"^(\d{8,})-(.+)$")
 _ASIDE = re.compile(r"\.[0-9a-f]{8}\.old$")
 
 
+def local_run_dir(local_dir: str | Path, run_name: str, run_dir: str | Path) -> Path:
+    """A node's own folder of a run, inside of checkpoint.local.dir: other runs of the same name have others."""
+    place = hashlib.sha256(str(Path(run_dir).resolve()).encode()).hexdigest()[:8]
+    return Path(local_dir) / f"{run_name}-{place}"
+
+
 def latest(run_dir: str | Path) -> str | None:
     """Name of the checkpoint that was saved last; None before the first."""
     with contextlib.suppress(OSError, UnicodeDecodeError):

@@ -7,11 +7,14 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
+
+import yaml
 
 from megavlm.checkpoint import folders
 from megavlm.checkpoint.errors import CheckpointError
 
-DURABLE = "durable"
+RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class Entry:
 
     name: str
     path: str
+    tier: Literal["durable", "local"]
+    """local: this node's part of a checkpoint on the node's own disk."""
     step: int
     stage: str
     size_bytes: int
@@ -38,14 +43,35 @@ class Entry:
 
 
 def survey(run_dir: str | Path) -> list[Entry]:
-    """Every checkpoint of a run, and what unfinished saves left, by ascending step.
+    """Every checkpoint of a run, by ascending step; then what is none: what unfinished saves left, and what was found damaged.
+
+    Checkpoints on a node's own disk are those of this node. Whether the other nodes have theirs, only a start knows.
 
     Raises:
         CheckpointError: there is no folder of checkpoints.
     """
     root = checkpoints_of(run_dir)
-    chosen, latest = folders.newest(run_dir), _latest(root)
-    return [_entry(path, chosen, latest) for path in [*folders.named(run_dir), *_leftovers(root)]]
+    local, latest = local_checkpoints(run_dir), folders.latest(run_dir)
+    found = [(path, False) for path in folders.named(run_dir)] + [(path, True) for path in (folders.named(local) if local else [])]
+    found.sort(key=lambda item: (folders.step_and_stage(item[0].name)[0], item[1]))
+    whole = [path for path, _ in found if folders.problem(path) is None]
+    others = sorted(path for path in root.iterdir() if folders.is_leftover(path) or is_set_aside(path))
+    return [_entry(path, is_local, whole[-1:], latest) for path, is_local in [*found, *((path, False) for path in others)]]
+
+
+def is_set_aside(path: Path) -> bool:
+    """Whether a start found this checkpoint damaged."""
+    return path.name.endswith(folders.DAMAGED) and path.is_dir() and path.name[:8].isdigit()
+
+
+def local_checkpoints(run_dir: str | Path) -> Path | None:
+    """This node's own folder of the run, as its recipe names it; None without one."""
+    try:
+        recipe: Any = yaml.safe_load((Path(run_dir) / RECIPE).read_text(encoding="utf-8"))
+        local = recipe["checkpoint"]["local"]
+        return None if local is None else folders.local_run_dir(local["dir"], recipe["run"]["name"], run_dir)
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return None
 
 
 def checkpoints_of(run_dir: str | Path) -> Path:
@@ -110,19 +136,9 @@ def _manifest(path: Path) -> list[str]:
         return []
 
 
-def _latest(root: Path) -> str | None:
-    try:
-        return (root / folders.LATEST).read_text(encoding="utf-8").strip() or None
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-def _leftovers(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if folders.is_leftover(path))
-
-
-def _entry(path: Path, chosen: Path | None, latest: str | None) -> Entry:
+def _entry(path: Path, is_local: bool, resumed: list[Path], latest: str | None) -> Entry:
     problem = "an interrupted save or deletion left it" if folders.is_leftover(path) else folders.problem(path)
+    problem = "a start found it damaged, and put it aside" if is_set_aside(path) else problem
     stats = [file.stat() for file in path.rglob("*") if file.is_file()]
     state = {}
     try:
@@ -136,6 +152,7 @@ def _entry(path: Path, chosen: Path | None, latest: str | None) -> Entry:
     return Entry(
         name=path.name,
         path=str(path),
+        tier="local" if is_local else "durable",
         step=step,
         stage=stage,
         size_bytes=sum(stat.st_size for stat in stats),
@@ -143,6 +160,6 @@ def _entry(path: Path, chosen: Path | None, latest: str | None) -> Entry:
         modules=tuple(map(str, held)) if isinstance(held, list) else (),
         has_optimizer=bool(state.get("has_optimizer")),
         problem=problem,
-        is_latest=path.name == latest,
-        resumes=path == chosen,
+        is_latest=path.name == latest and not is_local,
+        resumes=path in resumed,
     )

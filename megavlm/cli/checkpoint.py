@@ -34,10 +34,10 @@ def list_(run_dir: RunDir, as_json: Annotated[bool, typer.Option("--json", help=
     if as_json:
         typer.echo(json.dumps([asdict(entry) for entry in found], indent=1))
         return
-    table = Table("checkpoint", "size", "age", "holds", "state")
+    table = Table("checkpoint", "tier", "size", "age", "holds", "state")
     for entry in found:
         held = ", ".join([*entry.modules, *(["optimizer"] if entry.has_optimizer else [])])
-        table.add_row(entry.name, _size(entry.size_bytes), _age(entry.age_s), held, _state(entry))
+        table.add_row(entry.name, entry.tier, _size(entry.size_bytes), _age(entry.age_s), held, _state(entry))
     Console().print(table if found else f"no checkpoint in {run_dir} yet")
 
 
@@ -73,6 +73,7 @@ def prune(
     leftovers: Annotated[
         bool, typer.Option("--leftovers", help="Also what interrupted saves left. Not while the run is training: it may be saving.")
     ] = False,
+    damaged: Annotated[bool, typer.Option("--damaged", help="Also what a start found damaged and put aside.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go and what would stay, and why; delete nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
@@ -80,27 +81,23 @@ def prune(
 
     The last of every stage stays, so does any that holds modules of one that stays, and so does the newest whose checksums all hold.
     """
-    from megavlm.checkpoint.listing import bytes_to_verify, newest_good, survey
+    import shutil
+
+    from megavlm.checkpoint.listing import bytes_to_verify, is_set_aside, newest_good, survey
     from megavlm.checkpoint.retention import Rules, reasons_to_keep
     from megavlm.checkpoint.retention import prune as delete
 
-    there = {entry.name: entry for entry in survey(run_dir)}
+    there = {entry.name: entry for entry in survey(run_dir) if entry.tier == "durable"}
     _check_names(run_dir, keep or [], there)
     with _progress("looking for the newest good one", sum(bytes_to_verify(Path(e.path)) for e in there.values() if e.resumes)) as read:
         good = newest_good(run_dir, read)
-    kept = frozenset([*(keep or []), *([good] if good else [])])
-    rules = Rules(keep_last, keep_every_steps, keep_best, kept)
+    rules = Rules(keep_last, keep_every_steps, keep_best, frozenset([*(keep or []), *([good] if good else [])]))
     reasons = reasons_to_keep(run_dir, rules)
-    unfinished = [name for name in there if name not in reasons and leftovers and there[name].problem and _is_leftover(there[name])]
-    gone = [name for name, why in reasons.items() if not why] + unfinished
+    aside = [Path(entry.path) for entry in there.values() if damaged and is_set_aside(Path(entry.path))]
+    unfinished = [name for name, entry in there.items() if leftovers and _is_leftover(entry)]
+    gone = [*(name for name, why in reasons.items() if not why), *(path.name for path in aside), *unfinished]
     for name, entry in there.items():
-        why = reasons.get(name, [])
-        if name in gone:
-            typer.echo(f"delete {name} ({_size(entry.size_bytes)})")
-        elif name == good:
-            typer.echo(f"keep   {name}: {', '.join(['newest good', *(w for w in why if w != 'asked for')])}")
-        else:
-            typer.echo(f"keep   {name}: {', '.join(why) or entry.problem}")
+        typer.echo(_fate(entry, name in gone, name == good, reasons.get(name, [])))
     freed = _size(sum(there[name].size_bytes for name in gone))
     if not gone or dry_run:
         typer.echo(f"{len(gone)} would be deleted, {freed}" if gone else "nothing to delete")
@@ -108,7 +105,18 @@ def prune(
     if not yes and not typer.confirm(f"Delete these {len(gone)}, {freed}?"):
         typer.echo("nothing was deleted")
         raise typer.Exit(1)
-    typer.echo(f"deleted {len(delete(run_dir, rules, leftovers=leftovers))}, {freed}")
+    number = len(delete(run_dir, rules, leftovers=leftovers)) + len(aside)
+    for path in aside:
+        shutil.rmtree(path)
+    typer.echo(f"deleted {number}, {freed}")
+
+
+def _fate(entry: Entry, goes: bool, is_good: bool, why: list[str]) -> str:
+    if goes:
+        return f"delete {entry.name} ({_size(entry.size_bytes)})"
+    if is_good:
+        return f"keep   {entry.name}: {', '.join(['newest good', *(reason for reason in why if reason != 'asked for')])}"
+    return f"keep   {entry.name}: {', '.join(why) or entry.problem}"
 
 
 def _check_names(run_dir: Path, names: list[str], there: dict[str, Entry]) -> None:

@@ -33,8 +33,7 @@ def local_run_dir(recipe: Recipe) -> Path | None:
     """This node's own folder for the run, which holds its local checkpoints; None without a local tier."""
     if recipe.checkpoint.local is None:
         return None
-    place = hashlib.sha256(str(Path(recipe.run.dir).resolve()).encode()).hexdigest()[:8]
-    return Path(recipe.checkpoint.local.dir) / f"{recipe.run.name}-{place}"
+    return folders.local_run_dir(recipe.checkpoint.local.dir, recipe.run.name, recipe.run.dir)
 
 
 def resume_point(recipe: Recipe) -> RunState:

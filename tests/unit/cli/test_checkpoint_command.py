@@ -168,3 +168,23 @@ def test_survey_reads_a_state_that_is_none(run_dir: Path) -> None:
     (run_dir / folders.CHECKPOINTS / "00000030-b" / folders.STATE).write_bytes(b"\x80\x04\x95")
     (entry,) = [e for e in survey(run_dir) if e.name == "00000030-b"]
     assert entry.problem is not None and "damaged" in entry.problem and entry.modules == ()
+
+
+def test_what_was_found_damaged_is_told_and_goes_when_asked(run_dir: Path) -> None:
+    aside = folders.set_damaged_aside(run_dir / folders.CHECKPOINTS / "00000050-b")
+    entries = {e["name"]: e for e in json.loads(megavlm("list", run_dir, "--json").stdout)}
+    assert "a start found it damaged" in entries[aside.name]["problem"] and entries["00000040-b"]["resumes"]
+    assert megavlm("prune", run_dir, "--keep-last", 9, "--yes").exit_code == 0 and aside.is_dir()
+    done = megavlm("prune", run_dir, "--keep-last", 9, "--damaged", "--yes")
+    assert done.exit_code == 0 and "deleted 1" in done.stdout and not aside.exists()
+
+
+def test_checkpoints_on_the_nodes_own_disk(run_dir: Path, tmp_path: Path) -> None:
+    own = folders.local_run_dir(tmp_path / "disk", "mine", run_dir)
+    write(own, "00000055-b")
+    (run_dir / "recipe.yaml").write_text(f"run: {{name: mine}}\ncheckpoint: {{local: {{dir: '{tmp_path / 'disk'}', every_steps: 5}}}}\n")
+    entries = json.loads(megavlm("list", run_dir, "--json").stdout)
+    assert [(e["name"], e["tier"]) for e in entries if e["resumes"]] == [("00000055-b", "local")]
+    assert [e["tier"] for e in entries] == ["durable"] * 5 + ["local"]
+    megavlm("prune", run_dir, "--keep-last", 1, "--yes")
+    assert (own / folders.CHECKPOINTS / "00000055-b").is_dir()
