@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -65,6 +66,20 @@ def without_data_of(data_steps: set[int]) -> Iterator[None]:
         return data
 
     with patch.object(StageStream, "next", next_other):
+        yield
+
+
+@contextmanager
+def slow_rank(rank: int, seconds: float) -> Iterator[None]:
+    """Each of this rank's forward passes takes so much longer."""
+    forward = VisionLanguageModel.forward
+
+    def slow(self: VisionLanguageModel, *args: Any, **named: Any) -> Any:
+        if self.ctx.rank == rank:
+            time.sleep(seconds)
+        return forward(self, *args, **named)
+
+    with patch.object(VisionLanguageModel, "forward", slow):
         yield
 
 

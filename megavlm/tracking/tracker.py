@@ -26,7 +26,7 @@ MLFLOW_EVERY_STEP = ("loss", "grad_norm")
 """What MLflow gets of every step; the whole record goes there every tracking.log_every_steps. One number costs the store
 0.12 ms of CPU (sqlite, mlflow 3.17): forty of each step would take 5 ms from a training thread that shares its interpreter."""
 
-MLFLOW_WHEN_THERE = ("memory/", "all_ranks_time_s/")
+MLFLOW_WHEN_THERE = ("memory/", "all_ranks_time_s/", "straggler/", "goodput/")
 """What is in few records, and goes to MLflow from each of them."""
 
 _TAG_CHARACTERS = 500
@@ -174,7 +174,7 @@ class Tracker:
             self.artifact(write_ranks(self.run_dir, stage, reports))
 
     def incident(self, kind: str, step: int, text: str) -> None:
-        """Something went wrong at `step` and the run goes on: a warning; in MLflow the number of that kind so far, and the text as a tag."""
+        """Something went wrong at `step` and the run goes on: a warning, and in MLflow a count of that kind and the text as a tag."""
         if self._display is None:
             return
         _log.warning("%s", text)

@@ -17,6 +17,7 @@ from megavlm.data.plan import StepPlanner, check_tasks
 from megavlm.data.tokenizer import Tokenizer, load_tokenizer
 from megavlm.data.types import SampleRef, StepData, StepPlan
 from megavlm.parallel.context import ParallelContext
+from megavlm.tracking.timers import part
 from megavlm.training.indexes import build_on_rank_zero_first
 from megavlm.training.layout import held_out_stage
 from megavlm.training.state import RunState
@@ -150,8 +151,9 @@ def open_stream(
 
 def _sum_over_ranks(number: int, device: torch.device) -> int:
     value = torch.tensor([number], device=device)
-    dist.all_reduce(value)
-    return int(value.item())
+    with part("communication"):  # of ranks whose data came later
+        dist.all_reduce(value)
+        return int(value.item())
 
 
 def _samples(plan: StepPlan) -> Iterator[SampleRef]:

@@ -15,6 +15,7 @@ from megavlm.config.exits import Exit
 from megavlm.config.faults import FaultsConfig
 from megavlm.config.schema import Recipe
 from megavlm.data.types import StepPlan
+from megavlm.tracking.timers import part
 from megavlm.tracking.tracker import Tracker
 from megavlm.training.checkpointing import resume_point
 from megavlm.training.incidents import IncidentLog, samples_of, suspects_of
@@ -74,8 +75,9 @@ class StepJudge:
         values = [loss] if grad_norm is None else [loss, grad_norm]
         worst = _NONFINITE if not all(map(math.isfinite, values)) else _SPIKE if self._is_spike(loss, grad_norm) else _FINE
         shared = torch.tensor([worst], device=self.device)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        worst = int(shared.item())
+        with part("communication"):
+            dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+            worst = int(shared.item())
         if worst == _FINE:
             return True
         self.finding = Finding("spike" if worst == _SPIKE else "nonfinite", loss, grad_norm, self._medians if worst == _SPIKE else {})

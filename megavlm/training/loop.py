@@ -117,7 +117,7 @@ def _run_stage(
             tracker.message(f"warning: {stream.early_end}")
         held_out = data.held_out(stage, ctx)
         stream.tasks = sorted({*stream.tasks, *data.held_out_tasks})
-        watch = StepWatch(recipe, stage, ctx, tracker, memory)
+        watch = StepWatch(recipe, stage, ctx, tracker, memory, incidents)
         return _StageRun(
             recipe, stage, state, ctx, layout, model, stream, held_out, tracker, checkpointer, stop, watch, sections, incidents
         ).run()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
+import socket
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -18,9 +20,11 @@ from megavlm.parallel.context import ParallelContext
 from megavlm.parallel.step_parts import CudaStamps, wrap_collectives
 from megavlm.planner.memory import RankMemory
 from megavlm.tracking.ranks import RankReport, mean_times, memory_line, memory_record, time_line
+from megavlm.tracking.stragglers import StragglerWatch
 from megavlm.tracking.timeline import RankTimeline, StepSpan, write_timeline
 from megavlm.tracking.timers import PARTS, Segment, StepClock, WallStamps, use_clock
 from megavlm.tracking.tracker import Tracker
+from megavlm.training.incidents import IncidentLog
 from megavlm.training.memory import MemoryWatch
 
 PROFILE_FOLDER = "profile"
@@ -31,7 +35,9 @@ LINES_PER_TIME_LINE = 50
 class StepWatch:
     """One stage's. Every rank calls the same methods at the same steps."""
 
-    def __init__(self, recipe: Recipe, stage: StageConfig, ctx: ParallelContext, tracker: Tracker, memory: MemoryWatch) -> None:
+    def __init__(
+        self, recipe: Recipe, stage: StageConfig, ctx: ParallelContext, tracker: Tracker, memory: MemoryWatch, incidents: IncidentLog
+    ) -> None:
         wanted = recipe.tracking.profile
         self.ctx, self.tracker, self.memory, self.stage = ctx, tracker, memory, stage.name
         self._every, self._num_stage_steps = recipe.tracking.log_every_steps, stage.steps
@@ -48,9 +54,21 @@ class StepWatch:
         is_timed = recipe.tracking.step_parts or self._first is not None
         self._reports = recipe.tracking.step_parts
         self._clock = StepClock(self._stamps) if is_timed else None
+        self._incidents, self._stragglers = incidents, self._watch_stragglers(recipe)
         if is_timed:
             wrap_collectives()
         use_clock(self._clock)
+
+    def _watch_stragglers(self, recipe: Recipe) -> StragglerWatch | None:
+        factor = recipe.faults.straggler_factor
+        if factor is None or self.ctx.grid.world_size == 1:
+            return None
+        if not self._reports:
+            self.tracker.message("slow ranks are not looked for (faults.straggler_factor): tracking.step_parts is false")
+            return None
+        places: list[Any] = [None] * self.ctx.grid.world_size
+        dist.all_gather_object(places, _machine(self.ctx.device))
+        return StragglerWatch(factor, recipe.faults.straggler_reports, dict(enumerate(places)))
 
     def begin_step(self, step: int) -> None:
         """`step` (from 1, over all stages) begins."""
@@ -99,7 +117,24 @@ class StepWatch:
         times = mean_times(reports)
         if tells and times:
             self.tracker.message(time_line(times, len(reports)))
-        return {"memory": memory_record(reports), **({"all_ranks_time_s": times} if times else {})}
+        slowest = self._find_stragglers(reports)
+        return {
+            "memory": memory_record(reports),
+            **({"all_ranks_time_s": times} if times else {}),
+            **({"straggler": slowest} if slowest else {}),
+        }
+
+    def _find_stragglers(self, reports: list[RankReport]) -> dict[str, Any]:
+        if self._stragglers is None:
+            return {}
+        slowest, named = self._stragglers.look(reports)
+        for straggler in named:
+            self._incidents.add(
+                {"kind": "straggler", "step": self._step, "stage": self.stage, "rank": straggler.rank, "skew": straggler.skew}
+                | {"text": straggler.text}
+            )
+            self.tracker.incident("straggler", self._step, straggler.text)
+        return slowest
 
     def _gather(self, times: _MeanTimes) -> list[RankReport]:
         """What every rank says, on the rank that writes; nothing on others."""
@@ -166,6 +201,15 @@ class _MeanTimes:
     def seconds(self) -> dict[str, float]:
         """The means, in the order of PARTS."""
         return {part: total / max(self._number, 1) for part, total in self._sums.items()}
+
+
+def _machine(device: torch.device) -> str:
+    """Host and device of this rank, for whoever has to go and look."""
+    host = socket.gethostname()
+    if device.type != "cuda":
+        return f"{host}, process {os.getpid()}"
+    properties = torch.cuda.get_device_properties(device)
+    return f"{host}, GPU {device.index}, UUID {getattr(properties, 'uuid', 'unknown')}"
 
 
 def _by_part(estimate: RankMemory) -> dict[str, int]:
