@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all families check format clean
+.PHONY: help install quickstart test test-all families faults check format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -45,6 +45,11 @@ families: $(STAMP) ## Prove every model family against transformers and write th
 	mkdir -p build
 	MEGAVLM_FAMILIES_RESULTS=build/families.json $(BIN)/python -m pytest -m "not gpu" tests/families/test_families.py $(ARGS)
 	$(BIN)/python -m megavlm.testing.families.table build/families.json docs/families.md
+
+faults: $(STAMP) ## Break runs in every known way, see them recover, and write the table of docs/reliability.md
+	mkdir -p build
+	MEGAVLM_FAULTS_RESULTS=build/faults.json $(BIN)/python -m pytest -m "not gpu" tests/faults $(ARGS)
+	$(BIN)/python -m megavlm.testing.matrix.table build/faults.json docs/reliability.md
 
 check: $(STAMP) ## Lint, format, types, floors, Dockerfile, shell
 	$(BIN)/ruff check .

@@ -1,0 +1,117 @@
+"""One thing after the other that breaks: the run ends in time, leaves nobody behind, and goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megavlm.testing.matrix.faults import DAMAGES, FAULTS, SAVE_EVERY, STEPS, Damage, Fault, canary, recipe_of
+from megavlm.testing.matrix.run import FaultyRun, can_mount
+from megavlm.testing.matrix.table import Figures
+from megavlm.testing.recipes import assert_same_records
+
+END_S = 200.0
+"""More than a start and all steps take on a busy machine."""
+
+
+def same_losses(run: FaultyRun, reference: list[dict[str, Any]]) -> None:
+    """Bit for bit, and no step twice."""
+    records = run.records()
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    assert [(r["loss"], r["grad_norm"]) for r in records] == [(r["loss"], r["grad_norm"]) for r in reference]
+
+
+def go_on(run: FaultyRun, *overrides: str, num_ranks: int = 2) -> tuple[int, float]:
+    """Start again, to the end. Returns (the step that it went on from, seconds to its first step)."""
+    start = time.monotonic()
+    run.start(*overrides, num_ranks=num_ranks)
+    run.wait_until(lambda: run.resumed_at is not None, "it says where it goes on")
+    resumed = run.resumed_at
+    assert resumed is not None
+    run.wait_until(lambda: run.step > resumed or resumed == STEPS, "a step behind it")
+    seconds = time.monotonic() - start
+    assert run.wait(END_S) == 0, run.output[-3000:]
+    assert not run.orphans()
+    return resumed, seconds
+
+
+def marked(cases: list[Any]) -> list[Any]:
+    return [pytest.param(case, id=case.name, marks=[] if case.quick else pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize("fault", marked(FAULTS))
+def test_a_run_survives(fault: Fault, data_dir: Path, tmp_path: Path, uninterrupted: list[dict[str, Any]], figures: Figures) -> None:
+    if fault.mounts and not can_mount(tmp_path):
+        pytest.skip("this process may not mount a file system")
+    with FaultyRun(tmp_path, recipe_of(tmp_path, data_dir)) as run:
+        if fault.prepare is not None:
+            fault.prepare(run)
+        run.start(*fault.overrides, bad_steps=fault.bad_steps)
+        run.wait_for_step(fault.at_step)
+        fault.inject(run)
+        start = time.monotonic()
+        code = run.wait(max(60.0, fault.detect_s))
+        detected = time.monotonic() - start
+        assert code in fault.codes, f"exit code {code}\n{run.output[-3000:]}"
+        assert detected <= fault.detect_s, f"{detected:.1f} s until the end"
+        assert not run.orphans()
+        assert not run.damage_of_latest()
+        assert re.search(fault.says, run.output), run.output[-3000:]
+        last = run.step
+        if fault.mend is not None:
+            fault.mend(run)
+        resumed, resume_s = go_on(run)
+        lost = last - resumed
+        assert fault.lost[0] <= lost <= fault.lost[1], f"{last} steps were made, and it went on from {resumed}"
+        same_losses(run, uninterrupted)
+    figures[fault.name] = {"what": fault.what, "code": code, "detect_s": detected, "resume_s": resume_s, "lost": lost, "loss": "bit-exact"}
+
+
+@pytest.mark.parametrize("damage", marked(DAMAGES))
+def test_a_damaged_checkpoint_is_left_for_the_one_before(
+    damage: Damage, data_dir: Path, tmp_path: Path, stopped: Path, uninterrupted: list[dict[str, Any]], figures: Figures
+) -> None:
+    shutil.copytree(stopped / "run", tmp_path / "run")
+    with FaultyRun(tmp_path, recipe_of(tmp_path, data_dir)) as run:
+        newest = run.newest()
+        damage.harm(newest)
+        resumed, resume_s = go_on(run)
+        assert resumed == SAVE_EVERY, f"it went on from step {resumed}"
+        assert not canary(newest).exists()
+        if damage.says:
+            assert newest.name in run.output and re.search(damage.says, run.output), run.output[-3000:]
+        same_losses(run, uninterrupted)
+    figures[damage.name] = {"what": damage.what, "resume_s": resume_s, "lost": SAVE_EVERY, "loss": "bit-exact"}
+
+
+@pytest.mark.slow
+def test_the_only_checkpoint_is_damaged(data_dir: Path, tmp_path: Path, stopped: Path) -> None:
+    """It must not begin at the beginning as if there had been nothing."""
+    shutil.copytree(stopped / "run", tmp_path / "run")
+    with FaultyRun(tmp_path, recipe_of(tmp_path, data_dir)) as run:
+        while (path := run.checkpoints / f"{2 * SAVE_EVERY:08d}-all").exists() or len(list(run.checkpoints.glob("0*"))) > 1:
+            shutil.rmtree(path)
+        DAMAGES[0].harm(run.newest())
+        run.start()
+        assert run.wait(END_S) == 2
+        assert run.output.count("megavlm: error: ") == 1 and "changed since it was written" in run.output, run.output[-3000:]
+        assert len(run.records()) == 2 * SAVE_EVERY
+
+
+@pytest.mark.slow
+def test_another_layout_in_the_middle_of_a_run(
+    data_dir: Path, tmp_path: Path, uninterrupted: list[dict[str, Any]], figures: Figures
+) -> None:
+    with FaultyRun(tmp_path, recipe_of(tmp_path, data_dir)) as run:
+        run.start("parallel.tensor=2", "run.max_steps=5")
+        assert run.wait(END_S) == 0, run.output[-3000:]
+        assert go_on(run, "parallel.pipeline=2", "run.max_steps=9")[0] == 5
+        resumed, seconds = go_on(run)
+        assert resumed == 9
+        assert_same_records(run.records(), uninterrupted)
+    figures["another layout"] = {"what": "TP2, then PP2, then DP2", "resume_s": seconds, "lost": 0, "loss": "1e-5"}
