@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from megavlm.tracking.goodput import measure
+from megavlm.tracking.metrics import METRICS_FILE, MetricsError
 from megavlm_launchers.errors import LaunchError
 
 FOLDER_VARIABLE = "MEGAVLM_JOBS"
@@ -137,20 +139,15 @@ def _runs_still(job: Job) -> bool:
 def progress(job: Job) -> Progress:
     """From the run's recipe, its metrics and its newest checkpoint."""
     run_dir = Path(job.run_dir)
-    seconds: dict[int, float] = {}
-    with contextlib.suppress(OSError), (run_dir / "metrics.jsonl").open(encoding="utf-8") as lines:
-        for line in lines:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line may be half written
-                record = json.loads(line)
-                seconds[int(record["step"])] = float(record["step_time_s"])
     checkpoint = None
     with contextlib.suppress(OSError):
         checkpoint = (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
-    effective = None
-    if seconds:
-        end = time.time() if is_there(state(job)) else (run_dir / "metrics.jsonl").stat().st_mtime
-        effective = min(1.0, sum(seconds.values()) / max(end - _first_start(job), 1e-9))
-    return Progress(max(seconds, default=0), _all_steps(run_dir), checkpoint, effective)
+    found = None
+    with contextlib.suppress(OSError, MetricsError):
+        until = None if is_there(state(job)) else (run_dir / METRICS_FILE).stat().st_mtime
+        found = measure(run_dir, begun=_first_start(job), until=until)
+    effective = None if found is None else found.share
+    return Progress(0 if found is None else found.last_step, _all_steps(run_dir), checkpoint, effective)
 
 
 def _first_start(job: Job) -> float:

@@ -18,6 +18,7 @@ from megavlm.config.schema import Recipe
 from megavlm.tracking.console import TrainingDisplay, get_logger, setup_logging
 from megavlm.tracking.curves import plot_curves
 from megavlm.tracking.environment import environment_report
+from megavlm.tracking.goodput import GoodputMeter
 from megavlm.tracking.metrics import EVALUATION_FILE, METRICS_FILE, MetricsWriter, flatten, read_cut, to_plain
 from megavlm.tracking.mlflow_sink import SPOOL_FOLDER, MlflowSink, node_of, sink_for
 from megavlm.tracking.ranks import RankReport, write_ranks
@@ -26,7 +27,7 @@ MLFLOW_EVERY_STEP = ("loss", "grad_norm")
 """What MLflow gets of every step; the whole record goes there every tracking.log_every_steps. One number costs the store
 0.12 ms of CPU (sqlite, mlflow 3.17): forty of each step would take 5 ms from a training thread that shares its interpreter."""
 
-MLFLOW_WHEN_THERE = ("memory/", "all_ranks_time_s/", "straggler/", "goodput/")
+MLFLOW_WHEN_THERE = ("memory/", "all_ranks_time_s/", "straggler/")
 """What is in few records, and goes to MLflow from each of them."""
 
 _TAG_CHARACTERS = 500
@@ -63,6 +64,7 @@ class Tracker:
         self._mlflow: MlflowSink | None = None
         self._logged_files: set[str] = set()
         self._incidents: dict[str, int] = {}
+        self._goodput: GoodputMeter | None = None
         self._node = node_of(rank, world_size, os.environ)
         self._earlier: dict[int, list[dict[str, Any]]] = {}
         self._earlier_evaluations: dict[int, list[dict[str, Any]]] = {}
@@ -81,6 +83,7 @@ class Tracker:
         self._evaluations = MetricsWriter(self.run_dir, resume_step, EVALUATION_FILE, one_per_step=False)
         if cut := self._metrics.num_cut_lines:
             _log.info("%s: %d lines after step %d moved to metrics.cut.jsonl", METRICS_FILE, cut, resume_step)
+        self._goodput = GoodputMeter(self.run_dir)
         report = {**environment_report(), "world_size": self._world_size, "resume_step": resume_step}
         _write_json(self.run_dir / "environment.json", report)
         self._find_earlier(resume_step)
@@ -105,6 +108,8 @@ class Tracker:
         self._evaluations.close()
         self._metrics = MetricsWriter(self.run_dir, step)
         self._evaluations = MetricsWriter(self.run_dir, step, EVALUATION_FILE, one_per_step=False)
+        if self._goodput is not None:
+            self._goodput.recount()
 
     def stage_begins(self, stage: str, total_steps: int, first_step: int = 0) -> None:
         """`total_steps` of the stage, `first_step` of them done before this start (0 unless resumed inside the stage)."""
@@ -128,6 +133,10 @@ class Tracker:
             self._follow()
             return
         record = to_plain(record)
+        if self._goodput is not None:
+            self._goodput.add(record)
+            if self._is_whole(record):
+                record = {**record, "goodput": self._goodput.now().values}
         self._metrics.check(record)
         # MLflow's copy first: a step whose line is in metrics.jsonl is known to be there, should this process be killed between the two.
         if self._mlflow is not None and not _is_same_step(record, self._earlier.pop(record["step"], ())):
@@ -142,8 +151,12 @@ class Tracker:
         if self._node is not None and self._node.index and wanted and self._mlflow is None and not self._finished:
             self._mlflow = sink_for(self._recipe, 1, self._node)
 
+    def _is_whole(self, record: Mapping[str, Any]) -> bool:
+        """Does MLflow get the whole record?"""
+        return bool((record["step"] - 1) % self._recipe.tracking.log_every_steps == 0)
+
     def _mlflow_values(self, record: Mapping[str, Any]) -> dict[str, float]:
-        whole = (record["step"] - 1) % self._recipe.tracking.log_every_steps == 0
+        whole = self._is_whole(record)
         values = _numbers(record)
         if not whole:
             values = {k: v for k, v in values.items() if k in MLFLOW_EVERY_STEP or k.startswith(MLFLOW_WHEN_THERE)}
@@ -246,6 +259,9 @@ class Tracker:
             return
         if self._display is not None:
             self._display.close()
+        if self._goodput is not None and (now := self._goodput.now()).kept_s:
+            self.message(f"effective training time {now}")
+            self.goodput(now.last_step, now.values)
         for writer in (self._metrics, self._evaluations):
             if writer is not None:
                 writer.close()

@@ -17,9 +17,9 @@ from megavlm.training.state import RunState
 
 INCIDENTS_FILE = "incidents.jsonl"
 Incident = dict[str, Any]
-"""What every line has: kind (nonfinite, spike, straggler, divergence), step, stage, time_s (since 1970); nonfinite and spike also action
-(skip, rollback, stop), data_step (of the stage's data, from 0), loss, grad_norm, samples {source: rows}, and suspects: the microbatches
-whose own loss was not finite. A rollback has to_step, and the data cursor that training went on from."""
+"""What every line has: kind (nonfinite, spike, straggler, divergence, save_failed), step, stage, time_s (since 1970). nonfinite and spike
+also action (skip, rollback, stop), data_step (of the stage's data, from 0), loss, grad_norm, samples {source: rows}, and suspects: the
+microbatches whose own loss was not finite. A rollback has to_step, and the data cursor that training went on from."""
 _log = logging.getLogger(__name__)
 
 

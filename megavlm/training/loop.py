@@ -330,6 +330,7 @@ class _StageRun:
         if outcome is None:
             return
         if outcome.error is not None:
+            self.incidents.add({"kind": "save_failed", "step": self.state.step, "stage": self.stage.name, "text": outcome.error})
             self.tracker.incident("save_failed", self.state.step, f"{outcome.error}; training goes on without this checkpoint")
         elif not outcome.is_local:
             self.tracker.message(f"saved {outcome.path.name} in {outcome.seconds:.1f} s, {outcome.stall_s:.2f} s of them without training")

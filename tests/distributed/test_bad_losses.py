@@ -120,11 +120,11 @@ def stop_after(recipe: Recipe, factors: dict[int, float], saves: int) -> None:
 
     save, left = _StageRun._save, [saves]
 
-    def cut(self: Any) -> None:
+    def cut(self: Any, **named: Any) -> None:
         if not left[0]:
             raise KeyboardInterrupt
         left[0] -= 1
-        save(self)
+        save(self, **named)
 
     with patch.object(_StageRun, "_save", cut), bad_steps(factors, microbatch=1):
         try:

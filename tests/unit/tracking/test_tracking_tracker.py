@@ -90,6 +90,7 @@ def test_mlflow_gets_the_loss_of_every_step_and_all_of_it_now_and_then(recipe, m
         tracker.step(record(step, grad_norm=1.0, mfu=None, source_samples={"pages": 3}))
     tracker.evaluation({"step": 19, "stage": "align", "loss": {"held": 0.5}})
     whole = {"loss", "stage_loss/align", "grad_norm", "lr/projector", "source_samples/pages", "stage_step"}
+    whole |= {"goodput/share", "goodput/kept_s", "goodput/elapsed_s"}
     few = {"loss", "stage_loss/align", "grad_norm"}
     assert {step: set(values) for step, values in sink.seen.items() if step < 19} == {
         s: whole if s in (13, 17) else few for s in range(11, 19)
