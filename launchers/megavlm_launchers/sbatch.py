@@ -13,11 +13,12 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from megavlm.config.cluster import ClusterConfig, ContainerConfig
+from megavlm.config.exits import Exit
 from megavlm_launchers.errors import LaunchError
 
 TEMPLATES = Path(__file__).parent / "templates"
-EXIT_CODES = {"user": 2, "fruitless": 86}
-"""Of the script besides the ranks' own: the recipe cannot be run; restarts that got nowhere."""
+FINAL = (Exit.USER, Exit.FAULTS_EXHAUSTED, Exit.DISK_FULL)
+"""Exit codes of ranks that a restart would meet again: somebody has to look."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ def render(job: SlurmJob) -> str:
     cluster = job.cluster
     return environment.get_template("train.sbatch").render(
         directives=_directives(job),
-        exits=EXIT_CODES,
+        exits={"user": int(Exit.USER), "fruitless": int(Exit.NO_PROGRESS)},
+        final={int(code): code.meaning for code in FINAL},
         fruitless=cluster.max_fruitless_restarts,
         workdir=job.workdir,
         run_dir=job.run_dir,

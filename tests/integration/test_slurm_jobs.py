@@ -118,10 +118,12 @@ def test_restarts_without_progress_come_to_an_end(cluster: SlurmCluster, run_dir
     assert "no checkpoint newer than step 1 after 2 restarts" in log(run_dir)
 
 
-def test_a_recipe_that_cannot_be_run_is_not_started_again(cluster: SlurmCluster, run_dir: Path) -> None:
-    job = start(run_dir, "exit 2")
+@pytest.mark.parametrize("code", [2, 78])
+def test_what_a_restart_does_not_mend_is_not_started_again(cluster: SlurmCluster, run_dir: Path, code: int) -> None:
+    job = start(run_dir, f"exit {code}")
     found = cluster.wait(job.id, ENDED)
-    assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", "2:0", "0")
+    assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", f"{code}:0", "0")
+    assert "which a restart does not mend" in log(run_dir) and "start 1" not in log(run_dir)
 
 
 def test_one_failed_rank_ends_the_others_and_all_start_again(cluster: SlurmCluster, run_dir: Path) -> None:
