@@ -194,7 +194,6 @@ class Saver:
         """Do this part of the job in a thread, and count it done."""
 
         def run() -> None:
-            _be_modest()
             try:
                 with watchdog(f"{what} {job.path}", self.timeout_s):
                     work(job)
@@ -243,12 +242,6 @@ class Saver:
         seconds = time.perf_counter() - job.began
         message = f"saving {job.path}: rank {rank} could not write: {why}"
         return Outcome(job.path, job.is_local, job.stall_s, seconds, message, any(e is not None and e[1] in FULL for e in errors))
-
-
-def _be_modest() -> None:
-    """This thread leaves the processor to those that train."""
-    if hasattr(os, "setpriority"):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _write_file(file: Path, memory: torch.Tensor, job: _Job) -> dict[str, Any]:
