@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from megavlm.evaluation.results import EvaluationResult
 
 
 def evaluate(
@@ -21,6 +24,9 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Chooses samples and swapped pictures.")] = 0,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU where there is one.")] = "auto",
     chat_template: Annotated[str | None, typer.Option(help="Instead of a Hugging Face folder's own format.")] = None,
+    mlflow: Annotated[
+        bool, typer.Option("--mlflow/--no-mlflow", help="Send table, samples and shares to the run's MLflow, where it has one.")
+    ] = True,
 ) -> None:
     """Held-out answers with the right picture, with another sample's, and with none: is it good, and does it look?"""
     from megavlm.evaluation.held_out import evaluate as measure
@@ -46,5 +52,27 @@ def evaluate(
         if loaded.model.ctx.rank == 0:
             typer.echo(result.table())
             typer.echo(f"every answer: {folder / 'predictions.jsonl'}; pictures: {folder / 'pictures.png'}")
+            if mlflow:
+                _send(path, result, folder)
     finally:
         stop_process_group()
+
+
+def _send(path: Path, result: EvaluationResult, folder: Path) -> None:
+    """To the MLflow run that the measured run has: a checkpoint outside of one, or a Hugging Face folder, has none."""
+    from megavlm.checkpoint.folders import newest, step_and_stage
+    from megavlm.config.load import load_recipe
+    from megavlm.evaluation.tracking import log_evaluation
+    from megavlm.tracking.mlflow_store import saved_run_id
+
+    run_dir = path if newest(path) is not None else path.resolve().parents[1]
+    checkpoint = newest(path) or path
+    if not (run_dir / "recipe.yaml").exists() or saved_run_id(run_dir) is None or checkpoint.resolve().parent.name != "checkpoints":
+        return
+    recipe = load_recipe(run_dir / "recipe.yaml")
+    recipe.run.dir = str(run_dir)  # the folder may have been moved since
+    waiting = log_evaluation(recipe, result, folder, step_and_stage(checkpoint.name)[0])
+    if waiting:
+        typer.echo(f"MLflow did not take it: `megavlm track replay {run_dir}` sends it later")
+    elif waiting == 0:
+        typer.echo("also in the run's MLflow: table, samples with their pictures, shares")

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megavlm.config.schema import Recipe, SourceConfig
 from megavlm.data.images import ImageError
 from megavlm.data.prompt import Prompt
-from megavlm.evaluation.pictures import write_picture_page
+from megavlm.evaluation.pictures import write_picture_page, write_samples
 from megavlm.evaluation.questions import EvaluationError, Question, chance, load_questions, swap_partners, without_pictures
 from megavlm.evaluation.results import NONE, RIGHT, SWAPPED, Answer, EvaluationResult, Share, TaskResult
 from megavlm.inference.loaded import LoadedModel
@@ -87,7 +87,7 @@ def evaluate(
         tasks: None: every task there is.
         samples_per_task: at most; which ones follows from `seed`.
         max_new_tokens: None: the longest reference and EXTRA_TOKENS more.
-        out: folder for evaluation.json, predictions.jsonl and pictures.png; None: nothing is written.
+        out: folder for evaluation.json, predictions.jsonl, pictures.png and samples/ with samples.json; None: nothing is written.
 
     Raises:
         EvaluationError: nothing to measure, a number below 1, a picture that cannot be read; also as `load_questions`.
@@ -109,6 +109,7 @@ def evaluate(
     if out is not None and ctx.rank == 0:
         result.write(out)
         write_picture_page(questions, result.answers, Path(out) / "pictures.png")
+        write_samples(questions, result.answers, out)
     return result
 
 

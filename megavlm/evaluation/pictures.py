@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +19,8 @@ from megavlm.evaluation.results import RIGHT, Answer
 GREEN, RED, INK, PAPER = (22, 128, 60), (200, 30, 30), (40, 40, 40), (255, 255, 255)
 PICTURE_PX, MARGIN_PX, LINE_PX, FONT_PX = 180, 12, 16, 12
 COLUMNS = 6
+SAMPLES_FOLDER, SAMPLES_FILE = "samples", "samples.json"
+SAMPLE_PX = 512
 _TEXT_LINES = 6
 _CHARACTERS = PICTURE_PX // 7
 
@@ -39,6 +43,29 @@ def write_picture_page(questions: Sequence[Question], answers: Sequence[Answer],
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path)
     return path
+
+
+def write_samples(questions: Sequence[Question], answers: Sequence[Answer], folder: str | Path, per_task: int = COLUMNS) -> Path | None:
+    """The samples of `write_picture_page` one by one: <folder>/samples/000.png, ... (a question's first picture, at most SAMPLE_PX wide and
+    high) and samples.json, a list of {picture, task, question, reference, prediction, right}. None when no question has a picture."""
+    chosen = _chosen(questions, answers, per_task)
+    if not chosen:
+        return None
+    folder = Path(folder)
+    pictures = folder / SAMPLES_FOLDER
+    if pictures.exists():
+        shutil.rmtree(pictures)  # of an earlier evaluation, which may have had more
+    pictures.mkdir(parents=True)
+    rows = []
+    for number, answer in enumerate(chosen):
+        name = f"{number:03d}.png"
+        picture = Image.fromarray(make_decoder("pillow").decode(questions[answer.number].pictures()[0]))
+        picture.thumbnail((SAMPLE_PX, SAMPLE_PX))
+        picture.save(pictures / name)
+        texts = {key: getattr(answer, key) for key in ("task", "question", "reference", "prediction", "right")}
+        rows.append({"picture": name, **texts})
+    (folder / SAMPLES_FILE).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return folder / SAMPLES_FILE
 
 
 def write_comparison(pictures: Sequence[bytes], question: str, lines: Sequence[str], path: str | Path) -> Path:

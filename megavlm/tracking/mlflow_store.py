@@ -275,15 +275,13 @@ class MlflowStore:
             raise Rejected(f"the model's folder {path} is gone: export it again and register it with `megavlm convert export --register`")
         artifacts = f"{_MODEL_FOLDER}/{item['digest']}"
         self._guard(self._make_registered_model, name)
-        if any(v.run_id == self.run_id and v.tags.get(_DIGEST_TAG) == item["digest"] for v in self._versions(name)):
+        mine = self._client.search_model_versions(f"run_id='{self.run_id}'")
+        if any(v.name == name and v.tags.get(_DIGEST_TAG) == item["digest"] for v in mine):
             return
         self._guard(self._client.log_artifacts, self.run_id, str(path), artifacts)
         source = f"{self._client.get_run(self.run_id).info.artifact_uri}/{artifacts}"
         tags = {_DIGEST_TAG: item["digest"], "format": "huggingface"}
         self._guard(self._client.create_model_version, name, source, self.run_id, tags=tags)
-
-    def _versions(self, name: str) -> list[Any]:
-        return list(self._client.search_model_versions("name='{}'".format(name.replace("'", "\\'"))))
 
     def _make_registered_model(self, name: str) -> None:
         from mlflow.exceptions import MlflowException

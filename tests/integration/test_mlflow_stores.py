@@ -3,6 +3,7 @@
 import math
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -13,9 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from megavlm.config.load import dump_recipe
 from megavlm.config.schema import Recipe, TrackingConfig
-from megavlm.tracking.mlflow_sink import MlflowSink, deliver_spool
-from megavlm.tracking.spool import Spool
+from megavlm.testing.mlflow_server import ADMIN_PASSWORD, MlflowServer, free_port
+from megavlm.tracking import mlflow_sink
+from megavlm.tracking.mlflow_sink import MlflowSink
+from megavlm.tracking.mlflow_store import TrackingError
+from megavlm.tracking.spool import SpoolReader
 from megavlm.tracking.tracker import Tracker
 
 mlflow = pytest.importorskip("mlflow")
@@ -32,52 +37,10 @@ def server(tmp_path_factory):
     """A real MLflow server, started with the very command that a run recommends."""
     folder = tmp_path_factory.mktemp("server")
     tracker = train(recipe_for(folder / "first"), 0, 3)
-    with MlflowServer(folder, tracker.how_to_open()) as found:
+    program, *arguments = shlex.split(tracker.how_to_open())
+    assert program == "mlflow"
+    with MlflowServer(folder, arguments) as found:
         yield found
-
-
-class MlflowServer:
-    """`mlflow ui` on a free port, ended with the process group it leads (it has worker processes)."""
-
-    def __init__(self, folder: Path, command: str):
-        self.folder, self.port = folder, free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        program, *arguments = shlex.split(command)
-        assert program == "mlflow"
-        self.command = [sys.executable, "-m", "mlflow", *arguments, "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-
-    def __enter__(self):
-        self.log = open(self.folder / "server.log", "wb")
-        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            self.command, stdout=self.log, stderr=subprocess.STDOUT, cwd=self.folder, start_new_session=True, env=environment
-        )
-        end = time.monotonic() + 240
-        try:
-            while not self._answers():
-                assert self.process.poll() is None and time.monotonic() < end, (self.folder / "server.log").read_text()[-3000:]
-                time.sleep(0.25)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def _answers(self):
-        try:
-            return urllib.request.urlopen(f"{self.uri}/health", timeout=2).status == 200
-        except OSError:
-            return False
-
-    def __exit__(self, *_):
-        os.killpg(self.process.pid, 9)  # asked politely, it takes ten seconds over it
-        self.process.wait(10)
-        self.log.close()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def recipe_for(run_dir: Path, uri: str | None = None, lr: float = 1e-3) -> Recipe:
@@ -194,27 +157,207 @@ def test_the_recommended_command_shows_metrics_and_pictures(server):
 def test_a_server_that_comes_late_gets_the_spool(tmp_path, server):
     run_dir = tmp_path / "a"
     train(recipe_for(run_dir, f"http://127.0.0.1:{free_port()}"), 0, 8)
-    assert len(Spool(run_dir / "mlflow-spool.jsonl")) > 8 and not (run_dir / "mlflow_run_id").exists()
+    assert len(SpoolReader(run_dir / "mlflow-spool")) > 8 and not (run_dir / "mlflow_run_id").exists()
     tracker = train(recipe_for(run_dir, server.uri), 5, 10, connected=True)
-    if (run_dir / "mlflow-spool.jsonl").exists():  # a slow machine: the rest goes out with the next start
-        assert deliver_spool(recipe_for(run_dir, server.uri), timeout_s=60) == 0
+    replay(run_dir, recipe_for(run_dir, server.uri))  # what a slow machine did not send by now
     client, run_id = client_of(server.uri), (run_dir / "mlflow_run_id").read_text().strip()
-    assert history(client, run_id, "loss") == [(s, 1 / s) for s in range(1, 11)], "steps 6-8 of the first attempt must be gone"
+    assert history(client, run_id, "loss") == [(s, 1 / s) for s in range(1, 11)], "6-8 were made twice, and came out the same"
     assert "curves.png" in {f.path for f in client.list_artifacts(run_id)}
     assert client.get_run(run_id).info.status == "FINISHED"
     page = tracker.how_to_open()
     assert page.startswith(f"{server.uri}/#/experiments/") and page.endswith(run_id)
+    assert not (run_dir / "mlflow-spool").exists()
 
 
-def test_a_wrong_name_is_put_aside_by_a_real_server(tmp_path, server):
+def replay(run_dir: Path, recipe: Recipe, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """`megavlm track replay`."""
+    dump_recipe(recipe, run_dir / "recipe.yaml")
+    command = [sys.executable, "-m", "megavlm.cli", "track", "replay", str(run_dir), "--timeout", "60"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **(environment or {})})
+
+
+@pytest.mark.slow
+def test_a_server_frozen_thawed_killed_and_started_again_has_every_point_once(tmp_path):
+    """The whole life of a server under one run: no point lost, none doubled, `track replay` brings the last."""
+    run_dir = tmp_path / "a"
+    with MlflowServer(tmp_path) as server:
+        config = TrackingConfig(mlflow_uri=server.uri, experiment="tests", system_metrics_every_s=None)
+        sink = MlflowSink(config, "n", run_dir, resume_step=0)
+        step, keys = 0, {f"m{i}": 1.0 for i in range(20)}
+
+        def go_on(seconds):
+            nonlocal step
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                step += 1
+                sink.metrics(step, {"loss": 1 / step, **keys})
+                time.sleep(0.01)
+
+        while sink.run_id is None:
+            go_on(0.1)
+        go_on(0.5)
+        server.freeze()
+        go_on(7.0)  # longer than a request waits: it is sent again, whether it arrived or not
+        server.thaw()
+        go_on(1.0)
+        server.kill()
+        go_on(1.5)
+        server.start()
+        go_on(0.5)
+        server.kill()
+        began = time.monotonic()
+        left = sink.finish()
+        assert time.monotonic() - began < 4.5 and left > 0
+        server.start()
+        done = replay(run_dir, recipe_for(run_dir, server.uri))
+        assert done.returncode == 0 and "records sent" in done.stdout, done.stderr
+        client = client_of(server.uri)
+        assert history(client, sink.run_id, "loss") == [(s, 1 / s) for s in range(1, step + 1)]
+        assert history(client, sink.run_id, "m19") == [(s, 1.0) for s in range(1, step + 1)]
+        assert client.get_run(sink.run_id).info.status == "FINISHED"
+        assert "nothing waits" in replay(run_dir, recipe_for(run_dir, server.uri)).stdout
+
+
+@pytest.mark.slow
+def test_a_server_with_passwords(tmp_path, monkeypatch):
+    pytest.importorskip("flask_wtf")
+    run_dir = tmp_path / "a"
+    with MlflowServer(tmp_path, auth=True) as server:
+        recipe = recipe_for(run_dir, server.uri)
+        train(recipe, 0, 3)
+        assert len(SpoolReader(run_dir / "mlflow-spool")) > 3
+        refused = replay(run_dir, recipe)
+        assert refused.returncode == 1 and "does not take records" in refused.stderr + refused.stdout
+        named = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": ADMIN_PASSWORD}
+        assert replay(run_dir, recipe, named).returncode == 0
+        for name, value in named.items():
+            monkeypatch.setenv(name, value)
+        run_id = (run_dir / "mlflow_run_id").read_text().strip()
+        assert history(client_of(server.uri), run_id, "loss") == [(s, 1 / s) for s in (1, 2, 3)]
+        train(recipe, 3, 5, connected=True)
+        replay(run_dir, recipe)
+        assert history(client_of(server.uri), run_id, "loss") == [(s, 1 / s) for s in range(1, 6)]
+        for path in run_dir.rglob("*"):
+            assert path.is_dir() or ADMIN_PASSWORD.encode() not in path.read_bytes(), f"the password is in {path}"
+
+
+@pytest.mark.slow
+def test_every_node_sends_its_system_metrics_into_one_run(tmp_path, monkeypatch):
+    run_dir = tmp_path / "a"
+    tracking = {"experiment": "tests", "system_metrics_every_s": 0.2}
+    recipe = recipe_for(run_dir)
+    recipe = recipe.model_copy(update={"tracking": TrackingConfig.model_validate(tracking)})
+    trackers = []
+    for rank in (0, 2):
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        trackers.append(Tracker(recipe, rank, 4, interactive=False))
+    for tracker in trackers:
+        tracker.start(0)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    wanted = {f"system/node-{n}/cpu_utilization_percentage" for n in (0, 1)}
+    end, step, found = time.monotonic() + 150, 0, set()
+    while not wanted <= found and time.monotonic() < end:
+        step += 1
+        for tracker in trackers:
+            tracker.step({"step": step, "stage": "align", "stage_step": step, "loss": 1.0})
+        time.sleep(0.5)
+        if (run_dir / "mlflow_run_id").exists():
+            found = set(client_of(uri).get_run((run_dir / "mlflow_run_id").read_text().strip()).data.metrics)
+    for tracker in reversed(trackers):
+        tracker.finish()
+    assert wanted <= found, found
+    assert not list(run_dir.glob("mlflow-spool*"))
+
+
+def test_a_table_and_a_model_with_a_version(tmp_path, server):
+    (tmp_path / "table.json").write_text('{"columns": ["task", "right"], "data": [["ocr", 0.5]]}')
+    model = tmp_path / "hf"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "x"}')
     config = TrackingConfig(mlflow_uri=server.uri, experiment="tests")
-    sink = MlflowSink(config, "n", tmp_path)
+    client = client_of(server.uri)
+    for number, text in ((1, "{}"), (1, "{}"), (2, "{ }")):  # the same folder again is the same version
+        more = model / "more.json"
+        if not more.exists() or more.read_text() != text:
+            more.write_text(text)
+        sink = MlflowSink(config, "n", tmp_path / "a")
+        sink.table(tmp_path / "table.json", "evaluation")
+        sink.model(model, "the model's name")
+        assert sink.finish(timeout_s=60) == 0
+        found = {v.version: v for v in client.search_model_versions() if v.name == "the model's name"}
+        assert sorted(map(int, found)) == list(range(1, number + 1)) and found[str(number)].run_id == sink.run_id
+    frame = client_table(server.uri, sink.run_id, "evaluation/table.json")
+    assert frame.to_dict("list") == {"task": ["ocr"], "right": [0.5]}
+    loaded = mlflow.artifacts.download_artifacts(artifact_uri="models:/the model's name/2", tracking_uri=server.uri, dst_path=str(tmp_path))
+    assert (Path(loaded) / "config.json").read_text() == '{"model_type": "x"}'
+
+
+def client_table(uri: str, run_id: str, name: str):
+    """A table as MLflow itself loads it."""
+    client = client_of(uri)
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(uri)  # load_table searches there, whatever its client was given
+    try:
+        return client.load_table(client.get_run(run_id).info.experiment_id, name, [run_id])
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+@pytest.mark.slow
+def test_a_killed_training_leaves_no_process_and_no_point_behind(tmp_path):
+    code = """
+        import os, sys, time
+        from megavlm.config.schema import TrackingConfig
+        from megavlm.tracking.mlflow_sink import MlflowSink
+        sink = MlflowSink(TrackingConfig(), "n", sys.argv[1], resume_step=0)
+        while sink.run_id is None:
+            time.sleep(0.1)
+        for step in range(1, 101):
+            sink.metrics(step, {"loss": 1.0})
+        print(sink.process_id, flush=True)
+        os.kill(os.getpid(), 9)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "a")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -9
+    delivering = int(done.stdout)
+    end = time.monotonic() + 30
+    while is_alive(delivering):
+        assert time.monotonic() < end, "the delivering process outlives training"
+        time.sleep(0.1)
+    run_id = (tmp_path / "a" / "mlflow_run_id").read_text().strip()
+    client = client_of(f"sqlite:///{tmp_path}/mlflow.db")
+    if len(client.get_metric_history(run_id, "loss")) < 100:  # its last three seconds were too few on a busy machine
+        MlflowSink(TrackingConfig(), "n", tmp_path / "a").finish(None, timeout_s=60)
+    assert history(client, run_id, "loss") == [(s, 1.0) for s in range(1, 101)]
+
+
+def is_alive(process_id: int) -> bool:
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+def test_signals_for_training_do_not_end_delivery_and_a_killed_delivery_is_started_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(mlflow_sink, "RESTART_AFTER_S", 0.1)
+    sink = MlflowSink(TrackingConfig(), "n", tmp_path / "a")
+    while sink.run_id is None:
+        time.sleep(0.1)
+    first = sink.process_id
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        os.kill(first, number)
     sink.metrics(1, {"loss": 1.0})
-    sink._put({"kind": "metrics", "step": 2, "time_ms": 1, "values": {"": 1.0}})
-    sink.metrics(3, {"loss": 3.0})
-    sink.finish(timeout_s=60)
-    assert history(client_of(server.uri), sink.run_id, "loss") == [(1, 1.0), (3, 3.0)]
-    assert (tmp_path / "mlflow-rejected.jsonl").read_text().count("\n") == 1
+    time.sleep(0.5)
+    assert is_alive(first) and sink.process_id == first
+    os.kill(first, signal.SIGKILL)
+    sink.metrics(2, {"loss": 0.5})
+    end = time.monotonic() + 30
+    while sink.process_id == first and time.monotonic() < end:
+        time.sleep(0.1)
+    assert sink.process_id != first and sink.finish() == 0
+    assert history(client_of(sink.uri), sink.run_id, "loss") == [(1, 1.0), (2, 0.5)]
 
 
 @pytest.mark.parametrize("kind", ["frozen", "dead"])
@@ -228,7 +371,6 @@ def test_a_server_that_does_not_answer_does_not_hold_up_the_exit(tmp_path, kind)
             import sys, time
             from megavlm.config.schema import TrackingConfig
             from megavlm.tracking.mlflow_sink import MlflowSink
-            import mlflow  # its import time is not the subject
             sink = MlflowSink(TrackingConfig(mlflow_uri=sys.argv[1]), "n", sys.argv[2])
             for step in range(1, 101):
                 sink.metrics(step, {"loss": 1.0})
@@ -239,14 +381,14 @@ def test_a_server_that_does_not_answer_does_not_hold_up_the_exit(tmp_path, kind)
             print("finished", time.time(), flush=True)
         """
         command = [sys.executable, "-c", textwrap.dedent(code), uri, str(tmp_path)]
-        # A user's own patience with servers must not become the exit's: a thread still waiting then would show as a minute.
+        # A user's own patience with servers must not become the exit's: a request still waiting then would show as a minute.
         patient = {**os.environ, "MLFLOW_HTTP_REQUEST_TIMEOUT": "60"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=patient)
         exit_s = time.time() - float(done.stdout.split()[3])
     finish_s = float(done.stdout.split()[3]) - float(done.stdout.split()[1])
     # 3 s and next to nothing; the margins are for a busy machine.
-    assert finish_s < 4.5 and exit_s < 15, (finish_s, exit_s)
-    kept, bad, _ = Spool(tmp_path / "mlflow-spool.jsonl").peek(1000)
+    assert finish_s < 4.5 and exit_s < 5, (finish_s, exit_s)
+    kept, bad, _ = SpoolReader(tmp_path / "mlflow-spool").peek(1000)
     assert sorted(i["step"] for i in kept if i["kind"] == "metrics") == list(range(1, 102)) and not bad
     assert "records wait for MLflow" in done.stderr
 
@@ -263,5 +405,14 @@ def test_a_program_that_dies_without_finish_keeps_its_records(tmp_path):
     uri = f"http://127.0.0.1:{free_port()}"
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), uri, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "boom" in done.stderr
-    kept, _, _ = Spool(tmp_path / "mlflow-spool.jsonl").peek(10)
+    kept, _, _ = SpoolReader(tmp_path / "mlflow-spool").peek(10)
     assert [i.get("step", i.get("status")) for i in kept] == [1, "FAILED"]
+
+
+def test_after_the_end(tmp_path):
+    sink = MlflowSink(TrackingConfig(mlflow_uri=f"http://127.0.0.1:{free_port()}"), "n", tmp_path)
+    with pytest.raises(TrackingError, match="DONE"):
+        sink.finish("DONE")
+    assert sink.finish(timeout_s=0.1) == 1 == sink.finish()
+    with pytest.raises(TrackingError, match="after finish"):
+        sink.metrics(1, {"loss": 1.0})

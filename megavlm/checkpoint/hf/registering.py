@@ -21,8 +21,11 @@ _log = get_logger(__name__)
 def register_folder(recipe: Recipe, folder: str | Path, name: str) -> int:
     """Upload a folder into the MLflow run of the recipe's run.dir and make it the next version of the model `name`.
 
-    Returns the number of records that MLflow has not taken: they wait in the run's spool. Raises TrackingError with tracking.mlflow=false.
+    Returns the number of records that MLflow has not taken: they wait in the run's spool. Raises TrackingError with tracking.mlflow=false,
+    and for a name that MLflow refuses.
     """
+    if not name.strip() or "/" in name or ":" in name:
+        raise TrackingError(f"{name!r} cannot be a registered model's name: give one without / and :")
     sink = sink_for(recipe)
     if sink is None:
         raise TrackingError(f"tracking.mlflow=false: the run in {recipe.run.dir} is not in MLflow, so no model can be registered with it")
