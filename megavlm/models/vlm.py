@@ -69,16 +69,16 @@ class VisionLanguageModel(MegatronModule):
         chunk: int = 0,
         *,
         text_only: bool = False,
-        z_loss: float = 0.0,
         stage: StageConfig | None = None,
     ) -> None:
-        """`stage` says what trains, for what depends on a picture's cost; None: everything."""
+        """`stage` says how its loss is made, and what trains, for what depends on a picture's cost; None: the plain loss, everything."""
         language = LanguageModel(model.language, precision, parallel, ctx, chunk)
         super().__init__(config=language.config)
         self.pre_process, self.post_process, self.vp_stage = ctx.chunk_position(chunk)
         self.share_embeddings_and_output_weights = model.language.tie_embeddings
         self.model_type = ModelType.encoder_or_decoder
-        self.model, self.ctx, self.context_split, self.z_loss = model, ctx, parallel.context_split, z_loss
+        self.model, self.ctx, self.context_split = model, ctx, parallel.context_split
+        self.z_loss = 0.0 if stage is None else stage.loss.z_loss
         self.layers_of_first_chunk = PipelineSplit.of(model.language.num_layers, parallel).counts[0]
         # Where ranks reduce and gather while they compute, an image-less microbatch must take its part in the encoder's.
         self.touch_encoder = parallel.overlap_grad_reduce or parallel.zero >= 2

@@ -52,7 +52,7 @@ def build_chunks(recipe: Recipe, stage: StageConfig, parallel: ParallelConfig, c
     else:
         text_only = stage.objective == "text"
         chunks = [
-            VisionLanguageModel(recipe.model, precision, parallel, ctx, chunk, text_only=text_only, z_loss=stage.loss.z_loss, stage=stage)
+            VisionLanguageModel(recipe.model, precision, parallel, ctx, chunk, text_only=text_only, stage=stage)
             for chunk in range(parallel.virtual_pipeline)
         ]
     if backend is not None:
