@@ -14,6 +14,7 @@ from megavlm.checkpoint.errors import HuggingFaceError, some
 from megavlm.checkpoint.hf.tensor_files import TensorFile
 
 log = logging.getLogger(__name__)
+_PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.pkl")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -107,8 +108,12 @@ class WeightFolder:
                 if missing:
                     raise HuggingFaceError(f"{self.folder / file} lacks {some(missing)}, which {INDEX} says it holds")
             return contents
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in self.folder.glob(pattern))
-        hint = f"; {some(pickles)} are pickles, which can run code: save the model with safe_serialization" if pickles else ""
+        pickles = sorted(p.name for pattern in _PICKLES for p in self.folder.glob(pattern))
+        hint = (
+            f"; {some(pickles)}: pickles, which can run code, are not read: load it elsewhere, and save it as safetensors"
+            if pickles
+            else ""
+        )
         raise HuggingFaceError(f"{self.folder} has neither {SINGLE} nor {INDEX}{hint}")
 
     def _open(self, file: str) -> TensorFile:

@@ -49,8 +49,8 @@ class Fault:
     at_step: int = 6
     detect_s: float = 30.0
     """The command has ended so long after the fault."""
-    lost: tuple[int, int] = (0, SAVE_EVERY)
-    """Steps that have to be made again: at least, at most. Without a fault in a save at most those since the last one."""
+    saves: bool = False
+    """It ends with a checkpoint of the last step: none has to be made again."""
     says: str = ""
     """Somebody tells, in these words (a regular expression)."""
     overrides: tuple[str, ...] = ()
@@ -130,8 +130,8 @@ def fill_disk(run: FaultyRun) -> None:
 FAULTS = [
     Fault("kill -9 of rank 1", "rank 1 killed in the middle of a step", kill(1), (137,), quick=True),
     Fault("kill -9 of rank 0", "rank 0 killed in the middle of a step", kill(0), (137,)),
-    Fault("kill -9 of rank 1 in a save", "rank 1 killed while it saves", kill_while_saving(1), (137,), lost=(0, 2 * SAVE_EVERY)),
-    Fault("kill -9 of rank 0 in a save", "rank 0 killed while it saves", kill_while_saving(0), (137,), lost=(0, 2 * SAVE_EVERY)),
+    Fault("kill -9 of rank 1 in a save", "rank 1 killed while it saves", kill_while_saving(1), (137,)),
+    Fault("kill -9 of rank 0 in a save", "rank 0 killed while it saves", kill_while_saving(0), (137,)),
     Fault("kill -9 of the launcher", "the launching process killed", kill_launcher, (-9,), detect_s=5),
     Fault(
         "SIGSTOP of a rank",
@@ -141,8 +141,8 @@ FAULTS = [
         detect_s=STEP_LIMIT_S + 20,
         says="rank",
     ),
-    Fault("SIGTERM", "asked to end", ask(signal.SIGTERM), (143,), lost=(0, 0), says="signal 15: saved step"),
-    Fault("SIGUSR2", "warned before the time limit", ask(signal.SIGUSR2), (140,), lost=(0, 0), says="signal 12: saved step"),
+    Fault("SIGTERM", "asked to end", ask(signal.SIGTERM), (143,), saves=True, says="signal 15: saved step"),
+    Fault("SIGUSR2", "warned before the time limit", ask(signal.SIGUSR2), (140,), saves=True, says="signal 12: saved step"),
     Fault(
         "NaN",
         "a loss that is not a number in step 7",
@@ -169,7 +169,6 @@ FAULTS = [
         fill_disk,
         (Exit.DISK_FULL,),
         at_step=SAVE_EVERY + 1,
-        lost=(SAVE_EVERY, STEPS),
         says="room|full|No space",
         overrides=("checkpoint.on_disk_full=continue",),
         prepare=give_room,

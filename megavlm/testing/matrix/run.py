@@ -151,6 +151,12 @@ class FaultyRun:
         """Whether a checkpoint is half on the disk at this moment."""
         return any(self.checkpoints.glob(f"*{folders.UNFINISHED}"))
 
+    @property
+    def saved_step(self) -> int:
+        """Step of the newest complete checkpoint; 0 before the first."""
+        found = folders.newest(self.dir)
+        return 0 if found is None else folders.step_and_stage(found.name)[0]
+
     def newest(self) -> Path:
         found = folders.newest(self.dir)
         assert found is not None, f"no complete checkpoint in {self.checkpoints}"
