@@ -12,6 +12,7 @@ from megavlm.data.tokenizer import load_tokenizer
 from megavlm.data.types import StepPlan
 from megavlm.planner.attention import attention_table
 from megavlm.planner.context import segments_of, split_table
+from megavlm.planner.faults import faults_table
 from megavlm.planner.flops import FlopsModel
 from megavlm.planner.memory import estimate_memory, memory_table
 from megavlm.planner.parameters import params
@@ -40,6 +41,7 @@ def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object], *, r
     if runs_here:
         echo(attention_table(recipe) + "\n")
         echo(precision_table(recipe) + "\n")
+    echo(faults_table(recipe, world_size) + "\n")
     tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.data.image_token)
     for number, stage in enumerate(recipe.stages):
         layout = stage_layout(recipe.parallel, stage, recipe.model)
