@@ -197,7 +197,7 @@ def _reap(group: _Group) -> None:
     if failed is None or group.failed is not None:
         return
     group.failed = failed
-    if failed.exit_code == Exit.HUNG:
+    if failed.exit_code in (Exit.HUNG, Exit.SAVE_TIMEOUT):
         group.grace_s = min(group.grace_s, HUNG_GRACE_S)
     group.kill_at = time.monotonic() + group.grace_s
     others = f"; stopping the other {len(group.alive)}" if group.alive and not group.stop_requested else ""

@@ -1,9 +1,9 @@
 """Ends a rank that hangs, with the stacks of all its threads on the disk.
 
 A thread looks at the clock; it needs the interpreter for a moment only, and what hangs (collectives, file systems, sleeps) has let go of
-it. Should something have kept it, a timer of faulthandler's, which needs no interpreter, prints the stacks on stderr and ends the process
-with exit code 1 a few seconds later. A process that was stopped (SIGSTOP) can do neither: the other ranks, which wait for it, say that it has
-left no stacks, and the launcher kills it.
+it. Should something have kept it, a timer of faulthandler's, which needs no interpreter, prints the stacks on stderr and ends the
+process with exit code 1 a few seconds later. A process that was stopped (SIGSTOP) can do neither: the other ranks, which wait for it,
+say that it has left no stacks, and the launcher kills it.
 
 Ranks are in the same sections at the same time, so that one that hangs makes all of them exceed the limit. The first leaves a mark in the
 folder, which the others look for once they have used up half of theirs.
@@ -17,7 +17,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,8 +28,9 @@ MARK = "hang"
 POLL_S = 0.25
 GATHER_S = 2.0
 """How long the first rank waits for the stacks of the others before it ends and the launcher kills them."""
-FALLBACK_S = 3.5
+FALLBACK_S = 4.0
 """After the limit: by then the thread has ended the process, unless it could not."""
+_at_work: list[Watchdog] = []
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,11 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         self._thread.start()
+        _at_work.append(self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _at_work.remove(self)
         self._closed.set()
         self._thread.join(timeout=5)
         if self._armed is not None:
@@ -101,9 +104,9 @@ class Watchdog:
             if section.deadline is None or section.limit_s is None:
                 continue
             if now >= section.deadline:
-                self._end(section, f"{section.name} takes longer than {section.setting}={section.limit_s:g} s")
-            elif now >= section.begin + section.limit_s / 2 and (self.folder / MARK).exists():
-                self._end(section, f"another rank hangs, and this one is in: {section.name}")
+                self.end(f"{section.name} takes longer than {section.setting}={section.limit_s:g} s", section.code)
+            elif now >= section.begin + section.limit_s / 2 and (code := self._code_of_mark()):
+                self.end(f"another rank hangs, and this one is in: {section.name}", code)
 
     def _arm(self, section: _Section, now: float) -> None:
         """Set the timer that needs no interpreter, once a section."""
@@ -115,24 +118,31 @@ class Watchdog:
         else:
             faulthandler.dump_traceback_later(max(section.deadline - now, 0.0) + FALLBACK_S, exit=True, file=2)
 
-    def _end(self, section: _Section, why: str) -> None:
-        # From here on the folder may be what hangs.
+    def _code_of_mark(self) -> int | None:
+        """The exit code of a rank that hangs; None while none does."""
+        with contextlib.suppress(OSError, ValueError):
+            return int((self.folder / MARK).read_text(encoding="utf-8"))
+        return None
+
+    def end(self, why: str, code: int) -> None:
+        """End this process with its stacks on the disk. The disk may be what hangs: then they are on stderr."""
         faulthandler.dump_traceback_later(FALLBACK_S, exit=True, file=2)
         _say(f"rank {self.rank}: {why}; its stacks are in {self.folder / _name(self.rank)}")
-        began = time.time()
-        with contextlib.suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_stacks(self.folder / _name(self.rank), why)
-            (self.folder / MARK).touch()
-            self._await_others(began)
-        note_exit(section.code)
-        _say(f"rank {self.rank}: ends with exit code {int(section.code)} ({Exit.describe(section.code)})")
-        sys.stderr.flush()
-        os._exit(section.code)
+        if not _in_time(lambda: self._leave_stacks(why, code), GATHER_S + 0.5):
+            _say(f"{self.folder} does not answer")
+            faulthandler.dump_traceback(file=2, all_threads=True)
+        _exit(code, f"rank {self.rank}")
+
+    def _leave_stacks(self, why: str, code: int) -> None:
+        began = time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_stacks(self.folder / _name(self.rank), why)
+        (self.folder / MARK).write_text(f"{int(code)}\n", encoding="utf-8")
+        self._await_others(began)
 
     def _await_others(self, began: float) -> None:
         """Until all ranks have written their stacks; the lowest that has says who did not."""
-        while (missing := self._missing()) and time.time() < began + GATHER_S:
+        while (missing := self._missing()) and time.monotonic() < began + GATHER_S:
             time.sleep(POLL_S / 2)
         if missing and self.rank == min(set(range(self.world_size)) - set(missing)):
             whose = ", ".join(map(str, missing[:16])) + (" ..." if len(missing) > 16 else "")
@@ -141,6 +151,36 @@ class Watchdog:
     def _missing(self) -> list[int]:
         there = {path.name for path in self.folder.glob("rank-*.txt")}
         return [rank for rank in range(self.world_size) if _name(rank) not in there]
+
+
+def end_process(why: str, code: int) -> None:
+    """End this process for something that hangs, with all stacks: where its watchdog leaves them, or on stderr where none is at work."""
+    if _at_work:
+        _at_work[-1].end(why, code)
+    _say(why)
+    faulthandler.dump_traceback(file=2, all_threads=True)
+    _exit(code, "this process")
+
+
+def _exit(code: int, who: str) -> None:
+    _in_time(lambda: note_exit(code), 0.5)
+    _say(f"{who} ends with exit code {int(code)} ({Exit.describe(code)})")
+    os._exit(code)
+
+
+def _in_time(action: Callable[[], None], limit_s: float) -> bool:
+    """Whether it was done, without an error, before the limit; else it is left behind."""
+    done = threading.Event()
+
+    def act() -> None:
+        with contextlib.suppress(OSError):
+            action()
+            done.set()
+
+    thread = threading.Thread(target=act, daemon=True, name="watchdog's last words")
+    thread.start()
+    thread.join(limit_s)
+    return done.is_set()
 
 
 def write_stacks(path: Path, why: str) -> None:

@@ -56,7 +56,7 @@ LAYOUTS: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(
     ("world_size", "parallel", "precision"),
-    slow_unless(LAYOUTS, lambda w, parallel, precision: parallel in ({}, {"pipeline": 2}) and not precision),
+    slow_unless(LAYOUTS, lambda w, parallel, precision: not parallel),
 )
 def test_a_skipped_step_leaves_no_trace(
     world_size: int, parallel: dict[str, Any], precision: dict[str, Any], pool: RankPool, data_dir: Path, tmp_path: Path
@@ -134,6 +134,7 @@ def stop_after(recipe: Recipe, factors: dict[int, float], saves: int) -> None:
     raise AssertionError("was to be cut off")
 
 
+@pytest.mark.slow
 def test_a_restart_does_not_meet_the_data_of_a_rollback_again(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
     """Killed behind the rollback and before the next checkpoint: the newest one still points at the bad data."""
     blocks: dict[str, Any] = {"checkpoint": {"every_steps": 2}, "faults": {"on_nonfinite": "rollback", "max_rollbacks": 1}}

@@ -68,7 +68,7 @@ LAYOUTS: list[tuple[int, dict[str, Any], dict[str, Any], int, str, bool]] = [
 
 @pytest.mark.parametrize(
     ("world_size", "parallel", "blocks", "rank", "key", "of_optimizer"),
-    slow_unless(LAYOUTS, lambda w, parallel, blocks, *rest: not blocks and (not parallel or "sequence" in parallel)),
+    slow_unless(LAYOUTS, lambda w, parallel, *rest: "sequence" in parallel),
 )
 def test_a_flipped_bit_ends_the_run(
     world_size: int,

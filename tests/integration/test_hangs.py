@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from megavlm.config.exits import Exit
 from megavlm.parallel.watchdog import FALLBACK_S
@@ -88,6 +89,7 @@ def test_a_sleeping_and_a_stopped_rank(tmp_path: Path) -> None:
     assert LIMIT_S < hang.seconds < LIMIT_S + SLACK_S and not hang.orphans
 
 
+@pytest.mark.slow
 def test_a_rank_that_keeps_the_interpreter(tmp_path: Path) -> None:
     """No Python runs in it any more, the watchdog's thread included."""
     hang = Hang(["deaf"], tmp_path)
@@ -118,3 +120,22 @@ time.sleep(1.2)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_disk_that_hangs_does_not_keep_the_stacks_and_the_exit_code(tmp_path: Path) -> None:
+    """The folder of the stacks is a pipe's end that nobody reads: whoever opens the file waits for ever."""
+    code = f"""
+import os, time
+from pathlib import Path
+from megavlm.parallel import watchdog
+folder = Path({str(tmp_path / "stacks")!r})
+folder.mkdir()
+os.mkfifo(folder / "rank-0.txt")
+with watchdog.Watchdog(folder, 0, 1) as dog:
+    dog.enter("a checkpoint", 0.3, "checkpoint.timeout_s", 76)
+    def saving(): time.sleep(60)
+    saving()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == Exit.SAVE_TIMEOUT
+    assert "does not answer" in done.stderr and "in saving" in done.stderr
