@@ -146,12 +146,17 @@ def write_json(file: Path, value: Any) -> None:
 def write_bytes(file: Path, data: bytes) -> None:
     """Write and flush to the disk, replacing the file in one step."""
     temporary = file.with_name(file.name + UNFINISHED)
-    with open(temporary, "wb") as stream:
+    write_new(temporary, data)
+    os.replace(temporary, file)
+    sync_folder(file.parent)
+
+
+def write_new(file: Path, data: bytes) -> None:
+    """Write and flush a file to the disk, but not its name: for folders that have no name yet themselves."""
+    with open(file, "wb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(temporary, file)
-    sync_folder(file.parent)
 
 
 def recover(run_dir: str | Path) -> None:

@@ -30,11 +30,12 @@ import torch.distributed as dist
 
 import megavlm
 from megavlm.checkpoint import folders, optimizer_state
-from megavlm.checkpoint.pieces import Pieces, pieces_of
+from megavlm.checkpoint.pieces import Piece, pieces_of
 from megavlm.checkpoint.shares import Nodes, agree_on_shares
 from megavlm.checkpoint.staging import Staging
 from megavlm.checkpoint.watchdog import watchdog
 from megavlm.parallel.context import ParallelContext
+from megavlm.parallel.sharded import is_sharded
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """What a system says where there is no room."""
@@ -88,8 +89,9 @@ class Saver:
         name = [uuid.uuid4().hex[:6]]
         dist.broadcast_object_list(name)
         self._attempts, self._number = name[0], 0
-        pieces = pieces_of(chunks, optimizer, ctx)
-        self.shares = agree_on_shares([*pieces.model, *pieces.optimizer], self.nodes, on_nodes=on_nodes)
+        self._places: list[int] | None = None
+        self._pieces: list[Piece] = []
+        self.shares = agree_on_shares(self._find_pieces(), self.nodes, on_nodes=on_nodes)
         self._staging: Staging | None = None
         self._job: _Job | None = None
         self.after: Callable[[Path, bool], None] | None = None
@@ -113,10 +115,9 @@ class Saver:
         """Copy the values of now, and write them to `path`: the durable one, or this node's with what it needs besides."""
         assert self._job is None, "a save is under way: wait for it"
         began = time.perf_counter()
-        pieces = pieces_of(self.chunks, self.optimizer, self.ctx)
-        self._check_same(pieces)
+        pieces = self._find_pieces()
         everything = self._describe(path, state)
-        self._memory().fill([*pieces.model, *pieces.optimizer])
+        self._memory().fill(pieces)
         self._number += 1
         unfinished = path.with_name(f"{path.name}.{self._attempts}-{self._number}{folders.UNFINISHED}")
         job = _Job(path, unfinished, json.dumps(everything, indent=1), is_local, began, stall_s=time.perf_counter() - began)
@@ -170,9 +171,25 @@ class Saver:
             self._staging = Staging(self.shares, self.ctx.device)
         return self._staging
 
-    def _check_same(self, pieces: Pieces) -> None:
-        now = [(p.key, p.box) for p in (*pieces.model, *pieces.optimizer)]
-        assert now == [(e.key, e.box) for e in self.shares.entries], "the model's tensors changed since the first save of the stage"
+    def _find_pieces(self) -> list[Piece]:
+        """Those of the last save, as long as the model's and the optimizer's tensors lie where they lay then."""
+        places = self._where()
+        if places is None or places != self._places:
+            pieces = pieces_of(self.chunks, self.optimizer, self.ctx)
+            found = [*pieces.model, *pieces.optimizer]
+            same = not self._pieces or [(p.key, p.box) for p in found] == [(p.key, p.box) for p in self._pieces]
+            assert same, "the model has other tensors than at its first save"
+            # Finding them may have made the optimizer's states.
+            self._pieces, self._places = found, self._where()
+        return self._pieces
+
+    def _where(self) -> list[int] | None:
+        """Addresses of all tensors; None where they cannot be told without gathering parameters."""
+        parameters = [p for chunk in self.chunks for p in chunk.parameters()]
+        if any(is_sharded(p) for p in parameters):
+            return None
+        states = [] if self.optimizer is None else optimizer_state.tensors(self.optimizer)
+        return [t.data_ptr() for t in (*parameters, *(state.tensor for state in states))]
 
     def _describe(self, path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
         held = list(self.shares.held)
@@ -221,9 +238,10 @@ class Saver:
         entries = {name: written[name] for name in files}
         texts = {**(self.shares.node_index if job.is_local else self.shares.index), folders.STATE: job.state.encode()}
         for name, data in texts.items():
-            folders.write_bytes(folder / name, data)
+            folders.write_new(folder / name, data)
             entries[name] = folders.checksum(folder / name)
-        folders.write_json(folder / folders.MANIFEST, {"files": dict(sorted(entries.items()))})
+        manifest = {"files": dict(sorted(entries.items()))}
+        folders.write_new(folder / folders.MANIFEST, json.dumps(manifest, indent=1).encode())
         folders.publish(folder, job.path)
 
     def _fail(self, job: _Job) -> Outcome:

@@ -25,8 +25,8 @@ class Staging:
         self._targets: list[tuple[int, torch.Tensor]] = []
         self._device = device
         for name, places, size in shares.own_files():
-            # Touched now: the first save must not wait for the system to find the pages.
-            memory = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+            # Written to now (torch.zeros would not): the first save must not wait for the system to find the pages.
+            memory = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda").fill_(0)
             self.files[name] = memory
             for number, start in places:
                 self._targets.append((number, _lay_out(memory, start, self.entries[number].dtype, self.entries[number].box.sizes)))

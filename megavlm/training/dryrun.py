@@ -11,6 +11,7 @@ from megavlm.data.plan import StepPlanner, check_tasks, step_table
 from megavlm.data.tokenizer import load_tokenizer
 from megavlm.data.types import StepPlan
 from megavlm.planner.attention import attention_table
+from megavlm.planner.checkpoints import checkpoint_table
 from megavlm.planner.context import segments_of, split_table
 from megavlm.planner.faults import faults_table
 from megavlm.planner.flops import FlopsModel
@@ -41,6 +42,7 @@ def dry_run(recipe: Recipe, world_size: int, echo: Callable[[str], object], *, r
     if runs_here:
         echo(attention_table(recipe) + "\n")
         echo(precision_table(recipe) + "\n")
+    echo(checkpoint_table(recipe, world_size) + "\n")
     echo(faults_table(recipe, world_size) + "\n")
     tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.data.image_token)
     for number, stage in enumerate(recipe.stages):
