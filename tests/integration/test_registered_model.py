@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,20 +21,18 @@ def megavlm(*arguments: object) -> str:
     return done.stdout + done.stderr
 
 
-def test_training_export_and_evaluation_are_in_one_mlflow_run(tmp_path, tiny_data, monkeypatch):
+def test_training_export_and_evaluation_are_in_one_mlflow_run(tmp_path, data_dir, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run_dir, file = tmp_path / "run", tmp_path / "recipe.yaml"
     tracking = {"mlflow": True, "register_model": "tiny", "system_metrics_every_s": None, "peak_tflops_per_rank": 1.0}
-    dump_recipe(tiny_recipe(run_dir, tiny_data, [tiny_stage(steps=2)], tracking=tracking), file)
+    dump_recipe(tiny_recipe(run_dir, data_dir, [tiny_stage(steps=2)], tracking=tracking), file)
     megavlm("train", file)
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     run_id = (run_dir / "mlflow_run_id").read_text().strip()
     (version,) = client.search_model_versions("name='tiny'")
     assert version.run_id == run_id and client.get_run(run_id).info.status == "FINISHED"
-    loaded = mlflow.artifacts.download_artifacts(
-        artifact_uri="models:/tiny/1", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", dst_path=str(tmp_path / "loaded")
-    )
-    assert {p.name for p in (run_dir / "hf").iterdir()} == set(os.listdir(loaded))
+    loaded = mlflow.artifacts.download_artifacts(client.get_model_version_download_uri("tiny", "1"), dst_path=str(tmp_path / "loaded"))
+    assert {p.name for p in (run_dir / "hf").iterdir()} == {p.name for p in Path(loaded).iterdir()}
     megavlm("train", file)
     assert len(client.search_model_versions("name='tiny'")) == 1, "the same checkpoint is registered once"
 

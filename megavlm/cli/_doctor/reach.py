@@ -17,7 +17,7 @@ from megavlm.cli._doctor.check import Check
 from megavlm.topology.table import human_bytes
 from megavlm_launchers.environment import free_port, rank_environment
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 """Between ranks of one machine."""
 FAR_TIMEOUT_S = 120.0
 """Between those that torchrun or SLURM started: the last may come late."""
@@ -76,6 +76,8 @@ def talk(backend: str, timeout_s: float) -> dict[str, Any]:
 
     device = torch.device("cpu")
     if backend == "nccl":
+        if not torch.cuda.is_available():
+            raise RuntimeError("NCCL needs a GPU, and torch finds none")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count()))
         torch.cuda.set_device(device)
     begin = time.perf_counter()
