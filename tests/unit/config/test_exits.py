@@ -7,15 +7,13 @@ from pathlib import Path
 from megavlm.checkpoint import watchdog
 from megavlm.cli import errors
 from megavlm.config.exits import Exit
-from megavlm_launchers import sbatch
 
 DOCS = Path(__file__).parents[3] / "docs"
 
 
 def test_places_with_codes_of_their_own_mean_the_same() -> None:
-    assert errors.EXIT_USER_ERROR == sbatch.EXIT_CODES["user"] == Exit.USER
+    assert errors.EXIT_USER_ERROR == Exit.USER
     assert errors.EXIT_FAULT == Exit.FAULT
-    assert sbatch.EXIT_CODES["fruitless"] == Exit.NO_PROGRESS
     assert watchdog.EXIT_CODE == Exit.SAVE_TIMEOUT
 
 
