@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from megavlm.checkpoint import watchdog
 from megavlm.cli import errors
-from megavlm.config.exits import Exit
+from megavlm.config.exits import EXIT_NOTE_VARIABLE, Exit
 
 DOCS = Path(__file__).parents[3] / "docs"
 
@@ -33,3 +35,17 @@ def test_a_code_in_words() -> None:
 def test_the_documents_list_every_code() -> None:
     table = (DOCS / "training.md").read_text(encoding="utf-8")
     assert [code.name for code in Exit if f"| {code.value} |" not in table] == []
+
+
+def test_a_failure_with_a_code_of_its_own_ends_with_it_and_no_traceback(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failure(RuntimeError):
+        exit_code = Exit.FAULTS_EXHAUSTED
+
+    assert errors.report(Failure("step 3: loss nan")) == 78
+    assert capsys.readouterr().err == "megavlm: error: step 3: loss nan\n"
+    monkeypatch.setenv(EXIT_NOTE_VARIABLE, str(tmp_path / "note"))
+    for code in (0, Exit.HUNG, Exit.FAULT):
+        errors.note_exit(code)
+    assert (tmp_path / "note").read_text() == "77\n", "the first failure's"
