@@ -176,11 +176,6 @@ class Tracker:
             self._mlflow.metrics(record["step"], {f"evaluation/{k}": v for k, v in values.items()})
         self._evaluations.write(record)
 
-    def goodput(self, step: int, values: Mapping[str, Any]) -> None:
-        """How much of the run's time went into steps that count, over all its starts: MLflow gets the numbers as goodput/<name>."""
-        if self._mlflow is not None and self.writes:
-            self._mlflow.metrics(step, {f"goodput/{k}": v for k, v in _numbers(to_plain(values)).items()})
-
     def ranks(self, stage: str, reports: Sequence[RankReport]) -> None:
         """What each rank needed in the stage, for ranks.json and MLflow's artifacts."""
         if self.writes and reports:
@@ -261,7 +256,8 @@ class Tracker:
             self._display.close()
         if self._goodput is not None and (now := self._goodput.now()).kept_s:
             self.message(f"effective training time {now}")
-            self.goodput(now.last_step, now.values)
+            if self._mlflow is not None:
+                self._mlflow.metrics(now.last_step, {f"goodput/{name}": value for name, value in now.values.items()})
         for writer in (self._metrics, self._evaluations):
             if writer is not None:
                 writer.close()
