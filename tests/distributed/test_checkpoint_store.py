@@ -242,26 +242,17 @@ def test_device_contexts_reach_wrapped_factories(pool: RankPool) -> None:
     assert pool.run(makes_on_meta) == [True]
 
 
-def random_states(layout: dict[str, Any]) -> bool:
-    """Are the generators where they were after two steps?"""
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
+def draws(layout: dict[str, Any]) -> bool:
+    """Is the generator, which is the only one on a CPU, elsewhere after two steps?"""
     model, ctx = build(layout)
     batch = tiny_batch(tiny_model_config(), seq_len_tokens=96)
-
-    def states() -> list[torch.Tensor]:
-        return [
-            torch.get_rng_state().clone(),
-            *(torch.as_tensor(s).clone() for _, s in sorted(get_cuda_rng_tracker().get_states().items())),
-        ]
-
-    before = states()
+    before = torch.get_rng_state().clone()
     for _ in range(2):
         train_step(model, [batch], ["tiny"], ctx)
-    return all(torch.equal(one, other) for one, other in zip(before, states(), strict=True))
+    return not torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("layout", [{"tensor": 2, "sequence": True}, {"recompute": "full", "zero": 3}])
 def test_a_step_draws_no_random_number(pool: RankPool, layout: dict[str, Any]) -> None:
     """Or checkpoints would have to hold the generators' states."""
-    assert pool.run(random_states, layout, world_size=2) == [True, True]
+    assert pool.run(draws, layout, world_size=2) == [False, False]
