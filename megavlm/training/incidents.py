@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch.distributed as dist
 
 from megavlm.data.types import PackPlan, StepPlan
 from megavlm.parallel.reductions import from_rank_zero
-from megavlm.tracking.metrics import encode_line, read_metrics
+from megavlm.tracking.metrics import decode_line, encode_line
 from megavlm.training.state import RunState
 
 INCIDENTS_FILE = "incidents.jsonl"
@@ -36,8 +38,10 @@ class IncidentLog:
         self.incidents.append(entry)
         if dist.get_rank() == 0:
             try:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(encode_line(entry) + "\n")
+                with self.path.open("ab+") as file:
+                    if file.tell() and not _ends_a_line(file):  # torn by a crash: one bad line, not two
+                        file.write(b"\n")
+                    file.write(f"{encode_line(entry)}\n".encode())
             except OSError as error:
                 _log.warning("%s could not be written (%s)", self.path, error)
         return entry
@@ -69,8 +73,19 @@ class IncidentLog:
         return here
 
 
+def _ends_a_line(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
 def _read(path: Path) -> list[Incident]:
-    return read_metrics(path.parent, path.name) if path.exists() else []
+    """Lines that a crash tore, or a full disk, are passed over: what is remembered must not keep a run from starting."""
+    found = []
+    with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                found.append(decode_line(line))
+    return found
 
 
 def samples_of(plan: StepPlan) -> dict[str, list[int]]:

@@ -10,10 +10,12 @@ import pytest
 
 from megavlm.config.schema import Recipe
 from megavlm.testing.faults import NAN, bad_steps, without_data_of
+from megavlm.testing.in_rank import in_rank
 from megavlm.testing.marks import slow_unless
 from megavlm.testing.pool import RankError, RankPool
 from megavlm.testing.recipes import tiny_recipe, tiny_stage, train_and_read
 from megavlm.tracking.metrics import read_metrics
+from megavlm.training.incidents import IncidentLog
 
 Records = list[dict[str, Any]]
 STEPS = 6
@@ -183,3 +185,18 @@ def test_stop_is_before_the_update(pool: RankPool, data_dir: Path, tmp_path: Pat
         pool.run(train_badly, recipe, {2: NAN}, world_size=2)
     assert json.loads((tmp_path / "checkpoints" / "00000002-all" / "state.json").read_text())["step"] == 2
     assert not (tmp_path / "checkpoints" / "00000003-all").exists()
+
+
+@in_rank
+def test_torn_lines_are_passed_over_and_budgets_count_what_is_near(tmp_path: Path) -> None:
+    (tmp_path / "incidents.jsonl").write_text('{"kind": "spike", "acti')
+    log = IncidentLog(tmp_path)
+    assert log.incidents == []
+    for step, data_step, action in ((5, 4, "skip"), (5, 4, "skip"), (7, 6, "skip"), (8, 7, "rollback"), (40, 39, "skip")):
+        log.add({"kind": "nonfinite", "action": action, "stage": "all", "step": step, "data_step": data_step, "to_step": 4})
+    again = IncidentLog(tmp_path)
+    assert [i["step"] for i in again.incidents] == [5, 5, 7, 8, 40]
+    new = {"action": "skip", "stage": "all", "step": 9, "data_step": 8}
+    # Step 5 was met twice on the same data, step 40 is far away, step 8 was something else.
+    assert log.number_with(new, 10) == again.number_with(new, 10) == 3
+    assert again.number_with(new, 3) == 2 and again.number_with(new | {"stage": "other"}, 10) == 1
