@@ -113,8 +113,9 @@ class MlflowSink:
         if anew and saved:
             (self._run_dir / "mlflow_run_id").unlink()  # nodes that look for it must not find the earlier one
         self._reader = SpoolReader(self._run_dir / node.spool)
-        # The end of an earlier start was not the end; what lies after it was measured all the same.
-        self._reader.keep(lambda item: resume_step is None or item["kind"] != "status")
+        # The end of an earlier start was not the end; what it measured stays, unless another MLflow run begins here.
+        for reader in (self._reader, SpoolReader(self._reader.folder / "system")):
+            reader.keep(lambda item: resume_step is None or item["kind"] not in (("status", "metrics") if anew else ("status",)))
         self._spool = SpoolWriter(self._run_dir / node.spool)
         self._put_lock = threading.Lock()
         self._finished = False

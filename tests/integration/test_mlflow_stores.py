@@ -416,3 +416,18 @@ def test_after_the_end(tmp_path):
     assert sink.finish(timeout_s=0.1) == 1 == sink.finish()
     with pytest.raises(TrackingError, match="after finish"):
         sink.metrics(1, {"loss": 1.0})
+
+
+@pytest.mark.parametrize(("resume_step", "kept"), [(0, ["tags", 9]), (5, [1, 8, "tags", 9]), (None, [1, 8, "tags", "FAILED", 9])])
+def test_what_an_earlier_start_left_goes_on_unless_training_begins_anew(tmp_path, resume_step, kept):
+    config = TrackingConfig(mlflow_uri=f"http://127.0.0.1:{free_port()}")
+    first = MlflowSink(config, "n", tmp_path, resume_step=0)
+    for step in (1, 8):
+        first.metrics(step, {"loss": 1.0})
+    first.tags({"a": "b"})
+    first.finish("FAILED", timeout_s=0.1)
+    second = MlflowSink(config, "n", tmp_path, resume_step=resume_step)
+    second.metrics(9, {"loss": 1.0})
+    second.finish(None, timeout_s=0.1)
+    found = [item.get("step", item.get("status", item["kind"])) for item in SpoolReader(tmp_path / "mlflow-spool").peek(99)[0]]
+    assert found == kept

@@ -153,7 +153,10 @@ def _context() -> dict[str, str]:
 
 
 def _precision() -> dict[str, str]:
+    from megavlm.planner.compiled import machine_stops
     from megavlm.planner.precision import formats_here
     from megavlm_kernels.packed_attention import machine_of
 
-    return formats_here(machine_of("cuda"))
+    machine = machine_of("cuda")
+    reason = machine_stops(machine.device)
+    return {**formats_here(machine), "compiled encoder": "torch.compile" if reason is None else f"not here: {reason}"}

@@ -74,6 +74,7 @@ def test_doctor_reports_all_and_its_exit_code_says_that_something_needed_is_miss
         found = json.loads(out)
         assert [p["status"] for p in found["parts"]] == ["ok", "missing"] and found["problems"] == ["nope"]
         ways = found["context"]
+        assert "compiled encoder" in found["precision"] and "bf16" in found["precision"]
         assert list(ways) == ["keys", "p2p", "all_gather", "a2a"] and ways["keys"] in ("auto takes this one", "")
     else:
         assert "needed: nothing trains" in out and "Needed and not usable: nope" in out
