@@ -107,6 +107,18 @@ def test_a_rollback_goes_on_behind_the_bad_data(
 
 
 @pytest.mark.slow
+def test_a_rollback_takes_a_newer_checkpoint_of_the_nodes(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    """Bad data in step 6, a checkpoint on the node's own disk at step 4, and none in the run's folder yet."""
+    blocks: dict[str, Any] = {"checkpoint": {"local": {"dir": str(tmp_path / "local"), "every_steps": 4}}}
+    recipe = recipe_of(tmp_path / "run", data_dir, faults={"on_nonfinite": "rollback"}, **blocks)
+    records = pool.run(train_badly, recipe, {5: NAN}, world_size=2)[0]
+    truth = pool.run(train_without, recipe_of(tmp_path / "truth", data_dir), {4, 5}, world_size=2)[0]
+    assert numbers(records) == numbers(truth)
+    (incident,) = incidents(tmp_path / "run")
+    assert (incident["step"], incident["to_step"]) == (6, 4)
+
+
+@pytest.mark.slow
 def test_a_rollback_without_a_checkpoint_goes_to_the_beginning_of_the_stage(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path / "run", data_dir, faults={"on_nonfinite": "rollback"})
     records = pool.run(train_badly, recipe, {1: NAN}, world_size=1)[0]
