@@ -270,7 +270,7 @@ def test_every_node_sends_its_system_metrics_into_one_run(tmp_path, monkeypatch)
     assert not list(run_dir.glob("mlflow-spool*"))
 
 
-def test_a_table_and_a_model_with_a_version(tmp_path, server):
+def test_a_table_and_a_model_with_a_version(tmp_path, server, monkeypatch):
     (tmp_path / "table.json").write_text('{"columns": ["task", "right"], "data": [["ocr", 0.5]]}')
     model = tmp_path / "hf"
     model.mkdir()
@@ -287,21 +287,11 @@ def test_a_table_and_a_model_with_a_version(tmp_path, server):
         assert sink.finish(timeout_s=60) == 0
         found = {v.version: v for v in client.search_model_versions() if v.name == "the model's name"}
         assert sorted(map(int, found)) == list(range(1, number + 1)) and found[str(number)].run_id == sink.run_id
-    frame = client_table(server.uri, sink.run_id, "evaluation/table.json")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)  # load_table asks it, whatever its client was given
+    frame = client.load_table(client.get_run(sink.run_id).info.experiment_id, "evaluation/table.json", [sink.run_id])
     assert frame.to_dict("list") == {"task": ["ocr"], "right": [0.5]}
     loaded = mlflow.artifacts.download_artifacts(artifact_uri="models:/the model's name/2", tracking_uri=server.uri, dst_path=str(tmp_path))
     assert (Path(loaded) / "config.json").read_text() == '{"model_type": "x"}'
-
-
-def client_table(uri: str, run_id: str, name: str):
-    """A table as MLflow itself loads it."""
-    client = client_of(uri)
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(uri)  # load_table searches there, whatever its client was given
-    try:
-        return client.load_table(client.get_run(run_id).info.experiment_id, name, [run_id])
-    finally:
-        mlflow.set_tracking_uri(before)
 
 
 @pytest.mark.slow

@@ -65,12 +65,11 @@ def test_an_evaluation_is_in_the_runs_mlflow(tmp_path, monkeypatch, result):
     where = "evaluation/step-00000007-heldout"
     tables = json.loads(run.data.tags["mlflow.loggedArtifacts"])
     assert tables == [{"path": f"{where}/mlflow-{n}.json", "type": "table"} for n in ("table", "samples")]
-    experiment, before = run.info.experiment_id, mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")  # load_table searches there, whatever its client was given
+    experiment = run.info.experiment_id
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")  # load_table asks it, whatever its client was given
     assert client.load_table(experiment, tables[0]["path"], [run.info.run_id])["right picture"].tolist() == [0.5]
     samples = client.load_table(experiment, tables[1]["path"], [run.info.run_id])
     assert samples["prediction"].tolist() == ["answer 1", "answer 0"]
-    mlflow.set_tracking_uri(before)
     stored = {f.path for f in client.list_artifacts(run.info.run_id, f"{where}/samples")}
     assert stored == {f"{where}/samples/000.png", f"{where}/samples/001.png"}
     file = json.loads((folder / "mlflow-samples.json").read_text())
