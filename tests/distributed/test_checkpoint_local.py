@@ -167,6 +167,7 @@ def _place(root: Path, local: dict[str, Any]) -> str:
     return found.name
 
 
+@pytest.mark.slow
 def test_another_layout_takes_the_durable_tier(pool: RankPool, data_dir: Path, tmp_path: Path, whole: list[dict[str, Any]]) -> None:
     stop(pool, tmp_path, data_dir, "DP2 ZeRO-1, two nodes")
     records, said = pool.run(train_on_nodes, tmp_path, data_dir, 1, {"pipeline": 2}, None, world_size=2)[0]

@@ -157,6 +157,17 @@ def test_a_folder_that_cannot_be_made(pool: RankPool, tmp_path: Path) -> None:
         pool.run(save_one, tmp_path / "file" / "00000001-a", {}, world_size=2)
 
 
+def save_where_each_rank_sees_its_own(root: Path) -> None:
+    model, ctx = build({})
+    store.save(root / str(ctx.rank) / "00000001-a", model.modules, None, {}, ctx)
+
+
+def test_a_folder_that_not_all_nodes_share(pool: RankPool, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="__1_0.distcp is not there, as rank 0 sees it: every node must see the same run.dir"):
+        pool.run(save_where_each_rank_sees_its_own, tmp_path, world_size=2)
+    assert not list(tmp_path.glob("*/00000001-a"))
+
+
 def test_a_full_disk_leaves_the_older_checkpoint_alone(pool: RankPool, tmp_path: Path) -> None:
     run = tmp_path / "checkpoints"
     pool.run(save_one, run / "00000001-a", {}, world_size=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_a_stretch_becomes_boxes_of_just_its_elements(sizes: tuple[int, ...], st
 def test_what_is_cut_into_stretches_tiles_the_whole(sizes: tuple[int, ...], one: int, two: int) -> None:
     strides = tuple(math.prod(sizes[axis + 1 :]) for axis in range(len(sizes)))
     ends = sorted({0, math.prod(sizes), *(min(end, math.prod(sizes)) for end in (one, two))})
-    boxes = [box for low, high in zip(ends, ends[1:], strict=False) for box, _ in cut(sizes, strides, 0, low, high)]
+    boxes = [box for low, high in pairwise(ends) for box, _ in cut(sizes, strides, 0, low, high)]
     assert tile_exactly(sizes, boxes)
     assert not tile_exactly(sizes, boxes[1:]) and not tile_exactly(sizes, [*boxes, boxes[0]])
 

@@ -73,3 +73,25 @@ def test_publishing_over_a_checkpoint_replaces_it_whole(tmp_path: Path) -> None:
     path = make(tmp_path, "00000010-align", state={"step": 2})
     assert folders.read_state(path)["step"] == 2
     assert [p.name for p in path.parent.iterdir() if p.is_dir()] == ["00000010-align"]
+
+
+def test_one_that_was_about_to_be_replaced_gets_its_name_back(tmp_path: Path) -> None:
+    path = make(tmp_path, "00000010-align", state={"step": 1})
+    path.rename(folders.aside(path))
+    folders.recover(tmp_path)
+    assert folders.read_state(path)["step"] == 1
+    # Not where the newer one is there already, nor one that a deletion has begun to take apart.
+    aside = make(tmp_path, "00000011-align").rename(folders.aside(path.with_name("00000011-align")))
+    (aside / "shard").unlink()
+    make(tmp_path, "00000012-align").rename(older := folders.aside(path.with_name("00000012-align")))
+    make(tmp_path, "00000012-align", state={"step": 99})
+    folders.recover(tmp_path)
+    assert aside.is_dir() and older.is_dir() and not path.with_name("00000011-align").exists()
+    assert folders.read_state(path.with_name("00000012-align"))["step"] == 99
+
+
+def test_damaged_ones_are_set_aside_under_names_of_their_own(tmp_path: Path) -> None:
+    first = folders.set_damaged_aside(make(tmp_path, "00000010-align"))
+    second = folders.set_damaged_aside(make(tmp_path, "00000010-align"))
+    assert first != second and first.is_dir() and second.is_dir()
+    assert folders.named(tmp_path) == [] and not folders.is_leftover(first) and not folders.is_leftover(second)
