@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megavlm.checkpoint import folders
 from megavlm.checkpoint.errors import CheckpointError
+from megavlm.checkpoint.reader import read_metadata
 from megavlm.checkpoint.shares import Nodes
 from megavlm.checkpoint.store import everywhere, verify_together
 from megavlm.parallel.reductions import from_rank_zero
@@ -75,7 +76,7 @@ def find(run_dir: str | Path, local_dir: Path | None, fits: Mapping[str, Any] | 
         if problem is None:
             try:
                 verify_together(path, nodes.ranks_beside(rank) if candidate.is_local else world)
-                state = everywhere(lambda at=path: folders.read_state(at), f"loading {path}")
+                state = everywhere(lambda at=path: _opened(at, rank == nodes.leader(rank)), f"loading {path}")
             except CheckpointError as error:
                 problem = str(error)
             else:
@@ -92,6 +93,13 @@ def find(run_dir: str | Path, local_dir: Path | None, fits: Mapping[str, Any] | 
             "use another run.dir to start from the beginning"
         )
     return Found(None, {}, warnings)
+
+
+def _opened(path: Path, reads_index: bool) -> dict[str, Any]:
+    """Its state. One rank of each node reads the index too: checksums do not tell of one that was exchanged together with them."""
+    if reads_index:
+        read_metadata(path)
+    return folders.read_state(path)
 
 
 def _durable(run_dir: str | Path) -> tuple[list[_Candidate], str | None]:
