@@ -24,7 +24,8 @@ from types import TracebackType
 
 from megavlm.config.exits import Exit, note_exit
 
-MARK = "hang"
+MARK, MISSING = "hang", "missing"
+"""Files in the folder: that a rank hangs, with its exit code; ranks that left no stacks."""
 POLL_S = 0.25
 GATHER_S = 2.0
 """How long the first rank waits for the stacks of the others before it ends and the launcher kills them."""
@@ -141,11 +142,14 @@ class Watchdog:
         self._await_others(began)
 
     def _await_others(self, began: float) -> None:
-        """Until all ranks have written their stacks; the lowest that has says who did not."""
+        """Until all ranks have written their stacks; the first that has waited long enough says who did not."""
         while (missing := self._missing()) and time.monotonic() < began + GATHER_S:
             time.sleep(POLL_S / 2)
-        if missing and self.rank == min(set(range(self.world_size)) - set(missing)):
-            whose = ", ".join(map(str, missing[:16])) + (" ..." if len(missing) > 16 else "")
+        if not missing:
+            return
+        whose = ", ".join(map(str, missing[:16])) + (" ..." if len(missing) > 16 else "")
+        with contextlib.suppress(FileExistsError), (self.folder / MISSING).open("x", encoding="utf-8") as file:
+            file.write(f"{whose}\n")
             _say(f"no stacks from rank {whose}: stopped, killed, or without a network or file system. Look there first")
 
     def _missing(self) -> list[int]:
