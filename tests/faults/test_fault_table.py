@@ -26,6 +26,9 @@ def test_the_page_has_the_marks_once() -> None:
 
 
 def test_every_fault_is_told_apart() -> None:
-    names = [fault.name for fault in [*FAULTS, *DAMAGES]]
+    names = [*(fault.name for fault in FAULTS), *(damage.name for damage in DAMAGES)]
     assert len(names) == len(set(names))
-    assert {fault.name for fault in [*FAULTS, *DAMAGES] if fault.quick} == {"kill -9 of rank 1", "flipped bit"}
+    assert {*(fault.name for fault in FAULTS if fault.quick), *(damage.name for damage in DAMAGES if damage.quick)} == {
+        "kill -9 of rank 1",
+        "flipped bit",
+    }
