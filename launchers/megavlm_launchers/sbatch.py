@@ -17,7 +17,7 @@ from megavlm.config.exits import Exit
 from megavlm_launchers.errors import LaunchError
 
 TEMPLATES = Path(__file__).parent / "templates"
-FINAL = (Exit.USER, Exit.FAULTS_EXHAUSTED, Exit.DISK_FULL)
+FINAL = (Exit.USER, Exit.FAULTS_EXHAUSTED, Exit.REPLICAS_DIVERGED, Exit.DISK_FULL)
 """Exit codes of ranks that a restart would meet again: somebody has to look."""
 
 
