@@ -56,7 +56,9 @@ class CheckpointSource:
 
     def identity(self) -> dict[str, str]:
         """Changes when any byte of the checkpoints does."""
-        return {str(where.resolve()): folders.checksum(where / folders.MANIFEST)[folders.CHECKSUM] for where in sorted(set(self.homes.values()))}
+        return {
+            str(where.resolve()): folders.checksum(where / folders.MANIFEST)[folders.CHECKSUM] for where in sorted(set(self.homes.values()))
+        }
 
     def check(self) -> None:
         """Wait until the checksums of all files read from are compared, which goes on beside the reading. Raises CheckpointError."""

@@ -1,7 +1,4 @@
-"""Whether ranks reach each other: a process group, an all-reduce that must come out right, its latency and its bandwidth.
-
-As a module it is one of the ranks that `check_here` starts.
-"""
+"""Whether ranks reach each other, here or between those that torchrun or SLURM started."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from typing import Any
 
 from megavlm.cli._doctor.check import Check
@@ -21,8 +17,6 @@ TIMEOUT_S = 60.0
 """Between ranks of one machine."""
 FAR_TIMEOUT_S = 120.0
 """Between those that torchrun or SLURM started: the last may come late."""
-_BYTES = {"gloo": 8 << 20, "nccl": 256 << 20}
-_TURNS = 20
 _REMEDY = {
     "gloo": "ranks cannot start: look for a firewall, and set GLOO_SOCKET_IFNAME to the interface that the nodes share",
     "nccl": "no training over several GPUs: run again with NCCL_DEBUG=INFO, and see NCCL_SOCKET_IFNAME and NCCL_IB_HCA",
@@ -32,7 +26,7 @@ _REMEDY = {
 def check_here(backend: str, num_ranks: int) -> Check:
     """Start so many ranks on this machine and let them talk."""
     name, port = f"{backend}, {num_ranks} ranks here", free_port()
-    command = [sys.executable, "-m", "megavlm.cli._doctor.reach", backend, str(TIMEOUT_S)]
+    command = [sys.executable, "-m", "megavlm.parallel.reach", backend, str(TIMEOUT_S)]
     ranks = [
         subprocess.Popen(
             command, env=rank_environment(rank, num_ranks, port, os.environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -61,6 +55,8 @@ def check_between(backend: str) -> tuple[Check, bool]:
     name = f"{backend}, all {os.environ['WORLD_SIZE']} ranks"
     first = os.environ["RANK"] == "0"
     try:
+        from megavlm.parallel.reach import talk
+
         found = talk(backend, FAR_TIMEOUT_S)
     except Exception as error:  # whatever a network does
         said = (str(error).strip().splitlines() or [""])[0][:300]
@@ -69,57 +65,8 @@ def check_between(backend: str) -> tuple[Check, bool]:
     return _found(name, found), first
 
 
-def talk(backend: str, timeout_s: float) -> dict[str, Any]:
-    """All-reduce among the ranks of the environment. Raises RuntimeError for a sum that is wrong, and whatever torch raises."""
-    import torch
-    import torch.distributed as dist
-
-    device = torch.device("cpu")
-    if backend == "nccl":
-        if not torch.cuda.is_available():
-            raise RuntimeError("NCCL needs a GPU, and torch finds none")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.cuda.device_count()))
-        torch.cuda.set_device(device)
-    begin = time.perf_counter()
-    options = {"device_id": device} if backend == "nccl" else {}
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **options)  # type: ignore[arg-type]
-    try:
-        rank, size = dist.get_rank(), dist.get_world_size()
-        number = torch.full((1,), float(rank + 1), device=device)
-        dist.all_reduce(number)
-        start_s = time.perf_counter() - begin
-        if int(number.item()) != size * (size + 1) // 2:
-            raise RuntimeError(f"an all-reduce of {size} ranks came out as {number.item()}, and should be {size * (size + 1) // 2}")
-        small_s = _seconds(torch.zeros(1, device=device), _TURNS)
-        large = torch.zeros(_BYTES[backend] // 4, device=device)
-        _seconds(large, 1)
-        large_s = _seconds(large, 3)
-        # What a ring moves over each link, as NCCL's own tests count it.
-        moved = 2 * (size - 1) / size * _BYTES[backend]
-        return {"ranks": size, "start_s": start_s, "latency_s": small_s, "bytes_per_s": moved / large_s}
-    finally:
-        dist.destroy_process_group()
-
-
-def _seconds(values: Any, turns: int) -> float:
-    import torch
-    import torch.distributed as dist
-
-    dist.barrier()
-    begin = time.perf_counter()
-    for _ in range(turns):
-        dist.all_reduce(values)
-    if values.is_cuda:
-        torch.cuda.synchronize()
-    return (time.perf_counter() - begin) / turns
-
-
 def _found(name: str, found: dict[str, Any]) -> Check:
     detail = f"all-reduce is right; met in {found['start_s']:.1f} s, {1e6 * found['latency_s']:.0f} us for a number"
     if found["ranks"] > 1:
         detail += f", {human_bytes(int(found['bytes_per_s']))}/s"
     return Check(name, "ok", detail, needed=True)
-
-
-if __name__ == "__main__":
-    print(json.dumps(talk(sys.argv[1], float(sys.argv[2]))))
