@@ -17,6 +17,8 @@ from megavlm.config.exits import Exit
 from megavlm_launchers.errors import LaunchError
 
 TEMPLATES = Path(__file__).parent / "templates"
+REQUEUE_S = 20
+"""What the script keeps of the time between the warning and the limit, to kill ranks that do not end and go back into the queue."""
 FINAL = (Exit.USER, Exit.FAULTS_EXHAUSTED, Exit.REPLICAS_DIVERGED, Exit.DISK_FULL)
 """Exit codes of ranks that a restart would meet again: somebody has to look."""
 
@@ -60,6 +62,7 @@ def render(job: SlurmJob) -> str:
         env_file=job.env_file,
         setup=cluster.setup,
         signal=cluster.signal,
+        patience=max(cluster.signal_before_s - REQUEUE_S, cluster.signal_before_s // 2),
         srun=shlex.join(_srun_options(job)),
         command=shlex.join([*_entered(job), *job.command]),
     )
@@ -106,9 +109,9 @@ def _gpus(cluster: ClusterConfig) -> list[str]:
 
 
 def _srun_options(job: SlurmJob) -> list[str]:
-    """One failed rank ends the others; each line of output says whose it is."""
+    """One failed rank ends the others; the first may export and upload when they have ended; each line of output says whose it is."""
     cluster = job.cluster
-    options = ["--kill-on-bad-exit=1", "--wait=60", "--label"]
+    options = ["--kill-on-bad-exit=1", "--wait=0", "--label"]
     if cluster.cpus_per_rank:
         options.append(f"--cpus-per-task={cluster.cpus_per_rank}")  # since SLURM 22.05 a step does not take the job's
     if cluster.container is not None and cluster.container.runtime == "pyxis":

@@ -11,7 +11,13 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, incomplete, damaged or of another model."""
 
 
-class DiskFull(CheckpointError):
+class SaveFailed(CheckpointError):
+    """A checkpoint that could not be written: a disk or a file system that may be well again at the next start."""
+
+    exit_code = Exit.SAVE_FAILED
+
+
+class DiskFull(SaveFailed):
     """A checkpoint for which there is no room."""
 
     exit_code = Exit.DISK_FULL

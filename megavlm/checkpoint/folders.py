@@ -31,6 +31,7 @@ FORMAT = 1
 CHECKSUM = "xxh3_128"
 """Name of the checksum in manifests that are written now."""
 _READ_BYTES = 4 << 20
+_AHEAD_BYTES = 16 * _READ_BYTES
 DAMAGED = ".damaged"
 """Ends the name of a checkpoint that was found damaged: nothing looks at it again, nothing deletes it."""
 _NAME = re.compile(r"^(\d{8,})-(.+)$")
@@ -131,11 +132,22 @@ def _is_as_written(file: Path, entry: dict[str, Any]) -> bool:
 
 
 def _digest(stream: BinaryIO, summing: Any) -> str:
-    buffer = bytearray(_READ_BYTES)
+    buffer, place = bytearray(_READ_BYTES), 0
     view = memoryview(buffer)
-    while count := stream.readinto(buffer):  # type: ignore[attr-defined]
+    while True:
+        if place % _AHEAD_BYTES == 0:
+            _ask_ahead(stream, place)
+        count = stream.readinto(buffer)  # type: ignore[attr-defined]
+        if not count:
+            return str(summing.hexdigest())
         summing.update(view[:count])
-    return str(summing.hexdigest())
+        place += count
+
+
+def _ask_ahead(stream: BinaryIO, place: int) -> None:
+    """Let the system read on while we hash: a disk gives twice as much to many requests as to one after the other."""
+    with contextlib.suppress(AttributeError, OSError):  # not on every system, nor every file system
+        os.posix_fadvise(stream.fileno(), place, 2 * _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
 
 
 def write_json(file: Path, value: Any) -> None:

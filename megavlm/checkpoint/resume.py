@@ -19,6 +19,8 @@ from megavlm.parallel.reductions import from_rank_zero
 
 LOCAL = "local"
 """In the state of a node's own checkpoint: what must be the same for it to be of use."""
+SAVE = "save"
+"""In the same state: which save it was, the same on every node."""
 RUN_ID = "run-id"
 """File beside the checkpoints: a run that begins anew in the same folder must not take an earlier one's local checkpoints for its own."""
 
@@ -113,18 +115,19 @@ def _durable(run_dir: str | Path) -> tuple[list[_Candidate], str | None]:
 
 
 def _local(local_dir: Path, fits: Mapping[str, Any], nodes: Nodes) -> list[_Candidate]:
-    """Those that every node has its part of."""
+    """Those that every node has its part of: of one save, not of two at the same step."""
     rank, own = dist.get_rank(), None
     if nodes.leader(rank) == rank:
         own = set()
         for path in folders.named(local_dir):
             with contextlib.suppress(CheckpointError):
-                if folders.read_state(path).get(LOCAL) == dict(fits):
-                    own.add(path.name)
+                state = folders.read_state(path)
+                if state.get(LOCAL) == dict(fits):
+                    own.add((path.name, state.get(SAVE)))
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, own)
     everywhere_there = set.intersection(*(names for names in gathered if names is not None))
-    return [_Candidate(folders.step_and_stage(name)[0], name, True, None) for name in everywhere_there]
+    return [_Candidate(folders.step_and_stage(name)[0], name, True, None) for name, _ in everywhere_there]
 
 
 def _set_aside(root: Path, damaged: list[str], chosen: Path) -> None:

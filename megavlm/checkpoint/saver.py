@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 import threading
@@ -30,6 +31,7 @@ import torch.distributed as dist
 
 import megavlm
 from megavlm.checkpoint import folders, optimizer_state
+from megavlm.checkpoint.errors import CheckpointError
 from megavlm.checkpoint.pieces import Piece, pieces_of
 from megavlm.checkpoint.shares import Nodes, agree_on_shares
 from megavlm.checkpoint.staging import Staging
@@ -37,6 +39,7 @@ from megavlm.checkpoint.watchdog import watchdog
 from megavlm.parallel.context import ParallelContext
 from megavlm.parallel.sharded import is_sharded
 
+_log = logging.getLogger(__name__)
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """What a system says where there is no room."""
 _SLICE_BYTES = 16 << 20
@@ -103,6 +106,11 @@ class Saver:
         return self._job is not None
 
     @property
+    def next_save(self) -> str:
+        """A name that no other save has, the same on every rank."""
+        return f"{self._attempts}-{self._number + 1}"
+
+    @property
     def host_bytes(self) -> int:
         """Host memory that saving takes on this rank."""
         return self._memory().num_bytes
@@ -118,8 +126,8 @@ class Saver:
         pieces = self._find_pieces()
         everything = self._describe(path, state)
         self._memory().fill(pieces)
+        unfinished = path.with_name(f"{path.name}.{self.next_save}{folders.UNFINISHED}")
         self._number += 1
-        unfinished = path.with_name(f"{path.name}.{self._attempts}-{self._number}{folders.UNFINISHED}")
         job = _Job(path, unfinished, json.dumps(everything, indent=1), is_local, began, stall_s=time.perf_counter() - began)
         self._job = job
         self._start(job, self._write, "writing")
@@ -214,12 +222,16 @@ class Saver:
             try:
                 with watchdog(f"{what} {job.path}", self.timeout_s):
                     work(job)
-                    if job.is_publishing and self.after is not None:
-                        self.after(job.path, job.is_local)
             except Exception as error:
                 job.error = error
-            else:
-                job.stage += 1
+                return
+            if job.is_publishing and self.after is not None:
+                # The checkpoint is good whatever becomes of older ones, and deleting may take its time.
+                try:
+                    self.after(job.path, job.is_local)
+                except (OSError, CheckpointError) as error:
+                    _log.warning("behind %s older checkpoints could not be deleted: %s", job.path.name, error)
+            job.stage += 1
 
         job.thread = threading.Thread(target=run, name=f"checkpoint {what}", daemon=True)
         job.thread.start()

@@ -34,6 +34,7 @@ class Exit(IntEnum):
     FAULTS_EXHAUSTED = 78, "a loss or gradient that is not a number, or a spike: more than the recipe's faults block lets pass"
     REPLICAS_DIVERGED = 79, "ranks that must hold the same parameters hold different ones"
     DISK_FULL = 80, "a checkpoint could not be written, and checkpoint.on_disk_full says to end then"
+    SAVE_FAILED = 81, "a checkpoint could not be written, for another reason than a full disk"
     NO_PROGRESS = 86, "restarts in a row that reached no newer checkpoint (script of a SLURM job)"
 
     @classmethod

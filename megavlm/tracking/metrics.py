@@ -120,16 +120,17 @@ def cut_after(path: Path, step: int) -> tuple[int, int | None]:
         return 0, None
     kept: list[str] = []
     cut: list[str] = []
-    last_step = None
+    last_step, is_torn = None, False
     for line, record in _lines(path):
         if record is not None and record.get("step", 0) <= step:
             kept.append(line)
             last_step = max(last_step or 0, record.get("step", 0))
         else:
             cut.append(line)
+            is_torn = record is None
     if cut:
         with open(path.with_suffix(".cut.jsonl"), "a", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in cut)
+            file.writelines(f"{line}\n" for line in (cut[:-1] if is_torn else cut))  # what a crash tore is no record
         replacement = path.with_suffix(".new")
         replacement.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(replacement, path)

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megavlm.checkpoint import folders, resume, store
-from megavlm.checkpoint.errors import CheckpointError, DiskFull
+from megavlm.checkpoint.errors import DiskFull, SaveFailed
 from megavlm.checkpoint.hf import start_from
 from megavlm.checkpoint.retention import HELD_OUT_LOSS, Rules, prune, prune_to_newest
 from megavlm.checkpoint.saver import Outcome, Saver
@@ -149,8 +149,9 @@ class Checkpointer:
         assert self._local is not None
         name = f"{state.step:08d}-{self.stage.name}"
         state.loss_scaler = scaler_state(self.model.optimizer)
-        saved = {**state.to_json(), "checkpoint": name, resume.LOCAL: self._fits}
-        self._make_saver().begin(self._local / folders.CHECKPOINTS / name, saved, is_local=True)
+        saver = self._make_saver()
+        saved = {**state.to_json(), "checkpoint": name, resume.LOCAL: self._fits, resume.SAVE: saver.next_save}
+        saver.begin(self._local / folders.CHECKPOINTS / name, saved, is_local=True)
 
     def progress(self) -> list[int]:
         """What `advance` wants the largest of over all ranks."""
@@ -167,7 +168,7 @@ class Checkpointer:
         return self._settled(outcome, state, is_last=is_last)
 
     def _settled(self, outcome: Outcome | None, state: RunState, *, is_last: bool = False) -> Outcome | None:
-        """Note a save that ended in the run's state; raises CheckpointError where its failure ends the run."""
+        """Note a save that ended in the run's state; raises SaveFailed where its failure ends the run."""
         if outcome is None or outcome.is_local:
             return outcome
         if outcome.error is None:
@@ -175,7 +176,7 @@ class Checkpointer:
             state.modules.update(self._pending["modules"])
             return outcome
         if not outcome.is_full:
-            raise CheckpointError(outcome.error)
+            raise SaveFailed(outcome.error)
         if is_last or self.config.on_disk_full == "exit":
             raise DiskFull(f"{outcome.error}. Earlier checkpoints are as they were: make room, and start again")
         return outcome

@@ -65,6 +65,7 @@ def run_stages(
         except RollBack as back:
             incident = back.incident
         if incident is not None:  # out here, where the exception and with it the model are gone
+            sections.setup()
             state = roll_back(recipe, state, beginning, incident, tracker, incidents)
             continue
         if signal_number:
@@ -160,7 +161,8 @@ class _StageRun:
             return self._steps()
         except (RollBack, TrainingFailure):
             # All ranks are here: what they were saving is good, and is finished.
-            self._tell(self.checkpointer.wait(self.state))
+            with self.sections.checkpoint():
+                self._tell(self.checkpointer.wait(self.state))
             raise
         finally:
             self.watch.close()

@@ -17,12 +17,15 @@ import pytest
 import torch
 
 from megavlm.checkpoint import folders, saver
+from megavlm.checkpoint.errors import DiskFull, SaveFailed
 from megavlm.checkpoint.reader import CheckpointReader
+from megavlm.config.exits import Exit
 from megavlm.config.schema import Recipe
 from megavlm.testing.marks import slow_unless
 from megavlm.testing.pool import RankError, RankPool
 from megavlm.testing.recipes import assert_same_records, tiny_recipe, tiny_stage, train_and_read
 from megavlm.tracking.tracker import Tracker
+from megavlm_launchers.sbatch import FINAL
 
 LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
     "one": ({}, 1),
@@ -158,6 +161,31 @@ def test_the_last_save_cannot_be_left_out(pool: RankPool, data_dir: Path, tmp_pa
     with pytest.raises(RankError, match="DiskFull: .*00000004-all.*make room, and start again"):
         pool.run(train_on_a_full_disk, recipe, (4,), 0)
     assert names(tmp_path) == ["00000003-all"]
+
+
+def train_with_a_disk(recipe: Recipe, prunes: BaseException | None, writes: BaseException | None) -> int:
+    """The disk fails whoever deletes old checkpoints, or whoever writes. Returns the last step."""
+    original = saver._write_file
+
+    def write(*arguments: Any) -> Any:
+        if writes is not None:
+            raise writes
+        return original(*arguments)
+
+    with patch("megavlm.training.checkpointing.prune", side_effect=prunes), patch.object(saver, "_write_file", write):
+        return int(train_and_read(recipe)[-1]["step"])
+
+
+def test_a_checkpoint_is_good_though_older_ones_cannot_be_deleted(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    recipe = make(tmp_path, data_dir, checkpoint={"every_steps": 1, "keep_last": 1})
+    assert pool.run(train_with_a_disk, recipe, OSError(errno.ENOTEMPTY, "Directory not empty"), None)[0] == 4
+    assert names(tmp_path) == [f"{step:08d}-all" for step in (1, 2, 3, 4)] and folders.latest(tmp_path) == "00000004-all"
+
+
+def test_a_disk_that_fails_ends_the_run_as_what_a_restart_may_mend(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="SaveFailed: saving .*00000001-all: rank 0 could not write: .*Stale file handle"):
+        pool.run(train_with_a_disk, make(tmp_path, data_dir), None, OSError(errno.ESTALE, "Stale file handle"))
+    assert SaveFailed.exit_code == Exit.SAVE_FAILED and Exit.SAVE_FAILED not in FINAL and DiskFull.exit_code in FINAL
 
 
 # ----------------------------------------------------------------------------------------------- damaged checkpoints

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from contextlib import ExitStack
@@ -131,6 +132,16 @@ def damage_the_newest_of_a_node(root: Path) -> None:
     shard.write_bytes(data)
 
 
+def replace_a_node_by_another_save(root: Path) -> None:
+    """A node comes back with its part of an attempt that was given up, at the same step."""
+    (run,) = (root / "node-1").iterdir()
+    folder = run / "checkpoints" / "00000005-all"
+    state, manifest = (json.loads((folder / name).read_text()) for name in (folders.STATE, folders.MANIFEST))
+    folders.write_json(folder / folders.STATE, {**state, "save": "another"})
+    manifest["files"][folders.STATE] = folders.checksum(folder / folders.STATE)
+    folders.write_json(folder / folders.MANIFEST, manifest)
+
+
 def begin_anew(root: Path) -> None:
     shutil.rmtree(root / "run")
 
@@ -138,8 +149,14 @@ def begin_anew(root: Path) -> None:
 @pytest.mark.parametrize(
     "damage, step",
     slow_unless(
-        [(lose_a_node, 3), (lose_the_newest_of_a_node, 4), (damage_the_newest_of_a_node, 4), (begin_anew, 0)],
-        lambda damage, step: damage in (damage_the_newest_of_a_node, begin_anew),
+        [
+            (lose_a_node, 3),
+            (lose_the_newest_of_a_node, 4),
+            (damage_the_newest_of_a_node, 4),
+            (replace_a_node_by_another_save, 4),
+            (begin_anew, 0),
+        ],
+        lambda damage, step: damage not in (lose_a_node, lose_the_newest_of_a_node),
     ),
 )
 def test_a_part_that_is_missing_falls_back(

@@ -118,6 +118,26 @@ def test_restarts_without_progress_come_to_an_end(cluster: SlurmCluster, run_dir
     assert "no checkpoint newer than step 1 after 2 restarts" in log(run_dir)
 
 
+def test_ranks_that_do_not_end_in_time_are_killed_and_the_job_goes_on(cluster: SlurmCluster, run_dir: Path) -> None:
+    stuck = 'trap "" USR2; if [ "$MEGAVLM_START" = 0 ]; then echo ready; while :; do sleep 0.1; done; fi'
+    job = start(run_dir, stuck, signal_before_s=4)
+    until(job, "1: ready")
+    cluster.run("scancel", "--batch", "--signal=USR2", job.id)
+    cluster.start_requeued(job.id)
+    until(job, "done at step 0")
+    assert "2 s later they have not ended: killed" in log(run_dir)
+    assert cluster.wait(job.id, ENDED)["Restarts"] == "1"
+
+
+@pytest.mark.parametrize("line", ["export TOKEN=hunter2", "hunter2", "9X=hunter2"])
+def test_a_wrong_line_of_the_env_file_is_not_printed(cluster: SlurmCluster, run_dir: Path, line: str) -> None:
+    secret = run_dir / "env file"
+    secret.write_text(f"# of the run\nA=b\n{line}\n")
+    found = cluster.wait(start(run_dir, "exit 0", env_file=secret).id, ENDED)
+    assert (found["JobState"], found["ExitCode"]) == ("FAILED", "2:0")
+    assert "line 3 is not NAME=value" in log(run_dir) and "hunter2" not in log(run_dir)
+
+
 @pytest.mark.parametrize("code", [2, 78])
 def test_what_a_restart_does_not_mend_is_not_started_again(cluster: SlurmCluster, run_dir: Path, code: int) -> None:
     job = start(run_dir, f"exit {code}")

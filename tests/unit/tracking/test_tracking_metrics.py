@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 
-from megavlm.tracking.metrics import MetricsError, MetricsWriter, flatten, read_metrics, to_plain
+from megavlm.tracking.metrics import MetricsError, MetricsWriter, cut_after, flatten, read_cut, read_metrics, to_plain
 
 
 def refuse(word):
@@ -104,3 +104,13 @@ def test_reading_every_third_line_keeps_the_last(tmp_path):
 def test_a_folder_without_a_run_is_said_so(tmp_path):
     with pytest.raises(MetricsError, match="does not exist"):
         read_metrics(tmp_path)
+
+
+def test_what_a_crash_tore_stops_no_later_start(tmp_path):
+    """Neither what is kept nor what is set aside holds half a line."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n{"step": 3, "lo')
+    assert cut_after(path, 1) == (2, 1)
+    assert list(read_cut(path, 0)) == [2]
+    assert cut_after(path, 1) == (0, 1)
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1]
