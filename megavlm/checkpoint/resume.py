@@ -52,7 +52,8 @@ def run_id(run_dir: str | Path) -> str:
             folders.write_bytes(file, uuid.uuid4().hex.encode())
         return file.read_text(encoding="utf-8").strip()
 
-    return str(everywhere(lambda: from_rank_zero(read() if dist.get_rank() == 0 else None), "the run's folder"))
+    found = everywhere(lambda: read() if dist.get_rank() == 0 else None, "the run's folder")
+    return str(from_rank_zero(found))
 
 
 def find(run_dir: str | Path, local_dir: Path | None, fits: Mapping[str, Any] | None) -> Found:

@@ -81,13 +81,14 @@ def how_to_open(uri: str, experiment_id: str | None, run_id: str | None) -> str:
 
 
 def param_values(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """A dumped recipe as MLflow params: nested keys joined by ".", stages by their name, lists as JSON."""
+    """A dumped recipe as MLflow params: nested keys joined by ".", stages by their name, lists as JSON; no URI's password."""
     tree = dict(recipe)
     if isinstance(stages := tree.get("stages"), list):
         tree["stages"] = {stage["name"]: {k: v for k, v in stage.items() if k != "name"} for stage in stages}
         tree["stage_order"] = [stage["name"] for stage in stages]
     flat = flatten(tree, ".")
-    return {store_key(k): _shorten(v if isinstance(v, str) else json.dumps(v), MAX_PARAM_CHARS) for k, v in flat.items()}
+    texts = {k: without_password(v if isinstance(v, str) else json.dumps(v)) for k, v in flat.items()}
+    return {store_key(k): _shorten(v, MAX_PARAM_CHARS) for k, v in texts.items()}
 
 
 def store_key(name: str) -> str:

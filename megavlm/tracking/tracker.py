@@ -21,6 +21,7 @@ from megavlm.tracking.environment import environment_report
 from megavlm.tracking.goodput import GoodputMeter
 from megavlm.tracking.metrics import EVALUATION_FILE, METRICS_FILE, MetricsWriter, flatten, read_cut, to_plain
 from megavlm.tracking.mlflow_sink import SPOOL_FOLDER, MlflowSink, node_of, sink_for
+from megavlm.tracking.mlflow_store import without_password
 from megavlm.tracking.ranks import RankReport, write_ranks
 
 MLFLOW_EVERY_STEP = ("loss", "grad_norm")
@@ -279,6 +280,10 @@ class Tracker:
         path = self.run_dir / "recipe.yaml"
         if self._mlflow is not None and "recipe.yaml" not in self._logged_files and path.exists():
             self._logged_files.add("recipe.yaml")
+            text = path.read_text(encoding="utf-8")
+            if (public := without_password(text)) != text:
+                path = path.with_name("recipe.without-password.yaml")
+                path.write_text(public, encoding="utf-8")
             self._mlflow.artifact(path)
 
     def __enter__(self) -> Self:

@@ -185,7 +185,8 @@ class _StageRun:
             if not signal_number and not self._reached_max_steps():
                 self._save_if_due()
         self.watch.end()
-        self._save(waits=True, is_last=True)
+        # What is stopped goes on later: where checkpoints may be left out, this one may.
+        self._save(waits=True, is_last=not signal_number)
         if signal_number:
             self.tracker.message(f"signal {signal_number}: saved step {self.state.step}, leaving")
         return signal_number

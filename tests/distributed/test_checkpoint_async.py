@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from megavlm.testing.marks import slow_unless
 from megavlm.testing.pool import RankError, RankPool
 from megavlm.testing.recipes import assert_same_records, tiny_recipe, tiny_stage, train_and_read
 from megavlm.tracking.tracker import Tracker
+from megavlm.training.run import train
 from megavlm_launchers.sbatch import FINAL
 
 LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
@@ -186,6 +188,27 @@ def test_a_disk_that_fails_ends_the_run_as_what_a_restart_may_mend(pool: RankPoo
     with pytest.raises(RankError, match="SaveFailed: saving .*00000001-all: rank 0 could not write: .*Stale file handle"):
         pool.run(train_with_a_disk, make(tmp_path, data_dir), None, OSError(errno.ESTALE, "Stale file handle"))
     assert SaveFailed.exit_code == Exit.SAVE_FAILED and Exit.SAVE_FAILED not in FINAL and DiskFull.exit_code in FINAL
+
+
+def stop_on_a_full_disk(recipe: Recipe) -> int:
+    """A signal comes in step 2, and there is no room for its checkpoint. Returns the exit code."""
+    step = Tracker.step
+
+    def and_stop(self: Tracker, record: dict[str, Any]) -> None:
+        step(self, record)
+        if record["step"] == 2:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with patch.object(Tracker, "step", and_stop), patch.object(saver, "_write_file", side_effect=full):
+        return train(recipe)
+
+
+def test_without_room_a_signal_stops_by_policy(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    goes_on = {"every_steps": 10, "on_disk_full": "continue"}
+    assert pool.run(stop_on_a_full_disk, make(tmp_path / "goes on", data_dir, checkpoint=goes_on)) == [128 + signal.SIGUSR2]
+    with pytest.raises(RankError, match="DiskFull"):
+        pool.run(stop_on_a_full_disk, make(tmp_path / "ends", data_dir, checkpoint={"every_steps": 10}))
 
 
 # ----------------------------------------------------------------------------------------------- damaged checkpoints

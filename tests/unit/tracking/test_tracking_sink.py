@@ -253,3 +253,8 @@ def test_params_name_stages_and_keep_long_values_readable():
     assert params["run.seed"] == "1" and params["stages.align.steps"] == "3" and params["stages.align.mixture.a"] == "1.0"
     assert params["tasks"] == '["x"]' and params["stage_order"] == '["align"]'
     assert len(params["long"]) == 6000 and "9000 characters" in params["long"]
+
+
+def test_a_password_in_the_uri_reaches_no_param():
+    params = param_values({"tracking": {"mlflow_uri": "https://me:hunter2@mlflow.example/x", "experiment": "e"}, "stages": []})
+    assert params["tracking.mlflow_uri"] == "https://***@mlflow.example/x" and "hunter2" not in str(params)
