@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import psutil  # type: ignore[import-untyped]
 
-from megavlm.tracking.metrics import METRICS_FILE, read_metrics
+from megavlm.tracking.metrics import METRICS_FILE, each_record
 
 FIRST_START_FILE = "first_start"
 """In the run's folder: seconds since 1970."""
@@ -95,7 +95,7 @@ def _count(run_dir: str | Path) -> _Steps:
     """The steps in a run's metrics.jsonl. One that is there twice counts once, one that updated nothing not at all."""
     if not (Path(run_dir) / METRICS_FILE).exists():
         return _Steps(0.0, 0)
-    seconds = {int(record["step"]): _kept_s(record) for record in read_metrics(run_dir)}
+    seconds = {int(record["step"]): _kept_s(record) for record in each_record(run_dir)}
     return _Steps(sum(seconds.values()), max(seconds, default=0))
 
 

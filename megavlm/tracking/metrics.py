@@ -147,6 +147,11 @@ def read_cut(path: Path, after_step: int) -> dict[int, list[dict[str, Any]]]:
 
 
 def read_metrics(run_dir: str | Path, name: str = METRICS_FILE, every: int = 1) -> list[dict[str, Any]]:
+    """`each_record` as a list."""
+    return list(each_record(run_dir, name, every))
+
+
+def each_record(run_dir: str | Path, name: str = METRICS_FILE, every: int = 1) -> Iterator[dict[str, Any]]:
     """Records of a run in order; every `every`-th for a quick look at a long one (the last is always there).
 
     A last line torn by a crash, or half written by a run that goes on, is left out. Raises MetricsError when the
@@ -155,7 +160,7 @@ def read_metrics(run_dir: str | Path, name: str = METRICS_FILE, every: int = 1) 
     path = Path(run_dir) / name
     if not path.exists():
         raise MetricsError(f"{path} does not exist: is {run_dir} the folder of a run that made its first step?")
-    return [record for _, record in _lines(path, every) if record is not None]
+    return (record for _, record in _lines(path, every) if record is not None)
 
 
 def count_lines(path: Path) -> int:

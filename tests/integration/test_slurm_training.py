@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,15 @@ class Run:
         assert not self.ranks()
 
 
+@contextmanager
+def under_way(folder: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, nodes: int = 2) -> Iterator[tuple[SlurmCluster, Run]]:
+    """A cluster, and a run on it that has saved once and gone on."""
+    with SlurmCluster(folder / "slurm", nodes, lost_after_s=10) as cluster:
+        run = Run(cluster, folder, data_dir, monkeypatch)
+        run.reaches(SAVED_EVERY + 1)
+        yield cluster, run
+
+
 @pytest.fixture(scope="module")
 def quiet(pool: RankPool, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     recipe = tiny_recipe(tmp_path_factory.mktemp("quiet") / "run", data_dir, [tiny_stage(steps=STEPS)], checkpoint=SAVED)
@@ -87,9 +97,7 @@ def quiet(pool: RankPool, data_dir: Path, tmp_path_factory: pytest.TempPathFacto
 def test_a_killed_rank_and_the_time_limit_change_no_loss(
     quiet: list[float], data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with SlurmCluster(tmp_path / "slurm") as cluster:
-        run = Run(cluster, tmp_path, data_dir, monkeypatch)
-        run.reaches(SAVED_EVERY + 1)
+    with under_way(tmp_path, data_dir, monkeypatch) as (cluster, run):
         run.ranks()[1].send_signal(signal.SIGKILL)
         run.says("start 1 on")
         run.reaches(run.step() + 1)
@@ -105,9 +113,7 @@ def test_a_killed_rank_and_the_time_limit_change_no_loss(
 @pytest.mark.slow
 def test_a_dead_node_is_replaced(quiet: list[float], data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its daemon, its steps and its ranks are gone at one moment, as with a lost machine; a third node takes its place."""
-    with SlurmCluster(tmp_path / "slurm", nodes=3, lost_after_s=10) as cluster:
-        run = Run(cluster, tmp_path, data_dir, monkeypatch)
-        run.reaches(SAVED_EVERY + 1)
+    with under_way(tmp_path, data_dir, monkeypatch, nodes=3) as (cluster, run):
         first = cluster.state(run.job)["NodeList"]
         dead = int(run.ranks()[1].environ()["SLURMD_NODENAME"].removeprefix("node"))
         cluster.kill_machine(dead)
@@ -123,9 +129,7 @@ def test_a_dead_node_is_replaced(quiet: list[float], data_dir: Path, tmp_path: P
 def test_a_controller_that_was_away_changes_nothing(
     quiet: list[float], data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with SlurmCluster(tmp_path / "slurm") as cluster:
-        run = Run(cluster, tmp_path, data_dir, monkeypatch)
-        run.reaches(SAVED_EVERY + 1)
+    with under_way(tmp_path, data_dir, monkeypatch) as (cluster, run):
         cluster.kill("slurmctld")
         run.reaches(run.step() + SAVED_EVERY)
         cluster.start_controller()

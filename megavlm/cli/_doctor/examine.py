@@ -48,9 +48,9 @@ def examine_surroundings(report: Report, recipe: Recipe | None, cluster: Cluster
     say("writing to the disk ...")
     wanted = 0
     if recipe is not None:
-        from megavlm.cli._doctor.recipe import checkpoint_bytes
+        from megavlm.cli._doctor.recipe import checkpoint_room
 
-        wanted = checkpoint_bytes(recipe)
+        wanted = checkpoint_room(recipe)
     report.checks.append(check_disk(run_dir / "checkpoints" if recipe is not None else run_dir, recipe is not None, wanted))
     say("asking MLflow ...")
     report.checks.append(check_mlflow(recipe.tracking if recipe is not None else TrackingConfig(), run_dir))

@@ -9,16 +9,13 @@ from megavlm.cli._doctor.check import Check
 from megavlm.config.schema import Recipe
 from megavlm.planner import compiled
 from megavlm.planner.attention import attention_calls
+from megavlm.planner.checkpoints import checkpoint_bytes
 from megavlm.planner.memory import estimate_memory
-from megavlm.planner.parameters import params
 from megavlm.planner.precision import BF16_CAPABILITY, choose_fp8
 from megavlm.topology.grid import RankGrid
 from megavlm.topology.table import human_bytes
 from megavlm_kernels.context_attention import SharedCall, choose_comm
 from megavlm_kernels.packed_attention import Machine, choose
-
-ADAM_BYTES = 12
-"""Of a trained parameter in a checkpoint: an fp32 copy and two moments."""
 
 
 def check_recipe(recipe: Recipe, machine: Machine, world_size: int, memory_bytes: int | None) -> list[Check]:
@@ -45,14 +42,9 @@ def check_recipe(recipe: Recipe, machine: Machine, world_size: int, memory_bytes
     return [*(check for check in found if check.detail), _memory(recipe, machine, world_size, memory_bytes)]
 
 
-def checkpoint_bytes(recipe: Recipe) -> int:
-    """Room for as many checkpoints as are kept at a time and the one being written, of the stage that trains most."""
-    weight = 4 if recipe.precision.dtype == "fp32" else 2
-    largest = 0
-    for stage in recipe.stages:
-        counts = params(recipe.model, stage).values()
-        largest = max(largest, sum(weight * c.total + ADAM_BYTES * c.trainable for c in counts))
-    return largest * (recipe.checkpoint.keep_last + 1)
+def checkpoint_room(recipe: Recipe) -> int:
+    """Bytes of as many checkpoints as are kept at a time and the one being written, of the stage that trains most."""
+    return max(checkpoint_bytes(recipe).values()) * (recipe.checkpoint.keep_last + 1)
 
 
 def _tried(name: str, ask: Callable[[], str]) -> Check:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from megavlm.testing.families import CASES
 from megavlm.testing.families.case import Case
+from megavlm.testing.page import arguments, put_between
 
 BEGIN, END = "<!-- table: made by `make families` -->", "<!-- end of table -->"
 Results = Mapping[str, Mapping[str, float]]
@@ -38,11 +37,8 @@ def _row(case: Case, found: Mapping[str, float]) -> str:
 
 def write(results: Results, page: Path) -> None:
     """Put the table between the page's two marks."""
-    text = page.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}", encoding="utf-8")
+    put_between(BEGIN, END, table(results), page)
 
 
 if __name__ == "__main__":
-    write(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]))
+    write(*arguments())

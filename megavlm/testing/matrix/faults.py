@@ -151,29 +151,23 @@ FAULTS = [
         at_step=5,
         bad_steps="6",
     ),
-    Fault(
-        "disk full, exit",
-        "no room for a checkpoint, on_disk_full=exit",
-        fill_disk,
-        (Exit.DISK_FULL,),
-        at_step=SAVE_EVERY + 1,
-        says="room|full|No space",
-        overrides=("checkpoint.on_disk_full=exit",),
-        prepare=give_room,
-        mend=give_room,
-        mounts=True,
-    ),
-    Fault(
-        "disk full, continue",
-        "the same, on_disk_full=continue: it trains on, and ends at the stage's last save",
-        fill_disk,
-        (Exit.DISK_FULL,),
-        at_step=SAVE_EVERY + 1,
-        says="room|full|No space",
-        overrides=("checkpoint.on_disk_full=continue",),
-        prepare=give_room,
-        mend=give_room,
-        mounts=True,
+    *(
+        Fault(
+            f"disk full, {policy}",
+            what,
+            fill_disk,
+            (Exit.DISK_FULL,),
+            at_step=SAVE_EVERY + 1,
+            says="room|full|No space",
+            overrides=(f"checkpoint.on_disk_full={policy}",),
+            prepare=give_room,
+            mend=give_room,
+            mounts=True,
+        )
+        for policy, what in (
+            ("exit", "no room for a checkpoint, on_disk_full=exit"),
+            ("continue", "the same, on_disk_full=continue: it trains on, and ends at the stage's last save"),
+        )
     ),
 ]
 

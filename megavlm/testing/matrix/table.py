@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from megavlm.testing.page import arguments, put_between
 
 BEGIN, END = "<!-- table: made by `make faults` -->", "<!-- end of table -->"
 COLUMNS = ("what happens", "exit code", "noticed after", "first new step after", "steps made again", "losses")
@@ -36,11 +36,8 @@ def _seconds(found: Mapping[str, Any], name: str) -> str:
 
 def write(results: Results, page: Path) -> None:
     """Put the table between the page's two marks."""
-    text = page.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}", encoding="utf-8")
+    put_between(BEGIN, END, table(results), page)
 
 
 if __name__ == "__main__":
-    write(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]))
+    write(*arguments())

@@ -19,7 +19,7 @@ import typer
 from megavlm.cli._doctor import disk, mlflow, parts, slurm
 from megavlm.cli._doctor.check import Check
 from megavlm.cli._doctor.reach import check_here
-from megavlm.cli._doctor.recipe import check_recipe, checkpoint_bytes
+from megavlm.cli._doctor.recipe import check_recipe, checkpoint_room
 from megavlm.cli.doctor import doctor
 from megavlm.config.cluster import ClusterConfig
 from megavlm.config.schema import Recipe, TrackingConfig
@@ -145,7 +145,7 @@ def test_memory_is_held_against_the_device(tmp_path):
 
     assert memory(1 << 20).is_problem and memory(1 << 50).state == "ok" and "unknown" in memory(None).detail
     kept = recipe_of(tmp_path, checkpoint={"keep_last": 5})
-    assert checkpoint_bytes(kept) == 2 * checkpoint_bytes(recipe_of(tmp_path)) > 0  # 5 + 1 against 2 + 1
+    assert checkpoint_room(kept) == 2 * checkpoint_room(recipe_of(tmp_path)) > 0  # 5 + 1 against 2 + 1
 
 
 # ------------------------------------------------------------------------------------------------------------- ranks, disk, SLURM
