@@ -218,12 +218,12 @@ def fp8_linear(place: Place) -> list[Row]:
     """Forward and backward, the weight cast in the pass; against torch's bf16 linear."""
     import torch
     import torch.nn.functional as F
-    from fp8 import SHAPES, TINY, Layer
+    from fp8 import SHAPES, Layer
 
     if place.device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         raise Unavailable("no FP8 products before compute capability 8.9")
     rows = []
-    for name, (tokens, inputs, outputs) in (TINY if place.tiny else {n: SHAPES[n] for n in ("qkv", "fc1")}).items():
+    for name, (tokens, inputs, outputs) in (SHAPES["tiny"] if place.tiny else {n: SHAPES["cuda"][n] for n in ("qkv", "fc1")}).items():
         layer = Layer((tokens, inputs, outputs), place.device)
 
         def truth(layer: Any = layer) -> list[Any]:

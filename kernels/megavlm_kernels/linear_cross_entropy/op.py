@@ -132,8 +132,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # In fp16 the factor itself, a loss scale, can be infinite.
             grad_hidden = (grad_hidden.to(factor.dtype) * factor).to(grad_hidden.dtype)
         if grad_weight is not None:
-            grad_weight = (grad_weight * factor).to(ctx.weight_dtype)
+            scaled = grad_weight * factor if _graph_is_kept() else grad_weight.mul_(factor)
+            grad_weight = scaled.to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward pass may come again (retain_graph): what was saved must stay. Else it is scaled where it lies: a second copy
+    of the head's fp32 gradient would be the largest tensor of many models. The question is torch's own (functorch asks it so)."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or bool(asked())
 
 
 def _gradient_scale(loss_weight_Q: torch.Tensor) -> torch.Tensor:

@@ -158,6 +158,23 @@ def test_frozen_inputs() -> None:
         assert torch.allclose(linear_cross_entropy(hidden, weight, target, loss_weight, vocab_size=VOCABULARY).loss_Q, want[0])
 
 
+def test_a_graph_that_is_kept_gives_the_same_gradients_again() -> None:
+    """Else they are scaled where they lie, and no second copy of the head's gradient is made."""
+    hidden, weight, target, loss_weight = inputs()
+    total = 3.0 * linear_cross_entropy(hidden, weight, target, loss_weight).total
+    first = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
+    kept = [x.clone() for x in first]
+    again = torch.autograd.grad(total, (hidden, weight))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(kept, again, first, strict=True))
+
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        total = 3.0 * linear_cross_entropy(hidden, weight, target, loss_weight).total
+    grads = torch.autograd.grad(total, (hidden, weight))
+    assert grads[1].data_ptr() in {x.data_ptr() for x in saved if x.shape == weight.shape}
+    assert all(torch.equal(a, b) for a, b in zip(kept, grads, strict=True))
+
+
 def test_gradients_of_the_weight_are_summed_in_fp32() -> None:
     """Many chunks of one row: summed in bf16 the small ones would vanish beside the large sum."""
     rows = 600
