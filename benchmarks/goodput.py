@@ -2,6 +2,7 @@
 
     python benchmarks/goodput.py [--seeds 20] [--detect-crash-s 2 --start-s 90 ...] [--out benchmarks/results/goodput.json]
     python benchmarks/goodput.py --tiny         (two seconds; to see that it runs)
+    python benchmarks/goodput.py --real         (three minutes: a real run on two ranks, broken all the time, beside its simulation)
 
 419 unexpected interruptions in 54 days on 16,384 H100 (The Llama 3 Herd of Models, https://arxiv.org/abs/2407.21783, section 3.3.4 and
 table 5), drawn as a Poisson process with the table's causes. A failure loses the steps since the newest checkpoint that can be loaded;
@@ -19,12 +20,15 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
+import math
 import random
+import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import mean
-from typing import Literal
+from typing import Literal, NamedTuple
 
 DAY_S = 86_400.0
 INTERRUPTIONS, DAYS, GPUS = 419, 54, 16_384
@@ -88,6 +92,8 @@ class Times:
     """Behind the limit, to the end of all ranks. Measured: tests/integration/test_hangs.py."""
     hash_every_steps: int = 100
     """faults.replica_hash_every_steps; 0: silent corruption is never noticed (and not counted as lost)."""
+    first_start_s: float = 0.0
+    """0: as long as every other start."""
     start_s: float = 90.0
     """From the launcher to the first step, without loading: imports, NCCL over all ranks, kernels, first data. Depends on the cluster."""
     load_s: float = 30.0
@@ -95,6 +101,14 @@ class Times:
     local_load_s: float = 3.0
     replace_s: float = 40.0
     """Another node for one that is gone, from spares of the same allocation or the queue. Measured on SLURM: 38 s."""
+
+
+class Failure(NamedTuple):
+    """One that is given, and not drawn."""
+
+    at_s: float
+    """Since the run was started."""
+    kind: Kind
 
 
 @dataclass
@@ -115,8 +129,10 @@ class Outcome:
 class Run:
     """One run, played until its time is over."""
 
-    def __init__(self, times: Times, days: float, rate_per_s: float, seed: int) -> None:
+    def __init__(self, times: Times, days: float, rate_per_s: float, seed: int, failures: Iterable[Failure] | None = None) -> None:
         self.t, self.end, self.rate = times, days * DAY_S, rate_per_s
+        self.given = None if failures is None else iter([*failures, Failure(math.inf, "crash")])
+        self.coming = Failure(math.inf, "crash")
         self.random = random.Random(seed)
         self.now, self.step, self.failures = 0.0, 0, 0
         self.step_begun: float | None = None
@@ -141,7 +157,7 @@ class Run:
     def play(self) -> Outcome:
         """Until the end."""
         self._plan_failure()
-        self._go([("first start", self.t.start_s)])
+        self._go([("first start", self.t.first_start_s or self.t.start_s)])
         while self.events[0][0] < self.end:
             self.now, _, what, payload = heapq.heappop(self.events)
             getattr(self, f"_on_{what}")(*payload)
@@ -154,6 +170,10 @@ class Run:
         heapq.heappush(self.events, (when, self.num_events, what, payload))
 
     def _plan_failure(self) -> None:
+        if self.given is not None:
+            self.coming = next(self.given)
+            self._at(self.coming.at_s, "failure")
+            return
         self._at(self.now + self.random.expovariate(self.rate) if self.rate else self.end, "failure")
 
     def _go(self, way: list[tuple[str, float]]) -> None:
@@ -207,8 +227,13 @@ class Run:
 
     def _on_failure(self) -> None:
         self.failures += 1
+        kind = self.coming.kind
         self._plan_failure()
-        cause = CAUSES[self.random.choices(list(CAUSES), [cause.number for cause in CAUSES.values()])[0]]
+        if self.given is None:
+            cause = CAUSES[self.random.choices(list(CAUSES), [cause.number for cause in CAUSES.values()])[0]]
+        else:
+            # What is stopped in a start is killed there: see goodput_real.py.
+            cause = Cause(1, kind if self.step_begun is not None else "crash", takes_node=False)
         if cause.kind == "silent":
             self.is_corrupt = self.is_corrupt or self.step_begun is not None
             return
@@ -286,11 +311,16 @@ def main() -> None:
     parser.add_argument("--days", type=float, default=DAYS)
     parser.add_argument("--interruptions-per-day", type=float, default=INTERRUPTIONS / DAYS)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--real", action="store_true", help="break a real run, and compare it with its simulation")
     parser.add_argument("--out", type=Path)
     for field in fields(Times):
         kind = int if isinstance(field.default, int) else float
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
     given = parser.parse_args()
+    if given.real:
+        from goodput_real import compare  # beside this file
+
+        sys.exit(compare(given.out))
     times = Times(**{field.name: getattr(given, field.name) for field in fields(Times)})
     seeds, days = (2, 3.0) if given.tiny else (given.seeds, given.days)
     results = {}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megavlm.testing.matrix.table import Figures, collected
 from megavlm.testing.pool import RankPool
 from megavlm_launchers.environment import num_visible_gpus
 
@@ -56,6 +57,13 @@ def pool() -> Iterator[RankPool]:
     ranks = RankPool(8)
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def figures() -> Iterator[Figures]:
+    """Fault -> what was measured, for the table of docs/reliability.md."""
+    with collected() as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ FORWARDED = {
 STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 WATCHED = {signal.SIGCHLD, *FORWARDED}
 LOG_TAIL_LINES = 25
+LOG_READ_S = 5.0
+"""The disk of the logs may be what hangs: the exit code does not wait for it longer than that."""
 HUNG_GRACE_S = 1.0
 """After a hang: ranks that still run have written their stacks, or never will."""
 
@@ -226,6 +229,20 @@ def _kill(group: _Group) -> None:
         rank.send(signal.SIGKILL)
 
 
+def _last_lines(log: Path, start: int) -> list[str]:
+    """Of what this start wrote, from byte `start` on: an earlier one's mistakes may be mended."""
+    found: list[str] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):
+            found.extend(log.read_bytes()[start:].decode(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(LOG_READ_S)
+    return ["(its disk does not answer)"] if thread.is_alive() else found
+
+
 def _ending(rank: _Rank) -> str:
     code = rank.process.returncode
     if code >= 0:
@@ -248,9 +265,7 @@ def _verdict(group: _Group) -> int:
         return max((r.process.returncode for r in group.ranks), default=0)
     if first.log is not None:
         group.say(f"the end of {first.log}:")
-        # Only what this start wrote: an earlier one's mistakes may be mended.
-        written = first.log.read_bytes()[first.log_start :].decode(errors="replace")
-        for line in written.splitlines()[-LOG_TAIL_LINES:]:
+        for line in _last_lines(first.log, first.log_start):
             group.say(f"[rank {first.rank}] {line}")
     code = first.process.returncode
     return code if code > 0 else 128 - code

@@ -7,6 +7,9 @@ say that it has left no stacks, and the launcher kills it.
 
 Ranks are in the same sections at the same time, so that one that hangs makes all of them exceed the limit. The first leaves a mark in the
 folder, which the others look for once they have used up half of theirs.
+
+The disk and the terminal may be what hangs. So the thread that looks at the clock touches neither: another looks for the mark, and what is
+told when the process ends is told by threads that are left behind when they do not come back.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from megavlm.config.exits import Exit, note_exit
 MARK, MISSING = "hang", "missing"
 """Files in the folder: that a rank hangs, with its exit code; ranks that left no stacks."""
 POLL_S = 0.25
+TELL_S = 0.5
+"""How long a few words may take, on stderr or on the disk."""
 GATHER_S = 2.0
 """How long the first rank waits for the stacks of the others before it ends and the launcher kills them."""
 FALLBACK_S = 4.0
@@ -47,6 +52,9 @@ class _Section:
     def deadline(self) -> float | None:
         return None if self.limit_s is None else self.begin + self.limit_s
 
+    def is_half_over(self, now: float) -> bool:
+        return self.limit_s is not None and now >= self.begin + self.limit_s / 2
+
 
 class Watchdog:
     """One a process, at work between `with` and its end.
@@ -66,8 +74,12 @@ class Watchdog:
         self.folder, self.rank, self.world_size = folder, rank, world_size
         self._section: _Section | None = None
         self._armed: _Section | None = None
+        self._has_timer = False
+        self._mark: int | None = None
+        """The exit code of a rank that hangs; None while none is known to."""
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._ear = threading.Thread(target=self._listen, name="watchdog's ear", daemon=True)
 
     def enter(self, name: str, limit_s: float | None, setting: str, code: int = Exit.HUNG) -> None:
         """A section begins here, and the one before it ends. None: no limit."""
@@ -86,6 +98,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         self._thread.start()
+        self._ear.start()
         _at_work.append(self)
         return self
 
@@ -93,21 +106,19 @@ class Watchdog:
         _at_work.remove(self)
         self._closed.set()
         self._thread.join(timeout=5)
-        if self._armed is not None:
-            faulthandler.cancel_dump_traceback_later()
+        self._disarm()
 
     def _watch(self) -> None:
         while not self._closed.wait(POLL_S):
-            section, now = self._section, time.monotonic()
+            now = time.monotonic()  # before the section is read: one that begins in between is not overdue
+            section = self._section
             if section is None:
                 continue
             self._arm(section, now)
-            if section.deadline is None or section.limit_s is None:
-                continue
-            if now >= section.deadline:
+            if section.deadline is not None and now >= section.deadline:
                 self.end(f"{section.name} takes longer than {section.setting}={section.limit_s:g} s", section.code)
-            elif now >= section.begin + section.limit_s / 2 and (code := self._code_of_mark()):
-                self.end(f"another rank hangs, and this one is in: {section.name}", code)
+            elif self._mark is not None and section.is_half_over(now):
+                self.end(f"another rank hangs, and this one is in: {section.name}", self._mark)
 
     def _arm(self, section: _Section, now: float) -> None:
         """Set the timer that needs no interpreter, once a section."""
@@ -115,9 +126,24 @@ class Watchdog:
             return
         self._armed = section
         if section.deadline is None:
-            faulthandler.cancel_dump_traceback_later()
+            self._disarm()
         else:
             faulthandler.dump_traceback_later(max(section.deadline - now, 0.0) + FALLBACK_S, exit=True, file=2)
+            self._has_timer = True
+
+    def _disarm(self) -> None:
+        """A process has one such timer: whoever else set it keeps it."""
+        if self._has_timer:
+            faulthandler.cancel_dump_traceback_later()
+            self._has_timer = False
+
+    def _listen(self) -> None:
+        """Look for the mark of another rank. Where the disk hangs this thread never comes back, and nobody waits for it."""
+        while not self._closed.wait(POLL_S):
+            now = time.monotonic()
+            section = self._section
+            if section is not None and section.is_half_over(now):
+                self._mark = self._code_of_mark()
 
     def _code_of_mark(self) -> int | None:
         """The exit code of a rank that hangs; None while none does."""
@@ -126,18 +152,19 @@ class Watchdog:
         return None
 
     def end(self, why: str, code: int) -> None:
-        """End this process with its stacks on the disk. The disk may be what hangs: then they are on stderr."""
+        """End this process with its stacks on the disk. The disk may be what hangs: then they are on stderr, unless that hangs too."""
         faulthandler.dump_traceback_later(FALLBACK_S, exit=True, file=2)
-        _say(f"rank {self.rank}: {why}; its stacks are in {self.folder / _name(self.rank)}")
-        if not _in_time(lambda: self._leave_stacks(why, code), GATHER_S + 0.5):
+        stacks = stacks_of_this_process(why)
+        is_heard = _say(f"rank {self.rank}: {why}; its stacks are in {self.folder / _name(self.rank)}")
+        if not _in_time(lambda: self._leave_stacks(stacks, code), GATHER_S + TELL_S) and is_heard:
             _say(f"{self.folder} does not answer")
-            faulthandler.dump_traceback(file=2, all_threads=True)
+            _tell(stacks)
         _exit(code, f"rank {self.rank}")
 
-    def _leave_stacks(self, why: str, code: int) -> None:
+    def _leave_stacks(self, stacks: bytes, code: int) -> None:
         began = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_stacks(self.folder / _name(self.rank), why)
+        (self.folder / _name(self.rank)).write_bytes(stacks)
         (self.folder / MARK).write_text(f"{int(code)}\n", encoding="utf-8")
         self._await_others(began)
 
@@ -161,13 +188,13 @@ def end_process(why: str, code: int) -> None:
     """End this process for something that hangs, with all stacks: where its watchdog leaves them, or on stderr where none is at work."""
     if _at_work:
         _at_work[-1].end(why, code)
-    _say(why)
-    faulthandler.dump_traceback(file=2, all_threads=True)
+    if _say(why):
+        _tell(stacks_of_this_process(why))
     _exit(code, "this process")
 
 
 def _exit(code: int, who: str) -> None:
-    _in_time(lambda: note_exit(code), 0.5)
+    _in_time(lambda: note_exit(code), TELL_S)
     _say(f"{who} ends with exit code {int(code)} ({Exit.describe(code)})")
     os._exit(code)
 
@@ -177,7 +204,7 @@ def _in_time(action: Callable[[], None], limit_s: float) -> bool:
     done = threading.Event()
 
     def act() -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: nobody reads stderr any more
             action()
             done.set()
 
@@ -187,15 +214,19 @@ def _in_time(action: Callable[[], None], limit_s: float) -> bool:
     return done.is_set()
 
 
-def write_stacks(path: Path, why: str) -> None:
-    """The stacks of all threads of this process, with the threads' names, in place of what the file held."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(f"{time.strftime('%F %T')} process {os.getpid()} on {os.uname().nodename}: {why}\n")
-        for thread in threading.enumerate():
-            file.write(f"thread 0x{thread.ident or 0:016x}: {thread.name}\n")
-        file.write("\n")
+def stacks_of_this_process(why: str) -> bytes:
+    """The stacks of all threads of this process as text, with the threads' names and the reason.
+
+    faulthandler keeps the interpreter while it writes: on a disk that hangs it would keep it for ever. So it writes to memory.
+    """
+    names = "".join(f"thread 0x{thread.ident or 0:016x}: {thread.name}\n" for thread in threading.enumerate())
+    with os.fdopen(os.memfd_create("stacks"), "w+b") as file:
+        head = f"{time.strftime('%F %T')} process {os.getpid()} on {os.uname().nodename}: {why}\n{names}\n"
+        file.write(head.encode())
         file.flush()
         faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()
 
 
 def set_earlier_stacks_aside(folder: Path) -> None:
@@ -213,7 +244,14 @@ def _name(rank: int) -> str:
     return f"rank-{rank}.txt"
 
 
-def _say(line: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
-        sys.stderr.write(f"megavlm: {line}\n")
+def _say(line: str) -> bool:
+    """A line on stderr. Returns whether it went out in time."""
+    return _tell(f"megavlm: {line}\n".encode())
+
+
+def _tell(text: bytes) -> bool:
+    def write() -> None:
+        sys.stderr.write(text.decode(errors="replace"))
         sys.stderr.flush()
+
+    return _in_time(write, TELL_S)

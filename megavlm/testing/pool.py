@@ -2,7 +2,7 @@
 
 Starting a rank costs seconds of imports; forking one from a process that has imported torch and megatron-core costs
 milliseconds. Each task names a picklable function and a world size; the first `world_size` workers form a process group,
-run the function and leave the group again. A worker that hangs prints its stack and is killed with the pool.
+run the function and leave the group again. A worker that hangs is ended, and its stacks are in the error.
 """
 
 from __future__ import annotations
@@ -13,16 +13,23 @@ import faulthandler
 import gc
 import multiprocessing as mp
 import os
+import resource
 import signal
 import socket
+import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import IO, Any
 
 import cloudpickle
 
 _QUIT = b"quit"
+GRACE_S = 10.0
+"""Behind the time limit: by then collectives have raised in the ranks that can say so."""
+END_S = 5.0
+"""For writing stacks."""
 
 
 class RankError(AssertionError):
@@ -36,11 +43,14 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def _worker(rank: int, connection: Connection) -> None:
+def _worker(rank: int, connection: Connection, stacks: IO[bytes]) -> None:
     import torch
 
     ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the test session
     torch.set_num_threads(1)
+    # Not its timer: a process has one, which the watchdog of a run takes for itself.
+    faulthandler.enable(stacks)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     from megavlm.parallel.context import start_process_group, stop_process_group
 
     while True:
@@ -52,7 +62,6 @@ def _worker(rank: int, connection: Connection) -> None:
             return
         function, args, kwargs, world_size, port, timeout_s = cloudpickle.loads(task)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        faulthandler.dump_traceback_later(timeout_s, exit=True)
         try:
             start_process_group(torch.device("cpu"), timeout_s)
             try:
@@ -62,7 +71,6 @@ def _worker(rank: int, connection: Connection) -> None:
                 stop_process_group()
         except BaseException:
             answer = (False, f"rank {rank} of {world_size}:\n{traceback.format_exc()}")
-        faulthandler.cancel_dump_traceback_later()
         # Modules are reference cycles and hold their process groups. Each group that lingers has a gloo thread that wakes 100 times
         # a second: after some dozens of tasks they would take the whole machine.
         gc.collect()
@@ -94,10 +102,12 @@ class RankPool:
         context = mp.get_context("fork")
         self._connections: list[Connection] = []
         self._processes = []
+        self._stacks: list[IO[bytes]] = []
         for rank in range(size):
             ours, theirs = context.Pipe()
+            self._stacks.append(tempfile.TemporaryFile())  # noqa: SIM115
             # Not daemonic: megatron-core's checkpoint writer starts children of its own.
-            process = context.Process(target=_worker, args=(rank, theirs), daemon=False)
+            process = context.Process(target=_worker, args=(rank, theirs, self._stacks[rank]), daemon=False)
             process.start()
             theirs.close()
             self._connections.append(ours)
@@ -111,20 +121,37 @@ class RankPool:
         for connection in connections:
             connection.send_bytes(task)
         answers: dict[Connection, tuple[bool, Any]] = {}
+        end = time.monotonic() + timeout_s + GRACE_S
         while len(answers) < world_size:
-            ready = wait([c for c in connections if c not in answers], timeout_s + 10)
+            ready = wait([c for c in connections if c not in answers], max(0.0, end - time.monotonic()))
             if not ready:
-                raise RankError(f"{world_size - len(answers)} of {world_size} ranks did not answer within {timeout_s} s")
+                silent = [rank for rank, c in enumerate(connections) if c not in answers]
+                raise RankError(f"rank {', '.join(map(str, silent))} did not answer within {timeout_s:g} s\n{self._end(silent)}")
             for c in ready:
                 assert isinstance(c, Connection)
                 try:
                     answers[c] = cloudpickle.loads(c.recv_bytes())
                 except EOFError:
-                    raise RankError(f"rank {self._connections.index(c)} died (timeout of {timeout_s} s, or killed)") from None
+                    rank = self._connections.index(c)
+                    raise RankError(f"rank {rank} died\n{self._end([rank])}") from None
         failures = [answers[c][1] for c in connections if not answers[c][0]]
         if failures:
             raise RankError(failures[0])
         return [answers[c][1] for c in connections]
+
+    def _end(self, ranks: list[int]) -> str:
+        """End these workers for good; their stacks."""
+        told = []
+        for rank in ranks:
+            process = self._processes[rank]
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, signal.SIGABRT)
+        for rank in ranks:
+            self._processes[rank].join(END_S)
+            self._processes[rank].kill()  # one that is stopped
+            self._stacks[rank].seek(0)
+            told.append(f"rank {rank}:\n{self._stacks[rank].read().decode(errors='replace')}")
+        return "\n".join(told)
 
     def close(self) -> None:
         """End every worker."""

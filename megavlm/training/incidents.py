@@ -26,25 +26,29 @@ _log = logging.getLogger(__name__)
 
 
 class IncidentLog:
-    """The incidents so far, the same on every rank; rank 0 writes them down."""
+    """The incidents so far, the same on every rank, which decide by them; rank 0 writes them down."""
 
     def __init__(self, run_dir: str | Path) -> None:
         self.path = Path(run_dir) / INCIDENTS_FILE
         self.incidents: list[Incident] = from_rank_zero(_read(self.path) if dist.get_rank() == 0 else None)
 
     def add(self, incident: Mapping[str, Any]) -> Incident:
-        """Note an incident that all ranks know of."""
+        """Note an incident that all ranks know of: each of them calls this."""
         entry = {**incident, "time_s": time.time()}
         self.incidents.append(entry)
         if dist.get_rank() == 0:
-            try:
-                with self.path.open("ab+") as file:
-                    if file.tell() and not _ends_a_line(file):  # torn by a crash: one bad line, not two
-                        file.write(b"\n")
-                    file.write(f"{encode_line(entry)}\n".encode())
-            except OSError as error:
-                _log.warning("%s could not be written (%s)", self.path, error)
+            self.write_down(entry)
         return entry
+
+    def write_down(self, incident: Mapping[str, Any]) -> None:
+        """A line for an incident that only this rank, the one that writes, knows of: for people, nothing is decided by it."""
+        try:
+            with self.path.open("ab+") as file:
+                if file.tell() and not _ends_a_line(file):  # torn by a crash: one bad line, not two
+                    file.write(b"\n")
+                file.write(f"{encode_line({'time_s': time.time(), **incident})}\n".encode())
+        except OSError as error:
+            _log.warning("%s could not be written (%s)", self.path, error)
 
     def number_with(self, incident: Mapping[str, Any], window_steps: int) -> int:
         """Incidents of the same stage and action within so many steps of this one, itself included. One that a restart met again on the

@@ -125,11 +125,12 @@ class StepWatch:
         }
 
     def _find_stragglers(self, reports: list[RankReport]) -> dict[str, Any]:
+        """On the rank that has the reports."""
         if self._stragglers is None:
             return {}
         slowest, named = self._stragglers.look(reports)
         for straggler in named:
-            self._incidents.add(
+            self._incidents.write_down(
                 {"kind": "straggler", "step": self._step, "stage": self.stage, "rank": straggler.rank, "skew": straggler.skew}
                 | {"text": straggler.text}
             )

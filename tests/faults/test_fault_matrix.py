@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import re
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megavlm.testing.matrix.faults import DAMAGES, FAULTS, SAVE_EVERY, STEPS, Damage, Fault, canary, recipe_of
+from megavlm.testing.hung_disk import can_hang
+from megavlm.testing.matrix.faults import DAMAGES, FAULTS, LONG, SAVE_EVERY, STEPS, Damage, Fault, canary, recipe_of
 from megavlm.testing.matrix.run import FaultyRun, can_mount
 from megavlm.testing.matrix.table import Figures
 from megavlm.testing.recipes import assert_same_records
@@ -19,33 +22,94 @@ END_S = 200.0
 """More than a start and all steps take on a busy machine."""
 
 
-def same_losses(run: FaultyRun, reference: list[dict[str, Any]]) -> None:
+@pytest.fixture(scope="module")
+def long_run(
+    data_dir: Path, tmp_path_factory: pytest.TempPathFactory, long_uninterrupted: Callable[[int], list[dict[str, Any]]]
+) -> Iterator[FaultyRun]:
+    """One run that one fault after the other happens to, started anew after each."""
+    long_uninterrupted(1)  # now: the run that it is compared with must not take the processor from this one
+    folder = tmp_path_factory.mktemp("long")
+    with FaultyRun(folder, recipe_of(folder, data_dir, LONG)) as run:
+        yield run
+
+
+def same_losses(records: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
     """Bit for bit, and no step twice."""
-    records = run.records()
-    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in records] == [r["step"] for r in reference]
     assert [(r["loss"], r["grad_norm"]) for r in records] == [(r["loss"], r["grad_norm"]) for r in reference]
 
 
-def go_on(run: FaultyRun, *overrides: str, num_ranks: int = 2) -> tuple[int, float]:
-    """Start again, to the end. Returns (the step that it went on from, seconds to its first step)."""
+def first_new_step(run: FaultyRun, *overrides: str, num_ranks: int = 2) -> tuple[int, float]:
+    """Start again. Returns (the step that it goes on from, seconds to the first step behind it)."""
     start = time.monotonic()
     run.start(*overrides, num_ranks=num_ranks)
     run.wait_until(lambda: run.resumed_at is not None, "it says where it goes on")
     resumed = run.resumed_at
     assert resumed is not None
     run.wait_until(lambda: run.step > resumed or resumed == STEPS, "a step behind it")
-    seconds = time.monotonic() - start
+    return resumed, time.monotonic() - start
+
+
+def go_on(run: FaultyRun, *overrides: str, num_ranks: int = 2) -> tuple[int, float]:
+    """The same, and to the end."""
+    resumed, seconds = first_new_step(run, *overrides, num_ranks=num_ranks)
     assert run.wait(END_S) == 0, run.output[-3000:]
     assert not run.orphans()
     return resumed, seconds
 
 
-def marked(cases: list[Any]) -> list[Any]:
-    return [pytest.param(case, id=case.name, marks=[] if case.quick else pytest.mark.slow) for case in cases]
+def break_it(run: FaultyRun, fault: Fault) -> dict[str, Any]:
+    """Let it happen to a run that trains, until all of it has ended."""
+    complete = run.saved_step
+    fault.inject(run)
+    start = time.monotonic()
+    code = run.wait(max(60.0, fault.detect_s))
+    detected = time.monotonic() - start
+    assert code in fault.codes, f"exit code {code}\n{run.output[-3000:]}"
+    assert detected <= fault.detect_s, f"{detected:.1f} s until the end"
+    assert not run.orphans()
+    assert not run.damage_of_latest()
+    assert re.search(fault.says, run.output), run.output[-3000:]
+    return {"complete": complete, "last": run.step, "code": code, "detect_s": detected}
 
 
-@pytest.mark.parametrize("fault", marked(FAULTS))
-def test_a_run_survives(fault: Fault, data_dir: Path, tmp_path: Path, uninterrupted: list[dict[str, Any]], figures: Figures) -> None:
+def recovered(fault: Fault, broken: dict[str, Any], resumed: int, resume_s: float) -> dict[str, Any]:
+    """It went on from the newest checkpoint. Returns the fault's row."""
+    assert resumed >= broken["complete"], f"step {broken['complete']} was saved, and it went on from {resumed}"
+    lost = broken["last"] - resumed
+    assert lost == 0 or not fault.saves, f"{broken['last']} steps were made, and it went on from {resumed}"
+    row = {"what": fault.what, "code": broken["code"], "detect_s": broken["detect_s"], "resume_s": resume_s, "goal_s": fault.goal_s}
+    return {**row, "lost": lost, "loss": "bit-exact"}
+
+
+def marked(faults: list[Fault]) -> list[Any]:
+    return [pytest.param(fault, id=fault.name, marks=[] if fault.quick else pytest.mark.slow) for fault in faults]
+
+
+@pytest.mark.parametrize("fault", marked([fault for fault in FAULTS if not fault.is_apart]))
+def test_a_run_survives(
+    fault: Fault, long_run: FaultyRun, tmp_path: Path, long_uninterrupted: Callable[[int], list[dict[str, Any]]], figures: Figures
+) -> None:
+    if fault.hangs and not can_hang(tmp_path):
+        pytest.skip("this process may not mount a file system of FUSE")
+    run = long_run
+    if run.process is None:
+        run.start()
+    run.wait_until(lambda: run.saved_step > 0, "the first save")
+    run.wait_for_step(run.step + random.randrange(2, 2 + SAVE_EVERY))
+    broken = break_it(run, fault)
+    resumed, resume_s = first_new_step(run)
+    row = recovered(fault, broken, resumed, resume_s)
+    run.wait_for_step(broken["last"] + 1)
+    records = run.records()
+    same_losses(records, long_uninterrupted(len(records)))
+    figures[fault.name] = row
+
+
+@pytest.mark.parametrize("fault", marked([fault for fault in FAULTS if fault.is_apart]))
+def test_a_run_that_was_made_for_it_survives(
+    fault: Fault, data_dir: Path, tmp_path: Path, uninterrupted: list[dict[str, Any]], figures: Figures
+) -> None:
     if fault.mounts and not can_mount(tmp_path):
         pytest.skip("this process may not mount a file system")
     with FaultyRun(tmp_path, recipe_of(tmp_path, data_dir)) as run:
@@ -53,28 +117,16 @@ def test_a_run_survives(fault: Fault, data_dir: Path, tmp_path: Path, uninterrup
             fault.prepare(run)
         run.start(*fault.overrides, bad_steps=fault.bad_steps)
         run.wait_for_step(fault.at_step)
-        complete = run.saved_step
-        fault.inject(run)
-        start = time.monotonic()
-        code = run.wait(max(60.0, fault.detect_s))
-        detected = time.monotonic() - start
-        assert code in fault.codes, f"exit code {code}\n{run.output[-3000:]}"
-        assert detected <= fault.detect_s, f"{detected:.1f} s until the end"
-        assert not run.orphans()
-        assert not run.damage_of_latest()
-        assert re.search(fault.says, run.output), run.output[-3000:]
-        last = run.step
+        broken = break_it(run, fault)
         if fault.mend is not None:
             fault.mend(run)
-        resumed, resume_s = go_on(run)
-        assert resumed >= complete, f"step {complete} was saved, and it went on from {resumed}"
-        lost = last - resumed
-        assert lost == 0 or not fault.saves, f"{last} steps were made, and it went on from {resumed}"
-        same_losses(run, uninterrupted)
-    figures[fault.name] = {"what": fault.what, "code": code, "detect_s": detected, "resume_s": resume_s, "lost": lost, "loss": "bit-exact"}
+        row = recovered(fault, broken, *go_on(run))
+        same_losses(run.records(), uninterrupted)
+    figures[fault.name] = row
 
 
-@pytest.mark.parametrize("damage", marked(DAMAGES))
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES, ids=[damage.name for damage in DAMAGES])
 def test_a_damaged_checkpoint_is_left_for_the_one_before(
     damage: Damage, data_dir: Path, tmp_path: Path, stopped: Path, uninterrupted: list[dict[str, Any]], figures: Figures
 ) -> None:
@@ -87,7 +139,7 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(
         assert not canary(newest).exists()
         if damage.says:
             assert newest.name in run.output and re.search(damage.says, run.output), run.output[-3000:]
-        same_losses(run, uninterrupted)
+        same_losses(run.records(), uninterrupted)
     figures[damage.name] = {"what": damage.what, "resume_s": resume_s, "lost": SAVE_EVERY, "loss": "bit-exact"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from megavlm.config.exits import Exit
 from megavlm.parallel.watchdog import FALLBACK_S
+from megavlm.testing.hung_disk import HungDisk, can_hang
 
 LIMIT_S = 2.0
 MARK = "MEGAVLM_TEST_HANGS"
@@ -122,20 +124,100 @@ time.sleep(1.2)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_disk_that_hangs_does_not_keep_the_stacks_and_the_exit_code(tmp_path: Path) -> None:
-    """The folder of the stacks is a pipe's end that nobody reads: whoever opens the file waits for ever."""
-    code = f"""
-import os, time
+SAVING = """
+import sys, time
 from pathlib import Path
 from megavlm.parallel import watchdog
-folder = Path({str(tmp_path / "stacks")!r})
-folder.mkdir()
-os.mkfifo(folder / "rank-0.txt")
-with watchdog.Watchdog(folder, 0, 1) as dog:
-    dog.enter("a checkpoint", 0.3, "checkpoint.timeout_s", 76)
+with watchdog.Watchdog(Path(sys.argv[1]), 0, 1) as dog:
+    dog.enter("a checkpoint", 1.2, "checkpoint.timeout_s", 76)
     def saving(): time.sleep(60)
     saving()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == Exit.SAVE_TIMEOUT
+
+
+def save_and_hang(folder: Path) -> subprocess.CompletedProcess[str]:
+    """A process that hangs in a save; `folder` is where its stacks and the marks of others are."""
+    return subprocess.run([sys.executable, "-c", SAVING, str(folder)], capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize("file", ["hang", "rank-0.txt"])
+def test_a_file_that_hangs_does_not_keep_the_stacks_and_the_exit_code(file: str, tmp_path: Path) -> None:
+    """It is a pipe's end, with nobody at the other: whoever opens it waits for ever."""
+    folder = tmp_path / "stacks"
+    folder.mkdir()
+    os.mkfifo(folder / file)
+    done = save_and_hang(folder)
+    assert done.returncode == Exit.SAVE_TIMEOUT, done.stderr
+    assert "in saving" in done.stderr + ((folder / "rank-0.txt").read_text() if file == "hang" else "")
+    assert ("does not answer" in done.stderr) == (file == "rank-0.txt")
+
+
+def test_a_disk_that_hangs_does_not_keep_the_stacks_and_the_exit_code(tmp_path: Path) -> None:
+    """A real one: whoever looks for any file on it waits in the kernel."""
+    if not can_hang(tmp_path):
+        pytest.skip("this process may not mount a file system of FUSE")
+    start = time.monotonic()
+    with HungDisk(tmp_path):
+        done = save_and_hang(tmp_path / "run" / "stacks")
+    assert done.returncode == Exit.SAVE_TIMEOUT, done.stderr
     assert "does not answer" in done.stderr and "in saving" in done.stderr
+    assert time.monotonic() - start < 1.2 + FALLBACK_S + SLACK_S
+
+
+def test_a_terminal_that_hangs_does_not_keep_the_exit_code(tmp_path: Path) -> None:
+    """stderr is a pipe that is full: whoever writes to it waits for ever, faulthandler with the interpreter in its hand."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(65536))
+    os.set_blocking(writing, True)
+    with subprocess.Popen([sys.executable, "-c", SAVING, str(tmp_path)], stderr=writing) as process:
+        try:
+            assert process.wait(1.2 + FALLBACK_S + SLACK_S + 10) == Exit.SAVE_TIMEOUT
+        finally:
+            process.kill()
+            os.close(reading)
+            os.close(writing)
+    assert "in saving" in (tmp_path / "rank-0.txt").read_text()
+
+
+def test_a_section_that_begins_while_the_clock_is_read_is_not_overdue() -> None:
+    """The thread loses the processor for longer than a section may take, each time that it reads the clock."""
+    code = """
+import threading, time
+from pathlib import Path
+from megavlm.parallel import watchdog
+read = time.monotonic
+def slow():
+    before = read()
+    if threading.current_thread().name == "watchdog":
+        time.sleep(0.5)
+    return read() if is_lost_before else before
+for is_lost_before in (False, True):
+    watchdog.time.monotonic = slow
+    with watchdog.Watchdog(Path("/nowhere"), 0, 1) as dog:
+        end = read() + 1.6
+        while read() < end:
+            dog.enter("a step", 0.3, "step_s")
+            time.sleep(0.05)
+    watchdog.time.monotonic = read
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_timer_of_others_is_left_to_them() -> None:
+    code = """
+import faulthandler, time
+from pathlib import Path
+from megavlm.parallel.watchdog import Watchdog
+faulthandler.dump_traceback_later(1.5, exit=True)
+with Watchdog(Path("/nowhere"), 0, 1) as dog:
+    dog.enter("free", None, "")
+    time.sleep(0.6)
+def theirs(): time.sleep(20)
+theirs()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1 and "in theirs" in done.stderr, done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,10 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import yaml
 
+from megavlm.config.exits import Exit
 from megavlm.config.load import dump_recipe
+from megavlm.testing.matrix.faults import KILL_GOAL_S
+from megavlm.testing.matrix.table import Figures
 from megavlm.testing.pool import RankPool
 from megavlm.testing.recipes import tiny_recipe, tiny_stage, train_and_read
 from megavlm.testing.slurm import SlurmCluster, missing_programs
@@ -23,6 +27,8 @@ from tests.integration.test_train_command import megavlm
 
 pytestmark = pytest.mark.skipif(bool(missing_programs()), reason=f"no SLURM here: {', '.join(missing_programs())} missing")
 STEPS, SAVED_EVERY = 60, 10
+LOST_AFTER_S = 10
+"""SLURM's SlurmdTimeout here; its default is 300."""
 SAVED: dict[str, Any] = {"every_steps": SAVED_EVERY}
 LAST = f"{STEPS:08d}-{tiny_stage(steps=STEPS)['name']}"
 
@@ -60,6 +66,18 @@ class Run:
     def says(self, words: str, timeout_s: float = 120) -> None:
         until(lambda: words in self.log(), self.log, timeout_s)
 
+    def goes_on(self, last: int, start: int) -> dict[str, Any]:
+        """Until the first new step of the `start`-th restart of the training, `last` having been made before it. Returns what it cost."""
+        began = time.monotonic()
+        until(lambda: len(self.resumed()) >= start, self.log)
+        resumed = self.resumed()[start - 1]
+        self.reaches(resumed + 1)
+        return {"resume_s": time.monotonic() - began, "lost": last - resumed, "loss": "bit-exact"}
+
+    def resumed(self) -> list[int]:
+        """The step that each restart went on from."""
+        return [int(step) for step in re.findall(r"resuming at step (\d+)", self.log())]
+
     def ranks(self) -> dict[int, psutil.Process]:
         """The job's training processes, by rank."""
         found = {}
@@ -81,7 +99,7 @@ class Run:
 @contextmanager
 def under_way(folder: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, nodes: int = 2) -> Iterator[tuple[SlurmCluster, Run]]:
     """A cluster, and a run on it that has saved once and gone on."""
-    with SlurmCluster(folder / "slurm", nodes, lost_after_s=10) as cluster:
+    with SlurmCluster(folder / "slurm", nodes, lost_after_s=LOST_AFTER_S) as cluster:
         run = Run(cluster, folder, data_dir, monkeypatch)
         run.reaches(SAVED_EVERY + 1)
         yield cluster, run
@@ -95,39 +113,55 @@ def quiet(pool: RankPool, data_dir: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.slow
 def test_a_killed_rank_and_the_time_limit_change_no_loss(
-    quiet: list[float], data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quiet: list[float], data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: Figures
 ) -> None:
     with under_way(tmp_path, data_dir, monkeypatch) as (cluster, run):
         run.ranks()[1].send_signal(signal.SIGKILL)
+        began = time.monotonic()
         run.says("start 1 on")
-        run.reaches(run.step() + 1)
+        detect_s, last = time.monotonic() - began, run.step()
+        killed = {"detect_s": detect_s, **run.goes_on(last, 1), "goal_s": KILL_GOAL_S, "code": 128 + signal.SIGKILL}
         cluster.run("scancel", "--batch", "--signal=USR2", run.job, check=False)  # what SLURM sends before the limit
+        began = time.monotonic()
+        cluster.wait(run.job, {"PENDING"})
+        detect_s, last = time.monotonic() - began, run.step()
         cluster.start_requeued(run.job)
+        warned = {"detect_s": detect_s, **run.goes_on(last, 2), "code": 128 + signal.SIGUSR2}
+        assert warned["lost"] == 0, "the step in hand was saved"
         run.says(f"done at step {STEPS}")
         assert cluster.wait(run.job, {"COMPLETED"})["Restarts"] == "1"
         listed = json.loads(megavlm("jobs", "--json").stdout)
     assert [(entry["id"], entry["state"], entry["step"], entry["checkpoint"]) for entry in listed] == [(run.job, "COMPLETED", STEPS, LAST)]
     run.is_the_quiet_one(quiet)
+    figures["SLURM, killed rank"] = {"what": "SLURM: rank 1 killed; the job's script starts the ranks again", **killed}
+    figures["SLURM, time limit"] = {"what": "SLURM: its warning before the time limit; the job goes back into the queue", **warned}
 
 
 @pytest.mark.slow
-def test_a_dead_node_is_replaced(quiet: list[float], data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_node_is_replaced(
+    quiet: list[float], data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: Figures
+) -> None:
     """Its daemon, its steps and its ranks are gone at one moment, as with a lost machine; a third node takes its place."""
     with under_way(tmp_path, data_dir, monkeypatch, nodes=3) as (cluster, run):
         first = cluster.state(run.job)["NodeList"]
         dead = int(run.ranks()[1].environ()["SLURMD_NODENAME"].removeprefix("node"))
         cluster.kill_machine(dead)
+        began = time.monotonic()
         until(lambda: cluster.state(run.job)["Restarts"] == "1", lambda: run.log() + str(cluster.state(run.job)), 90)
+        detect_s, last = time.monotonic() - began, run.step()
         cluster.start_requeued(run.job, without=dead)
+        cost = {"detect_s": detect_s, **run.goes_on(last, 1)}
         run.says(f"done at step {STEPS}")
         found = cluster.wait(run.job, {"COMPLETED"})
         assert found["NodeList"] != first
     run.is_the_quiet_one(quiet)
+    what = f"SLURM: a node dies, which SLURM is to notice after {LOST_AFTER_S} s; another takes its place"
+    figures["SLURM, dead node"] = {"what": what, **cost}
 
 
 @pytest.mark.slow
 def test_a_controller_that_was_away_changes_nothing(
-    quiet: list[float], data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quiet: list[float], data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: Figures
 ) -> None:
     with under_way(tmp_path, data_dir, monkeypatch) as (cluster, run):
         cluster.kill("slurmctld")
@@ -137,6 +171,8 @@ def test_a_controller_that_was_away_changes_nothing(
         assert cluster.wait(run.job, {"COMPLETED"})["Restarts"] == "0"
     assert "start 1" not in run.log()
     run.is_the_quiet_one(quiet)
+    what = "SLURM: the controller killed, and started again ten steps later"
+    figures["SLURM, controller"] = {"what": what, "code": int(Exit.DONE), "lost": 0, "loss": "bit-exact"}
 
 
 def test_a_grid_that_does_not_divide_is_refused_before_it_is_submitted(data_dir: Path, tmp_path: Path) -> None:

@@ -20,19 +20,25 @@ from megavlm.testing.payloads import raw_pickle
 from megavlm.testing.recipes import tiny_recipe, tiny_stage
 
 STEPS, SAVE_EVERY = 14, 4
+LONG = 400
+"""Steps of the run that one fault after the other happens to; it is never done."""
 STEP_LIMIT_S = 15.0
 """faults.watchdog.step_s of the runs here."""
+SAVE_LIMIT_S = 12.0
+"""checkpoint.timeout_s."""
+KILL_GOAL_S, HANG_GOAL_S = 30.0, 60.0
+"""From the fault to the first new step: what is asked of a killed rank, and of a hang."""
 Act = Callable[[FaultyRun], None]
 
 
-def recipe_of(folder: Path, data_dir: Path, **blocks: Any) -> Recipe:
+def recipe_of(folder: Path, data_dir: Path, steps: int = STEPS, **blocks: Any) -> Recipe:
     """A checkpoint every few steps, short limits; `blocks` as in `tiny_recipe`."""
     changes: dict[str, Any] = {
-        "checkpoint": {"every_steps": SAVE_EVERY, "keep_last": 3},
+        "checkpoint": {"every_steps": SAVE_EVERY, "keep_last": 3, "timeout_s": SAVE_LIMIT_S},
         "faults": {"watchdog": {"step_s": STEP_LIMIT_S}},
         "tracking": {"log_every_steps": 5},
     }
-    return tiny_recipe(folder / "run", data_dir, [tiny_stage(steps=STEPS)], **(changes | blocks))
+    return tiny_recipe(folder / "run", data_dir, [tiny_stage(steps=steps)], **(changes | blocks))
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class Fault:
     at_step: int = 6
     detect_s: float = 30.0
     """The command has ended so long after the fault."""
+    goal_s: float | None = None
+    """From the fault to the first new step, on a quiet machine."""
     saves: bool = False
     """It ends with a checkpoint of the last step: none has to be made again."""
     says: str = ""
@@ -62,7 +70,14 @@ class Fault:
     """Before the next start."""
     mounts: bool = False
     """It needs a file system of its own."""
+    hangs: bool = False
+    """It needs one that hangs."""
     quick: bool = False
+
+    @property
+    def is_apart(self) -> bool:
+        """It was prepared before the start: a run for it alone."""
+        return bool(self.overrides or self.bad_steps or self.prepare)
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,6 @@ class Damage:
     what: str
     harm: Callable[[Path], object]
     says: str = "goes on from|going on from|not used|is damaged|cannot be"
-    quick: bool = False
 
 
 # ------------------------------------------------------------------------------------------------------------------- processes
@@ -94,6 +108,10 @@ def kill_while_saving(rank: int) -> Act:
         process.send_signal(signal.SIGKILL)
 
     return inject
+
+
+def hang_disk(run: FaultyRun) -> None:
+    run.hang_disk()
 
 
 def kill_launcher(run: FaultyRun) -> None:
@@ -128,18 +146,29 @@ def fill_disk(run: FaultyRun) -> None:
 
 
 FAULTS = [
-    Fault("kill -9 of rank 1", "rank 1 killed in the middle of a step", kill(1), (137,), quick=True),
-    Fault("kill -9 of rank 0", "rank 0 killed in the middle of a step", kill(0), (137,)),
-    Fault("kill -9 of rank 1 in a save", "rank 1 killed while it saves", kill_while_saving(1), (137,)),
-    Fault("kill -9 of rank 0 in a save", "rank 0 killed while it saves", kill_while_saving(0), (137,)),
-    Fault("kill -9 of the launcher", "the launching process killed", kill_launcher, (-9,), detect_s=5),
+    Fault("kill -9 of rank 1", "rank 1 killed in the middle of a step", kill(1), (137,), goal_s=KILL_GOAL_S, quick=True),
+    Fault("kill -9 of rank 0", "rank 0 killed in the middle of a step", kill(0), (137,), goal_s=KILL_GOAL_S),
+    Fault("kill -9 of rank 1 in a save", "rank 1 killed while it saves", kill_while_saving(1), (137,), goal_s=KILL_GOAL_S),
+    Fault("kill -9 of rank 0 in a save", "rank 0 killed while it saves", kill_while_saving(0), (137,), goal_s=KILL_GOAL_S),
+    Fault("kill -9 of the launcher", "the launching process killed", kill_launcher, (-9,), detect_s=5, goal_s=KILL_GOAL_S),
     Fault(
         "SIGSTOP of a rank",
         f"rank 1 stopped (SIGSTOP); the limit of a step is {STEP_LIMIT_S:g} s",
         stop(1),
         (Exit.HUNG,),
         detect_s=STEP_LIMIT_S + 20,
+        goal_s=HANG_GOAL_S,
         says="rank",
+    ),
+    Fault(
+        "disk hangs",
+        f"the disk hangs: nobody who looks for a file on it gets an answer; the limit of a save is {SAVE_LIMIT_S:g} s",
+        hang_disk,
+        (Exit.SAVE_TIMEOUT, Exit.HUNG),
+        detect_s=STEP_LIMIT_S + 20,
+        goal_s=HANG_GOAL_S,
+        says="does not answer",
+        hangs=True,
     ),
     Fault("SIGTERM", "asked to end", ask(signal.SIGTERM), (143,), saves=True, says="signal 15: saved step"),
     Fault("SIGUSR2", "warned before the time limit", ask(signal.SIGUSR2), (140,), saves=True, says="signal 12: saved step"),
@@ -213,7 +242,7 @@ def cut_latest(path: Path) -> None:
 
 
 DAMAGES = [
-    Damage("flipped bit", "one bit of a shard flipped", flip_a_bit, quick=True),
+    Damage("flipped bit", "one bit of a shard flipped", flip_a_bit),
     Damage("truncated shard", "a shard cut in half", truncate),
     Damage("removed shard", "a shard removed", lambda path: largest_shard(path).unlink()),
     Damage("removed index", "`.metadata` removed", lambda path: (path / ".metadata").unlink()),

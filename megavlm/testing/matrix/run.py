@@ -20,6 +20,7 @@ import psutil  # type: ignore[import-untyped]
 from megavlm.checkpoint import folders, listing
 from megavlm.config.load import dump_recipe
 from megavlm.config.schema import Recipe
+from megavlm.testing.hung_disk import HungDisk
 from megavlm.tracking.metrics import read_metrics
 
 MARK = "MEGAVLM_TEST_RUN"
@@ -54,6 +55,7 @@ class FaultyRun:
         self.process: subprocess.Popen[bytes] | None = None
         self._log_start = 0
         self._is_mounted = False
+        self._hung: HungDisk | None = None
 
     def start(self, *overrides: str, num_ranks: int = 2, bad_steps: str = "") -> None:
         """`megavlm train` with so many ranks, in the background."""
@@ -109,8 +111,10 @@ class FaultyRun:
         try:
             code = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
+            self.release_disk()
             stacks = "".join(p.read_text(errors="replace") for p in sorted(self.dir.glob("stacks/*")))
             raise AssertionError(f"it hangs: no end within {timeout_s:g} s\n{self.output[-3000:]}\n{stacks[-3000:]}") from None
+        self.release_disk()
         self.process = None
         return code
 
@@ -169,6 +173,17 @@ class FaultyRun:
         subprocess.run(["mount", "-t", "tmpfs", "-o", how, "tmpfs", str(self.checkpoints)], check=True, capture_output=True)
         self._is_mounted = True
 
+    def hang_disk(self) -> None:
+        """From here to the end of the command the disk that holds the run's folder answers nobody who looks for a file. Root only."""
+        self._hung = HungDisk(self.dir)
+        self._hung.__enter__()
+
+    def release_disk(self) -> None:
+        """It answers again; nothing where it never hung."""
+        if self._hung is not None:
+            self._hung.__exit__(None, None, None)
+            self._hung = None
+
     def damage_of_latest(self) -> list[str]:
         """What is wrong with the checkpoint that `latest` names, every byte compared; [] when it is good, or nothing was saved yet."""
         file = self.checkpoints / folders.LATEST
@@ -178,6 +193,7 @@ class FaultyRun:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release_disk()
         for process in self.alive():
             with contextlib.suppress(psutil.Error):
                 process.send_signal(signal.SIGKILL)

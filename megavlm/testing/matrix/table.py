@@ -2,28 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil  # type: ignore[import-untyped]
 
 from megavlm.testing.page import arguments, put_between
 
 BEGIN, END = "<!-- table: made by `make faults` -->", "<!-- end of table -->"
-COLUMNS = ("what happens", "exit code", "noticed after", "first new step after", "steps made again", "losses")
+COLUMNS = ("what happens", "exit code", "noticed after", "first new step after", "both (goal)", "steps made again", "losses")
+RESULTS = "MEGAVLM_FAULTS_RESULTS"
+"""An environment variable: the file that what was measured is written to."""
 Figures = dict[str, dict[str, Any]]
-Results = Mapping[str, Mapping[str, Any]]
-"""Fault -> what was measured."""
+"""Fault -> what was measured: what (words), code, detect_s, resume_s, goal_s, lost (steps), loss."""
+Results = Mapping[str, Any]
+"""rows (Figures), seconds that all of it took, cores, load (of the machine when it began), and date."""
+
+
+@contextmanager
+def collected() -> Iterator[Figures]:
+    """What the tests of this process measure; in the end it is written to the file that $MEGAVLM_FAULTS_RESULTS names, if any."""
+    rows: Figures = {}
+    load, target = os.getloadavg()[0], os.environ.get(RESULTS)
+    yield rows
+    if target and rows:
+        seconds = time.time() - psutil.Process().create_time()
+        results = {"rows": rows, "seconds": seconds, "cores": os.cpu_count(), "load": load, "date": time.strftime("%F")}
+        Path(target).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def table(results: Results) -> str:
-    """Markdown: one row a fault; an empty cell is something that the fault does not have."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    return "\n".join([*lines, *(_row(found) for found in results.values())])
+    """Markdown: one row a fault, an empty cell for what a fault does not have; below it how it was measured, and goals that were missed."""
+    rows = list(results["rows"].values())
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS), *(_row(found) for found in rows), ""]
+    missed = [found["what"] for found in rows if found.get("goal_s") is not None and _both(found) > found["goal_s"]]
+    lines.append(f"- Goals missed: {'; '.join(missed) or 'none'}.")
+    lines.append(
+        f"- Measured on {results['date']} in {results['seconds'] / 60:.1f} minutes in all, on {results['cores']} cores with a load of "
+        f"{results['load']:.1f} when it began."
+    )
+    return "\n".join(lines)
 
 
 def _row(found: Mapping[str, Any]) -> str:
-    cells = [found["what"], _text(found.get("code")), _seconds(found, "detect_s"), _seconds(found, "resume_s"), _text(found.get("lost"))]
-    return "| " + " | ".join([*cells, _text(found.get("loss"))]) + " |"
+    both = "" if found.get("goal_s") is None else f"{_both(found):.1f} s ({found['goal_s']:g} s)"
+    cells = [found["what"], _text(found.get("code")), _seconds(found, "detect_s"), _seconds(found, "resume_s"), both]
+    return "| " + " | ".join([*cells, _text(found.get("lost")), _text(found.get("loss"))]) + " |"
+
+
+def _both(found: Mapping[str, Any]) -> float:
+    return float(found["detect_s"] + found["resume_s"])
 
 
 def _text(value: Any) -> str:

@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from megavlm_launchers import local
 from megavlm_launchers.errors import LaunchError
 from megavlm_launchers.local import launch_local
 
@@ -181,3 +183,37 @@ def test_a_command_that_is_not_there_is_an_error_and_leaves_nothing(tmp_path):
 def test_no_ranks_are_refused(tmp_path):
     with pytest.raises(LaunchError, match="num_ranks=0"):
         launch_local(["true"], 0)
+
+
+def test_a_disk_of_the_logs_that_hangs_does_not_keep_the_exit_code(tmp_path_factory, monkeypatch):
+    """It stops to answer while the ranks run; the one that fails says so in a log that is there no more."""
+    from megavlm.testing.hung_disk import HungDisk, can_hang
+
+    logs, signs = tmp_path_factory.mktemp("logs"), tmp_path_factory.mktemp("signs")
+    if not can_hang(logs):
+        pytest.skip("this process may not mount a file system of FUSE")
+    monkeypatch.setattr(local, "LOG_READ_S", 0.5)
+    wait_for_the_sign = f"""
+import os, sys, time
+end = time.monotonic() + 30
+while not os.path.exists({str(signs / "hangs")!r}) and time.monotonic() < end: time.sleep(0.02)
+if os.environ["RANK"] == "1": print("lost words", flush=True); sys.exit(76)
+"""
+    over = threading.Event()
+
+    def hang() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, local.WATCHED)  # they are the launcher's
+        wait_until((logs / "rank1.log").exists)
+        with HungDisk(logs):
+            (signs / "hangs").touch()
+            over.wait(30)
+
+    disk = threading.Thread(target=hang)
+    disk.start()
+    said: list[str] = []
+    try:
+        code = local.launch_local(python(wait_for_the_sign), 2, log_dir=logs, say=said.append)
+    finally:
+        over.set()
+        disk.join()
+    assert code == 76 and "(its disk does not answer)" in said[-1]
