@@ -1,6 +1,6 @@
 """Training speed of megavlm against Hugging Face transformers: same weights, samples, optimizer, dtype; one process; side by side.
 
-    python benchmarks/vs_hf.py [--size tiny|100m] [--dtype fp32|bf16] [--threads 2] [--steps 5]
+    python benchmarks/vs_hf.py [--size tiny|100m] [--dtype fp32|bf16] [--threads 2] [--steps 5] [--recompute none|selective|full]
 
 Two workloads, in useful tokens per second (padding does not count):
   equal      samples of one length: HF pads nothing
@@ -10,7 +10,11 @@ Both sides alternate step by step, so that a busy machine hurts both. Losses of 
 `share_of_matmul_rate`: FLOPs of the formula over seconds, as a share of what a plain matmul of this format reaches on the same threads, in
 the same run. Peak memory is what each side, alone in a process of its own, adds over three steps to what its imports took; blocks that were
 freed go back to the system at once on both sides (MALLOC_MMAP_THRESHOLD_), because glibc would keep them.
-Writes benchmarks/results/vs_hf-<size>-<dtype>.json.
+`floor` is the planner's count for megavlm's pack: weights, gradients and Adam's moments, which both sides hold; what autograd keeps from
+the forward to the backward pass, with `--recompute` as it is; and the head. `left_for_activations_mib` is what half of Hugging Face's peak
+leaves beside the first: where more is kept, only recomputation gets there. `--recompute` is megavlm's `parallel.recompute` (selective: the
+MLPs); Hugging Face keeps all of its activations, as it does unless told otherwise.
+Writes benchmarks/results/vs_hf-<size>-<dtype>.json, with recomputation vs_hf-<size>-<dtype>-<recompute>.json.
 """
 
 from __future__ import annotations
@@ -45,6 +49,12 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
         "text": _shape(640, 1728, 10, 10, vocab_size=32000),
     },
 }
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute": "selective", "recompute_modules": ["mlp"]},
+    "full": {"recompute": "full"},
+}
+"""megavlm's `parallel` block."""
 IMAGE_TOKEN = 3
 TARGET_SHARE = 0.25
 
@@ -65,6 +75,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--batch", type=int, default=8, help="samples in a Hugging Face batch")
+    parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none", help="of megavlm's layers")
     parser.add_argument("--memory-of", choices=["hf", "megavlm"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
@@ -75,14 +86,15 @@ def main() -> None:
         print(json.dumps(memory_of(args)))
         return
     memory = {side: memory_apart(side) for side in ("hf", "megavlm")}
-    hf, ours = build(args.size, args.dtype)
+    hf, ours = build(args.size, args.dtype, args.recompute)
     rate = matmul_flops_per_s(args.dtype)
     results = {}
     for name, lengths in WORKLOADS.items():
         batches = [make_samples(lengths(args.size, args.batch, seed), args.size, seed) for seed in range(args.steps + 1)]
         results[name] = compare(hf, ours, batches, rate)
         peaks = {side: memory[side][name] for side in memory}
-        results[name]["peak_memory_mib"] = peaks | {"ratio": round(peaks["megavlm"] / peaks["hf"], 3)}
+        found = {"ratio": round(peaks["megavlm"] / peaks["hf"], 3), "floor": memory_floor(ours, memory_batches(args, lengths), peaks["hf"])}
+        results[name]["peak_memory_mib"] = peaks | found
         print(f"{name:10s} {json.dumps(results[name])}")
     save(args, results, rate)
 
@@ -105,13 +117,42 @@ def memory_of(args: argparse.Namespace) -> dict[str, float]:
     found = {}
     memory = ProcessMemory()
     with hf_folder(args.size) as folder:
-        side = HuggingFace(folder, args.dtype) if args.memory_of == "hf" else Megavlm(folder, args.dtype)
+        side = HuggingFace(folder, args.dtype) if args.memory_of == "hf" else Megavlm(folder, args.dtype, args.recompute)
     for name, lengths in WORKLOADS.items():
         memory.restart()
-        for seed in range(3):
-            side.step(make_samples(lengths(args.size, args.batch, seed), args.size, seed))
+        for samples in memory_batches(args, lengths):
+            side.step(samples)
         found[name] = round(memory.peak_bytes() / 2**20, 1)
     return found
+
+
+def memory_batches(args: argparse.Namespace, lengths: Any) -> list[list[Sample]]:
+    """Of three steps."""
+    return [make_samples(lengths(args.size, args.batch, seed), args.size, seed) for seed in range(3)]
+
+
+def memory_floor(ours: Megavlm, batches: list[list[Sample]], hf_peak_mib: float) -> dict[str, float]:
+    """MiB that the planner counts for the fullest of `batches` as megavlm packs it."""
+    from megavlm.planner.memory import Fullest, estimate_memory
+    from megavlm.topology.grid import RankGrid
+
+    recipe = ours.recipe
+    grid, counted = RankGrid.from_config(recipe.parallel, 1), []
+    for samples in batches:
+        tiles, targets = sum(len(s.tiles) for s in samples), sum(int(s.is_target.sum()) for s in samples)
+        data = recipe.data.model_copy(update={"seq_len_tokens": sum(s.tokens.numel() for s in samples)})
+        fullest = Fullest(tiles, tiles * recipe.model.vision.num_patches, targets)
+        own = (recipe.model, recipe.stages[0], data, grid, recipe.parallel, recipe.precision)
+        counted.append(estimate_memory(*own, device="cpu", fullest=fullest)[0])
+    most = max(counted, key=lambda estimate: estimate.total_bytes)
+    state = most.parameters_bytes + most.gradients_bytes + most.optimizer_bytes
+    parts = {"state_mib": state, "activations_mib": most.activations_bytes, "head_mib": most.head_bytes, "total_mib": most.total_bytes}
+    found = {name: round(number / 2**20, 1) for name, number in parts.items()}
+    return found | {
+        "state_over_hf": round(found["state_mib"] / hf_peak_mib, 3),
+        "total_over_hf": round(found["total_mib"] / hf_peak_mib, 3),
+        "left_for_activations_mib": round(hf_peak_mib / 2 - found["state_mib"], 1),
+    }
 
 
 def matmul_flops_per_s(dtype: str, size: int = 1536) -> float:
@@ -197,7 +238,7 @@ class HuggingFace:
 class Megavlm:
     """The same weights in megavlm, packed."""
 
-    def __init__(self, folder: str, dtype: str) -> None:
+    def __init__(self, folder: str, dtype: str, recompute: str) -> None:
         import torch
 
         from megavlm.checkpoint.hf import config_from_hf, load_hf
@@ -212,6 +253,7 @@ class Megavlm:
                 "run": {"dir": "unused", "device": "cpu"},
                 "model": config_from_hf(folder).model_dump(),
                 "precision": {"dtype": dtype},
+                "parallel": RECOMPUTE[recompute],
                 "data": {"sources": {"x": {"path": "unused"}}},
                 "stages": [stage],
             }
@@ -256,10 +298,10 @@ def as_pack(samples: list[Sample]) -> Any:
     )
 
 
-def build(size: str, dtype: str) -> tuple[HuggingFace, Megavlm]:
+def build(size: str, dtype: str, recompute: str) -> tuple[HuggingFace, Megavlm]:
     """Both sides from one randomly initialised Hugging Face folder."""
     with hf_folder(size) as folder:
-        return HuggingFace(folder, dtype), Megavlm(folder, dtype)
+        return HuggingFace(folder, dtype), Megavlm(folder, dtype, recompute)
 
 
 @contextmanager
@@ -338,7 +380,8 @@ def save(args: argparse.Namespace, results: dict[str, Any], matmul_rate: float) 
         "matmul_tflops": round(matmul_rate / 1e12, 4),
         "results": results,
     }
-    path = folder / f"vs_hf-{args.size}-{args.dtype}.json"
+    suffix = "" if args.recompute == "none" else f"-{args.recompute}"
+    path = folder / f"vs_hf-{args.size}-{args.dtype}{suffix}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {path}")
 

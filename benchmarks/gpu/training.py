@@ -168,7 +168,7 @@ def watched(watch: _Watch, device: str) -> Iterator[None]:
     drawn |= {name: partial(getattr(torch, name), device=device) for name in ("randn", "zeros", "ones")}
     with ExitStack() as stack:
         stack.enter_context(patch.object(_StageRun, "_one_step", step))
-        stack.enter_context(patch.object(_StageRun, "_save", lambda self: None))
+        stack.enter_context(patch.object(_StageRun, "_save", autospec=True))
         stack.enter_context(patch.object(init, "torch", SimpleNamespace(**drawn)))
         yield
 

@@ -362,11 +362,12 @@ def _projector_elements(load: _Load, model: ModelConfig) -> float:
 
 
 def _head(load: _Load, model: ModelConfig, embedding: ParameterBlock | None, blocks: Sequence[ParameterBlock]) -> int:
-    """Hidden states of the targets and their gradient, one chunk of logits, and the fp32 gradient of the head's weight with its scaled
-    copy. On a GPU gradients take the logits' place; on a CPU logits exist in fp32 too."""
+    """Hidden states of the targets and their gradient, one chunk of logits, and the gradient of the head's weight, in fp32 and in the
+    weight's format. On a GPU gradients take the logits' place; on a CPU logits exist in fp32 too."""
     head = next((b for b in blocks if b.module == "language" and b.part == "head"), embedding)
     assert head is not None
     columns, width = head.local // model.language.hidden_size, model.language.hidden_size
     chunk = min(load.targets, max(HEAD_CHUNK_ELEMENTS[load.device] // columns, 1)) * columns
     logits = chunk * (load.element_bytes if load.device == "cuda" or load.precision.dtype == "fp32" else load.element_bytes + 4)
-    return 2 * load.targets * width * load.element_bytes + logits + (2 * 4 * head.local if head.trains else 0)
+    of_weight = (4 if load.precision.dtype == "fp32" else 4 + load.element_bytes) * head.local if head.trains else 0
+    return 2 * load.targets * width * load.element_bytes + logits + of_weight

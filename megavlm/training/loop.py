@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,38 @@ from megavlm.training.watch import StepWatch
 from megavlm_kernels.packed_attention import machine_of
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What the stages of a run share, and where it stands."""
+
+    recipe: Recipe
+    state: RunState
+    data: RunData
+    tracker: Tracker
+    stop: StopRequest
+    device: torch.device
+    sections: Sections
+    incidents: IncidentLog
+
+    @property
+    def stage(self) -> StageConfig:
+        """The one that is next, or under way."""
+        return self.recipe.stages[self.state.stage_index]
+
+
+@dataclass(frozen=True)
+class _Built:
+    """What a stage trains with: its grid, and what was built in it."""
+
+    ctx: ParallelContext
+    layout: ParallelConfig
+    model: StageModel
+    stream: StageStream
+    held_out: list[StepData]
+    checkpointer: Checkpointer
+    watch: StepWatch
+
+
 def run_stages(
     recipe: Recipe, state: RunState, data: RunData, tracker: Tracker, stop: StopRequest, device: torch.device, sections: Sections
 ) -> int:
@@ -61,7 +94,7 @@ def run_stages(
             beginning = deepcopy(state)
         incident = None
         try:
-            signal_number = _run_stage(recipe, state, data, tracker, stop, device, sections, incidents)
+            signal_number = _run_stage(_Run(recipe, state, data, tracker, stop, device, sections, incidents))
         except RollBack as back:
             incident = back.incident
         if incident is not None:  # out here, where the exception and with it the model are gone
@@ -78,82 +111,62 @@ def run_stages(
     return 0
 
 
-def _run_stage(
-    recipe: Recipe,
-    state: RunState,
-    data: RunData,
-    tracker: Tracker,
-    stop: StopRequest,
-    device: torch.device,
-    sections: Sections,
-    incidents: IncidentLog,
-) -> int:
-    stage = recipe.stages[state.stage_index]
+def _run_stage(run: _Run) -> int:
+    recipe, state, stage = run.recipe, run.state, run.stage
     if state.is_stage_done(stage.steps):
         return 0
-    sections.setup()
-    state.cursor = incidents.cursor_behind(stage.name, state)
+    run.sections.setup()
+    state.cursor = run.incidents.cursor_behind(stage.name, state)
     state.stage_names = [s.name for s in recipe.stages[: state.stage_index + 1]]
     layout = stage_layout(recipe.parallel, stage, recipe.model)
     if layout.split == "balanced":
-        layout = settled_layout(recipe, state.stage_index, layout, dist.get_world_size(), data.indexes(stage))
-    ctx = enter_grid(layout, device, recipe.run.seed)
+        layout = settled_layout(recipe, state.stage_index, layout, dist.get_world_size(), run.data.indexes(stage))
+    ctx = enter_grid(layout, run.device, recipe.run.seed)
     streams: list[StageStream] = []
     try:
-        memory = MemoryWatch(recipe, stage, layout, ctx)
-        model = prepare_model(recipe, stage, layout, state, ctx)
-        checkpointer = Checkpointer(recipe, stage, model, ctx)
-        if recipe.precision.fp8 != "none":
-            backend = choose_fp8(recipe.model, recipe.precision, layout, machine_of(device.type))
-            tracker.message(f"stage {stage.name}: linear layers in FP8 ({recipe.precision.fp8} scales) through {backend}")
-        stream = data.open_stage(stage, ctx, state)
-        streams.append(stream)
-        if ctx.rank == 0:
-            # Only now: a resume that is refused must leave the run's recipe as it was.
-            dump_recipe(recipe, Path(recipe.run.dir) / "recipe.yaml")
-        tracker.stage_begins(stage.name, stage.steps, state.stage_step)
-        if layout.pipeline > 1 and recipe.parallel.split == "balanced":
-            tracker.message(f"layers of the pipeline's chunks, from the bottom of the model: {layout.layers_per_stage}")
-        if stream.early_end is not None:
-            tracker.message(f"warning: {stream.early_end}")
-        held_out = data.held_out(stage, ctx)
-        stream.tasks = sorted({*stream.tasks, *data.held_out_tasks})
-        watch = StepWatch(recipe, stage, ctx, tracker, memory, incidents)
-        return _StageRun(
-            recipe, stage, state, ctx, layout, model, stream, held_out, tracker, checkpointer, stop, watch, sections, incidents
-        ).run()
+        return _StageRun(run, _build(run, layout, ctx, streams)).run()
     finally:
         for stream in streams:
             stream.close()
         leave_grid()
 
 
+def _build(run: _Run, layout: ParallelConfig, ctx: ParallelContext, streams: list[StageStream]) -> _Built:
+    """The stage's model, data and watches. The stream is put into `streams` as soon as it is open: the caller closes it."""
+    recipe, state, stage, tracker = run.recipe, run.state, run.stage, run.tracker
+    memory = MemoryWatch(recipe, stage, layout, ctx)
+    model = prepare_model(recipe, stage, layout, state, ctx)
+    checkpointer = Checkpointer(recipe, stage, model, ctx)
+    if recipe.precision.fp8 != "none":
+        backend = choose_fp8(recipe.model, recipe.precision, layout, machine_of(run.device.type))
+        tracker.message(f"stage {stage.name}: linear layers in FP8 ({recipe.precision.fp8} scales) through {backend}")
+    stream = run.data.open_stage(stage, ctx, state)
+    streams.append(stream)
+    if ctx.rank == 0:
+        # Only now: a resume that is refused must leave the run's recipe as it was.
+        dump_recipe(recipe, Path(recipe.run.dir) / "recipe.yaml")
+    tracker.stage_begins(stage.name, stage.steps, state.stage_step)
+    if layout.pipeline > 1 and recipe.parallel.split == "balanced":
+        tracker.message(f"layers of the pipeline's chunks, from the bottom of the model: {layout.layers_per_stage}")
+    if stream.early_end is not None:
+        tracker.message(f"warning: {stream.early_end}")
+    held_out = run.data.held_out(stage, ctx)
+    stream.tasks = sorted({*stream.tasks, *run.data.held_out_tasks})
+    watch = StepWatch(recipe, stage, ctx, tracker, memory, run.incidents)
+    return _Built(ctx, layout, model, stream, held_out, checkpointer, watch)
+
+
 class _StageRun:
     """One stage at work."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        stage: StageConfig,
-        state: RunState,
-        ctx: ParallelContext,
-        layout: ParallelConfig,
-        model: StageModel,
-        stream: StageStream,
-        held_out: list[StepData],
-        tracker: Tracker,
-        checkpointer: Checkpointer,
-        stop: StopRequest,
-        watch: StepWatch,
-        sections: Sections,
-        incidents: IncidentLog,
-    ) -> None:
-        self.recipe, self.stage, self.state, self.ctx, self.model = recipe, stage, state, ctx, model
-        self.stream, self.held_out, self.tracker, self.checkpointer, self.stop = stream, held_out, tracker, checkpointer, stop
-        name = torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else None
-        self.accountant = Accountant(recipe, stage, ctx.grid.world_size, name, layout)
-        self.watch, self.sections, self.incidents = watch, sections, incidents
-        self.judge = StepJudge(recipe.faults, state, ctx.device)
+    def __init__(self, run: _Run, built: _Built) -> None:
+        self.recipe, self.stage, self.state = run.recipe, run.stage, run.state
+        self.tracker, self.stop, self.sections, self.incidents = run.tracker, run.stop, run.sections, run.incidents
+        self.ctx, self.model, self.stream, self.held_out = built.ctx, built.model, built.stream, built.held_out
+        self.checkpointer, self.watch = built.checkpointer, built.watch
+        name = torch.cuda.get_device_name(self.ctx.device) if self.ctx.device.type == "cuda" else None
+        self.accountant = Accountant(self.recipe, self.stage, self.ctx.grid.world_size, name, built.layout)
+        self.judge = StepJudge(self.recipe.faults, self.state, self.ctx.device)
 
     def run(self) -> int:
         """Steps until the stage or its data are done, run.max_steps is reached or a signal came. Returns the signal's number or 0."""

@@ -102,8 +102,10 @@ def two_layers(pool: RankPool, name: str, module: str) -> tuple[int, int]:
 def test_two_more_layers_keep_what_the_planner_says(module: str, pool: RankPool) -> None:
     whole, again, full = (two_layers(pool, name, module) for name in ("nothing", "mlp", "full"))
     assert full[1] == full[0] > 0, "of a recomputed layer its input, to the byte"
-    # The planner counts what fused operations keep. Here activations, gates and rotations are single ones, each of which keeps its own.
-    assert 0.6 < whole[1] / whole[0] <= 1.0
+    # The planner counts what fused operations keep. Here the encoder's activation is three, each of which keeps its own; in the LLM,
+    # attention keeps key and value heads as often as query heads share them, and its result once more where segments are joined.
+    least = {"vision": 0.6, "language": 0.8}[module]
+    assert least < whole[1] / whole[0] <= 1.0
     assert 0.6 < (whole[1] - again[1]) / (whole[0] - again[0]) <= 1.0
 
 
@@ -162,6 +164,7 @@ def test_offloaded_tensors_go_once_and_come_back_once(pool: RankPool) -> None:
             (2, {"zero": 3}, "fp32"),
             (2, {"zero": 2}, "bf16"),
             (2, {"tensor": 2}, "fp32"),
+            (1, {}, "fp16"),
         ],
         lambda world_size, parallel, dtype: parallel.get("zero") in (1, 3),
     ),

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from megavlm.testing.pool import RankPool
+
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 TASKS = """
@@ -140,6 +142,27 @@ def test_counts_of_junit(parts: Any, tmp_path: Path) -> None:
         "failures": {"a::two": "assert 1 == 2", "a::four": "no fixture"},
         "reasons_to_skip": {"needs two GPUs": 1},
     }
+
+
+def trained(folder: Path) -> dict[str, Any]:
+    """A variant of the section training_local at tiny size, in a rank of the pool."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        runner, training = importlib.import_module("gpu.runner"), importlib.import_module("gpu.training")
+        found: dict[str, Any] = training.measure("training_local", "bf16", runner.Place("cpu", str(folder)))
+        return found
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+        for name in [n for n in sys.modules if n == "gpu" or n.startswith("gpu.")]:
+            del sys.modules[name]
+
+
+def test_a_variant_trains_to_its_end_and_writes_no_checkpoint(pool: RankPool, tmp_path: Path) -> None:
+    """Through the training loop of today, parts of which the section replaces."""
+    found = pool.run(trained, tmp_path)[0]
+    assert found["steps"] == 3 and len(found["losses"]) == 6 and found["mfu"] > 0 and found["tokens_per_s"] > 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert not list((run / "checkpoints").iterdir())
 
 
 @pytest.mark.slow

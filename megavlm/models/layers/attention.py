@@ -80,6 +80,8 @@ class PackedAttention(MegatronModule):
         self.scale = style.scale or softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.backend = backend_of(config)
         self._check_backend(config, masked=style.masked)
+        # A norm on queries or keys keeps them anyway.
+        self.normed_heads = config.qk_layernorm
         self.context_group = pg_collection.cp if pg_collection is not None and config.context_parallel_size > 1 else None
         self.ring = None if self.context_group is None else ring_of(self, config, style, self.context_group)
 
@@ -104,6 +106,10 @@ class PackedAttention(MegatronModule):
                 query, key = turned.split([query.shape[1], key.shape[1]], dim=1)
             else:
                 query, key = (apply_rotary(x, cos_LK, sin_LK) for x in (query, key))
+                if value.requires_grad and packing.context is None and not self.normed_heads:
+                    # A view of what queries, keys and values were computed into keeps all of it until the backward pass, and the
+                    # rotated ones are new.
+                    value = value.contiguous()
         options: dict[str, Any] = {"window": self.window, "softcap": self.softcap, "backend": self.backend}
         if packing.cache is not None:
             out = packing.cache.attend(self.layer_number, query, key, value, packing, self.scale, **options)

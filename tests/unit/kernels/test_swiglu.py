@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
 import torch
 
 from megavlm_kernels.swiglu import gated_linear_unit
+from megavlm_kernels.swiglu.op import FEW_ELEMENTS
 from megavlm_kernels.swiglu.reference import ACTIVATIONS, gated_linear_unit_reference
 from megavlm_kernels.testing.interpreter import Interpreter
 from megavlm_kernels.testing.tolerance import errors_against_truth, forward_and_gradients
@@ -58,6 +60,36 @@ def test_torch(activation: str) -> None:
     double = x.detach().double().requires_grad_()
     if activation != "relu":
         assert torch.autograd.gradcheck(partial(gated_linear_unit, activation=activation), (double,))
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(400, 1001), (1, 40000), (3, 7, 5000)])
+def test_blocks_of_torch(shape: tuple[int, ...], dtype: torch.dtype, activation: str) -> None:
+    """Rows that are no multiple of a block, one row that is larger than a block, leading dimensions."""
+    assert 2 * math.prod(shape) > FEW_ELEMENTS
+    x, upstream = inputs(shape, dtype)
+    got = forward_and_gradients(partial(gated_linear_unit, activation=activation), [x], upstream)
+    assert wrong(got, x, upstream, activation) == []
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_blocks_keep_their_input_only(activation: str) -> None:
+    x, upstream = inputs((300, 256), torch.float32)
+    kept: set[int] = set()
+
+    def note(t: torch.Tensor) -> torch.Tensor:
+        kept.add(t.untyped_storage().data_ptr())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        out = gated_linear_unit(x, activation)
+    assert kept == {x.untyped_storage().data_ptr()}
+    # Rows apart, and an upstream gradient that is an expanded number.
+    apart = torch.cat([x, x], dim=1).detach()[::2, :512].requires_grad_()
+    ones = torch.ones(()).expand(150, 256)
+    assert wrong(forward_and_gradients(partial(gated_linear_unit, activation=activation), [apart], ones), apart, ones, activation) == []
+    assert out.shape == upstream.shape
 
 
 def test_rows_that_lie_apart(interpreter: Interpreter) -> None:
