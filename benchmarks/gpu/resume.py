@@ -61,10 +61,11 @@ def _differing(first: Path, second: Path) -> list[str]:
     """Names of tensors that are not the same, bit by bit, in both checkpoints."""
     import torch
 
+    from megavlm.checkpoint.random_states import PREFIX
     from megavlm.checkpoint.reader import CheckpointReader
 
     one, two = CheckpointReader(first), CheckpointReader(second)
     assert one.entries, f"{first} holds no tensor"
-    names = one.entries.keys() | two.entries.keys()
+    names = {name for name in one.entries.keys() | two.entries.keys() if not name.startswith(PREFIX)}  # threads beside training may draw
     both = one.entries.keys() & two.entries.keys()
     return sorted(name for name in names if name not in both or not torch.equal(one.tensor(name), two.tensor(name)))

@@ -39,11 +39,14 @@ class SlurmJob:
     """NAME=value a line, read when the job starts: secrets stay out of the script, which SLURM shows to others."""
     chain: int | None = None
     """So many jobs one after the other, as an array, instead of one that goes back into the queue."""
+    local_dir: Path | None = None
+    """A folder that every node has for itself, whole path: made there before a container is entered, and mounted in it."""
 
 
 def render(job: SlurmJob) -> str:
     """The script. Raises LaunchError for what no SLURM script can say."""
-    for what, text in (("run.dir", str(job.run_dir)), ("the folder of the submission", str(job.workdir)), ("run.name", job.name)):
+    paths = {"run.dir": job.run_dir, "the folder of the submission": job.workdir, "checkpoint.local.dir": job.local_dir}
+    for what, text in {**{what: str(path) for what, path in paths.items()}, "run.name": job.name}.items():
         if "\n" in text or "\0" in text:
             raise LaunchError(f"{what} has a line break in it: {text!r}")
     environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
@@ -62,6 +65,7 @@ def render(job: SlurmJob) -> str:
         env_file=job.env_file,
         setup=cluster.setup,
         signal=cluster.signal,
+        local_dir=job.local_dir if job.cluster.container is not None else None,
         patience=max(cluster.signal_before_s - REQUEUE_S, cluster.signal_before_s // 2),
         srun=shlex.join(_srun_options(job)),
         command=shlex.join([*_entered(job), *job.command]),
@@ -131,7 +135,8 @@ def _entered(job: SlurmJob) -> list[str]:
 
 
 def _mounts(job: SlurmJob, container: ContainerConfig) -> list[str]:
-    own = dict.fromkeys(str(folder) for folder in (job.workdir, job.run_dir))
+    folders = [job.workdir, job.run_dir, *([job.local_dir] if job.local_dir is not None else [])]
+    own = dict.fromkeys(map(str, folders))
     for folder in own:
         if ":" in folder or "," in folder:
             raise LaunchError(f"{folder} has a colon or a comma in it, and cannot be mounted in a container: take another folder")

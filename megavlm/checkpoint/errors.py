@@ -11,6 +11,12 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, incomplete, damaged or of another model."""
 
 
+class Unreadable(CheckpointError):
+    """A checkpoint of which the disk or the file server gives nothing now. What it holds may be as good as ever."""
+
+    exit_code = Exit.UNREADABLE
+
+
 class SaveFailed(CheckpointError):
     """A checkpoint that could not be written: a disk or a file system that may be well again at the next start."""
 

@@ -13,9 +13,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,8 +25,10 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from megavlm.checkpoint.errors import CheckpointError
+from megavlm.checkpoint.errors import CheckpointError, Unreadable
+from megavlm.checkpoint.patience import MISSING, patiently
 
+_log = logging.getLogger(__name__)
 STATE, MANIFEST, LATEST, CHECKPOINTS, UNFINISHED, REPLACED = "state.json", "manifest.json", "latest", "checkpoints", ".tmp", ".old"
 FORMAT = 1
 """Of what `store.save` and `writer` write."""
@@ -39,15 +43,16 @@ _ASIDE = re.compile(r"\.[0-9a-f]{8}\.old$")
 
 
 def local_run_dir(local_dir: str | Path, run_name: str, run_dir: str | Path) -> Path:
-    """A node's own folder of a run, inside of checkpoint.local.dir: other runs of the same name have others."""
+    """A run's folder inside of checkpoint.local.dir, with one for each node in it: other runs of the same name have others."""
     place = hashlib.sha256(str(Path(run_dir).resolve()).encode()).hexdigest()[:8]
     return Path(local_dir) / f"{run_name}-{place}"
 
 
 def latest(run_dir: str | Path) -> str | None:
     """Name of the checkpoint that was saved last; None before the first."""
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        return (Path(run_dir) / CHECKPOINTS / LATEST).read_text(encoding="utf-8").strip() or None
+    file = Path(run_dir) / CHECKPOINTS / LATEST
+    with contextlib.suppress(*MISSING, UnicodeDecodeError):
+        return patiently(lambda: file.read_text(encoding="utf-8"), file).strip() or None
     return None
 
 
@@ -78,28 +83,52 @@ def read_state(path: str | Path) -> dict[str, Any]:
 
 
 def problem(path: Path) -> str | None:
-    """Why this folder is no complete checkpoint, in words; None when it is one. Looks at sizes only."""
-    if not path.is_dir():
+    """Why this folder is no complete checkpoint, in words; None when it is one. Looks at sizes only.
+
+    Raises:
+        Unreadable: nobody can tell now.
+    """
+    if _stat(path) is None:
         return "there is no such folder"
-    missing = [name for name in (STATE, MANIFEST) if not (path / name).is_file()]
+    missing = [name for name in (STATE, MANIFEST) if _size(path / name) is None]
     if missing:
         return f"it has no {' and no '.join(missing)}: it is not a checkpoint, or its save was interrupted"
     try:
         _read_json(path / STATE)
         files = _read_json(path / MANIFEST)["files"]
         for name, entry in files.items():
-            if not (path / name).is_file():
+            size = _size(path / name)
+            if size is None:
                 return f"{name} is missing"
-            size = (path / name).stat().st_size
             if size != entry["bytes"]:
                 return f"{name} has {size} bytes instead of {entry['bytes']}: the copy or the disk is damaged"
+    except Unreadable:
+        raise
     except (CheckpointError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} or {STATE} is damaged ({error})"
     return None
 
 
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return patiently(path.stat, path)
+    except MISSING:
+        return None
+
+
+def _size(file: Path) -> int | None:
+    """Bytes; None where there is no such file."""
+    found = _stat(file)
+    return found.st_size if found is not None and stat.S_ISREG(found.st_mode) else None
+
+
 def verify(path: Path, names: Iterable[str] | None = None) -> None:
-    """Compare the checksums of files (None: all of them) with the manifest. Raises CheckpointError naming the damaged ones."""
+    """Compare the checksums of files (None: all of them) with the manifest. One that differs is read again before it counts as damaged.
+
+    Raises:
+        Unreadable: the disk or the file server does not give them.
+        CheckpointError: naming those that are damaged.
+    """
     files = _read_json(path / MANIFEST)["files"]
     damaged = [name for name in (files if names is None else names) if not _is_as_written(path / name, files[name])]
     if damaged:
@@ -127,8 +156,18 @@ def checksum(file: Path) -> dict[str, Any]:
 
 def _is_as_written(file: Path, entry: dict[str, Any]) -> bool:
     kind, make = (CHECKSUM, hasher) if CHECKSUM in entry else ("sha256", hashlib.sha256)
-    with open(file, "rb") as stream:
-        return _digest(stream, make()) == entry[kind]
+
+    def read() -> str:
+        with open(file, "rb") as stream:
+            return _digest(stream, make())
+
+    if patiently(read, file) == entry[kind]:
+        return True
+    _forget(file)  # the second reading must be the disk's, and not the first one's copy
+    is_right = patiently(read, file) == entry[kind]
+    if is_right:
+        _log.warning("%s was read wrongly once, and rightly then: look at this machine's memory and at its way to the disk", file)
+    return is_right
 
 
 def _digest(stream: BinaryIO, summing: Any) -> str:
@@ -142,6 +181,11 @@ def _digest(stream: BinaryIO, summing: Any) -> str:
             return str(summing.hexdigest())
         summing.update(view[:count])
         place += count
+
+
+def _forget(file: Path) -> None:
+    with contextlib.suppress(AttributeError, OSError), open(file, "rb") as stream:
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _ask_ahead(stream: BinaryIO, place: int) -> None:
@@ -231,10 +275,16 @@ def sync_folder(folder: Path) -> None:
 def named(run_dir: str | Path) -> list[Path]:
     """Folders named as checkpoints, by ascending step; at the same step the one that `latest` names comes last."""
     root = Path(run_dir) / CHECKPOINTS
-    if not root.is_dir():
+
+    def read() -> list[Path]:
+        return [root / entry.name for entry in os.scandir(root) if entry.is_dir() and _NAME.match(entry.name)]
+
+    try:
+        found = patiently(read, root)
+    except MISSING:
         return []
     newest_saved = latest(run_dir)
-    paths = [p for p in root.iterdir() if p.is_dir() and _NAME.match(p.name) and not p.name.endswith((UNFINISHED, REPLACED, DAMAGED))]
+    paths = [p for p in found if not p.name.endswith((UNFINISHED, REPLACED, DAMAGED))]
     return sorted(paths, key=lambda p: (step_and_stage(p.name)[0], p.name == newest_saved, p.name))
 
 
@@ -246,6 +296,6 @@ def is_leftover(path: Path) -> bool:
 
 def _read_json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(patiently(lambda: file.read_text(encoding="utf-8"), file))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from megavlm.checkpoint import folders
-from megavlm.checkpoint.errors import CheckpointError
+from megavlm.checkpoint.errors import CheckpointError, Unreadable
 
 RECIPE = "recipe.yaml"
 
@@ -51,10 +51,11 @@ def survey(run_dir: str | Path) -> list[Entry]:
         CheckpointError: there is no folder of checkpoints.
     """
     root = checkpoints_of(run_dir)
-    local, latest = local_checkpoints(run_dir), folders.latest(run_dir)
-    found = [(path, False) for path in folders.named(run_dir)] + [(path, True) for path in (folders.named(local) if local else [])]
+    latest = folders.latest(run_dir)
+    found = [(path, False) for path in folders.named(run_dir)]
+    found += [(path, True) for node in local_checkpoints(run_dir) for path in folders.named(node)]
     found.sort(key=lambda item: (folders.step_and_stage(item[0].name)[0], item[1]))
-    whole = [path for path, _ in found if folders.problem(path) is None]
+    whole = [(path.name, is_local) for path, is_local in found if _problem(path) is None]
     others = sorted(path for path in root.iterdir() if folders.is_leftover(path) or is_set_aside(path))
     return [_entry(path, is_local, whole[-1:], latest) for path, is_local in [*found, *((path, False) for path in others)]]
 
@@ -64,14 +65,15 @@ def is_set_aside(path: Path) -> bool:
     return path.name.endswith(folders.DAMAGED) and path.is_dir() and path.name[:8].isdigit()
 
 
-def local_checkpoints(run_dir: str | Path) -> Path | None:
-    """This node's own folder of the run, as its recipe names it; None without one."""
+def local_checkpoints(run_dir: str | Path) -> list[Path]:
+    """What this node sees of the run's local tier, as its recipe names it: its own folder, and the others' where they share a disk."""
     try:
         recipe: Any = yaml.safe_load((Path(run_dir) / RECIPE).read_text(encoding="utf-8"))
         local = recipe["checkpoint"]["local"]
-        return None if local is None else folders.local_run_dir(local["dir"], recipe["run"]["name"], run_dir)
+        root = None if local is None else folders.local_run_dir(local["dir"], recipe["run"]["name"], run_dir)
+        return [] if root is None or not root.is_dir() else sorted(path for path in root.iterdir() if path.is_dir())
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
-        return None
+        return []
 
 
 def checkpoints_of(run_dir: str | Path) -> Path:
@@ -105,11 +107,11 @@ def bytes_to_verify(path: Path) -> int:
 
 
 def damage(path: Path, read: Callable[[int], None] = lambda count: None) -> list[str]:
-    """Everything that is wrong with a checkpoint, in words, file by file: missing, of another size or another checksum.
+    """Everything that is wrong with a checkpoint, in words, file by file: missing, of another size or another checksum, or not to be read.
 
     `read` hears of every file's bytes when they have been compared.
     """
-    whole = folders.problem(path)
+    whole = _problem(path)
     names = _manifest(path)
     found = [] if whole is None else [whole]
     for name in names:
@@ -118,6 +120,9 @@ def damage(path: Path, read: Callable[[int], None] = lambda count: None) -> list
             continue
         try:
             folders.verify(path, [name])
+        except Unreadable as error:
+            found.append(str(error))
+            continue
         except (CheckpointError, OSError, KeyError, TypeError):
             found.append(f"{name} changed since it was written")
         read((path / name).stat().st_size)
@@ -129,6 +134,13 @@ def newest_good(run_dir: str | Path, read: Callable[[int], None] = lambda count:
     return next((path.name for path in reversed(folders.named(run_dir)) if not damage(path, read)), None)
 
 
+def _problem(path: Path) -> str | None:
+    try:
+        return folders.problem(path)
+    except Unreadable as error:
+        return str(error)
+
+
 def _manifest(path: Path) -> list[str]:
     try:
         return folders.manifest_files(path)
@@ -136,8 +148,8 @@ def _manifest(path: Path) -> list[str]:
         return []
 
 
-def _entry(path: Path, is_local: bool, resumed: list[Path], latest: str | None) -> Entry:
-    problem = "an interrupted save or deletion left it" if folders.is_leftover(path) else folders.problem(path)
+def _entry(path: Path, is_local: bool, resumed: list[tuple[str, bool]], latest: str | None) -> Entry:
+    problem = "an interrupted save or deletion left it" if folders.is_leftover(path) else _problem(path)
     problem = "a start found it damaged, and put it aside" if is_set_aside(path) else problem
     stats = [file.stat() for file in path.rglob("*") if file.is_file()]
     state = {}
@@ -161,5 +173,5 @@ def _entry(path: Path, is_local: bool, resumed: list[Path], latest: str | None) 
         has_optimizer=bool(state.get("has_optimizer")),
         problem=problem,
         is_latest=path.name == latest and not is_local,
-        resumes=path in resumed,
+        resumes=(path.name, is_local) in resumed,
     )

@@ -16,7 +16,8 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from megavlm.checkpoint.errors import CheckpointError
+from megavlm.checkpoint.errors import CheckpointError, Unreadable
+from megavlm.checkpoint.patience import MISSING, patiently
 
 _CHECKPOINT = "torch.distributed.checkpoint.metadata"
 _ALLOWED = {
@@ -53,13 +54,15 @@ def read_metadata(path: Path) -> Metadata:
     """The index of a checkpoint's tensors.
 
     Raises:
+        Unreadable: the disk or the file server does not give it.
         CheckpointError: the index is missing or damaged, or holds anything but tensors.
     """
     try:
-        with open(path / ".metadata", "rb") as stream:
-            metadata = _Unpickler(stream).load()
-    except FileNotFoundError:
+        data = patiently((path / ".metadata").read_bytes, path / ".metadata")
+    except MISSING:
         raise CheckpointError(f"{path} has no .metadata: it is not a checkpoint, or its save was interrupted") from None
+    try:
+        metadata = _Unpickler(io.BytesIO(data)).load()
     except Exception as error:  # a damaged pickle raises nearly anything
         raise CheckpointError(f"{path}/.metadata is damaged or not a checkpoint's index: {error}") from error
     if not isinstance(metadata, Metadata):
@@ -118,17 +121,23 @@ class CheckpointReader:
         return self.path / name
 
     def piece(self, key: str, offsets: torch.Size) -> torch.Tensor:
-        """The chunk of a tensor that begins at `offsets`. Raises CheckpointError when it is missing or damaged."""
+        """The chunk of a tensor that begins at `offsets`. Raises CheckpointError when it is missing, damaged or cannot be read."""
         place = self._places.get(MetadataIndex(key, offsets)) or self._places.get(MetadataIndex(key))
         if place is None or place.transform_descriptors:
             raise CheckpointError(f"{self.path}: the index does not say where {key} lies, or it is stored in a form that is not read here")
         file = self.path / place.relative_path
-        try:
+
+        def read() -> torch.Tensor:
             with _Slice(file, place.offset, place.length) as stream:
-                piece: torch.Tensor = torch.load(stream, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+                found: torch.Tensor = torch.load(stream, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+            return found
+
+        try:
+            return patiently(read, file)
+        except Unreadable:
+            raise
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{file} is missing or damaged at {key}: {error}") from error
-        return piece
 
 
 class _Slice(io.RawIOBase):

@@ -1,8 +1,13 @@
-"""Which checkpoint a run goes on from: the newest good one of both tiers. Never a damaged one, and never silently the beginning."""
+"""Which checkpoint a run goes on from: the newest good one of both tiers. Never a damaged one, and never silently the beginning.
+
+Damaged is what two looks found wrong. What cannot be read is passed over as well, but keeps its name: when the file server is well
+again it is as good as it was.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +16,8 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from megavlm.checkpoint import folders
-from megavlm.checkpoint.errors import CheckpointError
+from megavlm.checkpoint.errors import CheckpointError, Unreadable, some
+from megavlm.checkpoint.patience import MISSING, patiently
 from megavlm.checkpoint.reader import read_metadata
 from megavlm.checkpoint.shares import Nodes
 from megavlm.checkpoint.store import everywhere, verify_together
@@ -19,10 +25,15 @@ from megavlm.parallel.reductions import from_rank_zero
 
 LOCAL = "local"
 """In the state of a node's own checkpoint: what must be the same for it to be of use."""
+NODE = "node"
+"""Among that, the node's number: with other places of the ranks it holds what others need."""
 SAVE = "save"
 """In the same state: which save it was, the same on every node."""
 RUN_ID = "run-id"
 """File beside the checkpoints: a run that begins anew in the same folder must not take an earlier one's local checkpoints for its own."""
+
+SECOND_LOOK_S = 0.5
+"""From the first word of something that is missing or malformed to the second look: a file server may have been about to tell."""
 
 
 class Found(NamedTuple):
@@ -39,7 +50,8 @@ class _Candidate(NamedTuple):
     step: int
     name: str
     is_local: bool
-    problem: str | None
+    problem: str | None = None
+    """Why nobody has to look at it."""
 
 
 def run_id(run_dir: str | Path) -> str:
@@ -47,10 +59,12 @@ def run_id(run_dir: str | Path) -> str:
 
     def read() -> str:
         file = Path(run_dir) / folders.CHECKPOINTS / RUN_ID
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            folders.write_bytes(file, uuid.uuid4().hex.encode())
-        return file.read_text(encoding="utf-8").strip()
+        with contextlib.suppress(*MISSING):
+            return patiently(lambda: file.read_text(encoding="utf-8"), file).strip()
+        own = uuid.uuid4().hex
+        file.parent.mkdir(parents=True, exist_ok=True)
+        folders.write_bytes(file, own.encode())
+        return own
 
     found = everywhere(lambda: read() if dist.get_rank() == 0 else None, "the run's folder")
     return str(from_rank_zero(found))
@@ -59,76 +73,105 @@ def run_id(run_dir: str | Path) -> str:
 def find(run_dir: str | Path, local_dir: Path | None, fits: Mapping[str, Any] | None) -> Found:
     """The newest checkpoint whose files are all as they were written. Every rank calls this, and reads its share of them.
 
-    `local_dir` is this node's folder of the run (or None); its checkpoints are taken where each node has its part and each says of itself
-    what `fits` says. Damaged checkpoints of the durable tier are renamed, and told of in `warnings`.
+    `local_dir` is the run's folder in the local tier (or None), with a folder for each node in it; its checkpoints are taken where each
+    node has its part and each says of itself what `fits` says. Damaged checkpoints of the durable tier are renamed. `warnings` tells of
+    them, of those that cannot be read, and of local ones that lack a node's part.
 
     Raises:
+        Unreadable: there are checkpoints, and none that can be read now.
         CheckpointError: there are checkpoints, and no good one.
     """
     rank, world = dist.get_rank(), range(dist.get_world_size())
     nodes = Nodes.agree()
-    candidates, lost = from_rank_zero(_durable(run_dir) if rank == 0 else None)
-    if local_dir is not None and fits is not None:
-        candidates = sorted([*candidates, *_local(local_dir, fits, nodes)], key=lambda c: (c.step, c.is_local))
+    candidates, lost = from_rank_zero(everywhere(lambda: _durable(run_dir) if rank == 0 else None, "the run's checkpoints"))
+    own_dir = None if local_dir is None else local_dir / nodes.name(rank)
+    if own_dir is not None and fits is not None:
+        candidates = sorted([*candidates, *_local(own_dir, fits, nodes)], key=lambda c: (c.step, c.is_local))
     warnings: list[str] = [lost] if lost else []
     damaged: list[str] = []
+    unread: list[str] = []
     for candidate in reversed(candidates):
-        root = Path(run_dir) if not candidate.is_local or local_dir is None else local_dir
+        root = Path(run_dir) if not candidate.is_local or own_dir is None else own_dir
         path = root / folders.CHECKPOINTS / candidate.name
-        problem = candidate.problem
-        if problem is None:
-            try:
-                verify_together(path, nodes.ranks_beside(rank) if candidate.is_local else world)
-                state = everywhere(lambda at=path: _opened(at, rank == nodes.leader(rank)), f"loading {path}")
-            except CheckpointError as error:
-                problem = str(error)
-            else:
-                if rank == 0:
-                    _set_aside(Path(run_dir) / folders.CHECKPOINTS, damaged, path)
-                return Found(path, state, [f"{warning}; going on from {candidate.name} instead" for warning in warnings])
-        kind = "the local checkpoint" if candidate.is_local else "the checkpoint"
-        warnings.append(f"{kind} {candidate.name} is damaged and not used: {problem}")
-        if not candidate.is_local:
-            damaged.append(candidate.name)
-    if damaged or lost:
-        raise CheckpointError(
-            f"{Path(run_dir) / folders.CHECKPOINTS} holds no good checkpoint to go on from: {'; '.join(warnings)}. Put a good one back, or "
-            "use another run.dir to start from the beginning"
-        )
+        kind = f"the local checkpoint {candidate.name}" if candidate.is_local else f"the checkpoint {candidate.name}"
+        if candidate.problem is not None:
+            warnings.append(f"{kind} is not used: {candidate.problem}")
+            continue
+        try:
+            state = everywhere(lambda at=path: _opened(at, rank == nodes.leader(rank)), f"loading {path}")
+            verify_together(path, nodes.ranks_beside(rank) if candidate.is_local else world)
+        except Unreadable as error:
+            warnings.append(f"{kind} cannot be read, and stays as it is: {error}")
+            unread += [] if candidate.is_local else [candidate.name]
+        except CheckpointError as error:
+            warnings.append(f"{kind} is damaged and not used: {error}")
+            damaged += [] if candidate.is_local else [candidate.name]
+        else:
+            if rank == 0:
+                _set_aside(Path(run_dir) / folders.CHECKPOINTS, damaged, path)
+            return Found(path, state, [f"{warning}; going on from {candidate.name} instead" for warning in warnings])
+    _refuse(Path(run_dir) / folders.CHECKPOINTS, warnings, bool(damaged or lost), bool(unread))
     return Found(None, {}, warnings)
+
+
+def _refuse(root: Path, warnings: list[str], is_lost: bool, is_unread: bool) -> None:
+    """Raise where there are checkpoints, but none to go on from."""
+    if is_unread:
+        raise Unreadable(f"{root} holds no checkpoint that can be read now: {'; '.join(warnings)}. Start again when the disk is well")
+    if is_lost:
+        raise CheckpointError(
+            f"{root} holds no good checkpoint to go on from: {'; '.join(warnings)}. Put a good one back, or use another run.dir to start "
+            "from the beginning"
+        )
 
 
 def _opened(path: Path, reads_index: bool) -> dict[str, Any]:
     """Its state. One rank of each node reads the index too: checksums do not tell of one that was exchanged together with them."""
-    if reads_index:
-        read_metadata(path)
-    return folders.read_state(path)
+
+    def look() -> dict[str, Any]:
+        if reads_index:
+            read_metadata(path)
+        return folders.read_state(path)
+
+    try:
+        return look()
+    except Unreadable:
+        raise
+    except CheckpointError:
+        time.sleep(SECOND_LOOK_S)
+        return look()
 
 
 def _durable(run_dir: str | Path) -> tuple[list[_Candidate], str | None]:
     """By ascending step; and what is wrong with `latest`."""
-    folders.recover(run_dir)
-    paths = folders.named(run_dir)
-    found = [_Candidate(folders.step_and_stage(p.name)[0], p.name, False, folders.problem(p)) for p in paths]
+    patiently(lambda: folders.recover(run_dir), run_dir)
+    names = [path.name for path in folders.named(run_dir)]
     latest = folders.latest(run_dir)
-    lost = None if latest is None or any(p.name == latest for p in paths) else f"the newest checkpoint, {latest}, is gone"
-    return found, lost
+    lost = None if latest is None or latest in names else f"the newest checkpoint, {latest}, is gone"
+    return [_Candidate(folders.step_and_stage(name)[0], name, is_local=False) for name in names], lost
 
 
-def _local(local_dir: Path, fits: Mapping[str, Any], nodes: Nodes) -> list[_Candidate]:
-    """Those that every node has its part of: of one save, not of two at the same step."""
+def _local(own_dir: Path, fits: Mapping[str, Any], nodes: Nodes) -> list[_Candidate]:
+    """Those that some node has its part of: of one save, not of two at the same step."""
     rank, own = dist.get_rank(), None
     if nodes.leader(rank) == rank:
         own = set()
-        for path in folders.named(local_dir):
-            with contextlib.suppress(CheckpointError):
-                state = folders.read_state(path)
-                if state.get(LOCAL) == dict(fits):
-                    own.add((path.name, state.get(SAVE)))
+        with contextlib.suppress(Unreadable):
+            for path in folders.named(own_dir):
+                with contextlib.suppress(CheckpointError):
+                    state = folders.read_state(path)
+                    if state.get(LOCAL) == {**fits, NODE: nodes.of_rank[rank]}:
+                        own.add((path.name, state.get(SAVE)))
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, own)
-    everywhere_there = set.intersection(*(names for names in gathered if names is not None))
-    return [_Candidate(folders.step_and_stage(name)[0], name, True, None) for name, _ in everywhere_there]
+    by_node = {nodes.name(r): found for r, found in enumerate(gathered) if found is not None}
+    candidates: dict[str, _Candidate] = {}
+    for name, save in sorted(set.union(*by_node.values()), key=str):
+        lacking = [node for node, found in by_node.items() if (name, save) not in found]
+        problem = f"nothing of it is left on {some(lacking)}" if lacking else None
+        if name not in candidates or problem is None:
+            candidates[name] = _Candidate(folders.step_and_stage(name)[0], name, True, problem)
+    return list(candidates.values())
 
 
 def _set_aside(root: Path, damaged: list[str], chosen: Path) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from megavlm.checkpoint import folders
 from megavlm.checkpoint.errors import CheckpointError
 
+NEWEST, LAST_OF_STAGE = "newest", "last of its stage"
+"""Reasons to keep a checkpoint that a later one may take over."""
 HELD_OUT_LOSS = "held_out_loss"
 """In a checkpoint's state: the loss on held-out data that its weights had, or None where it was not measured."""
 
@@ -38,9 +40,9 @@ def reasons_to_keep(run_dir: str | Path, rules: Rules) -> dict[str, list[str]]:
     reasons: dict[str, list[str]] = {path.name: [] for path in paths}
     names = list(reasons)
     for name in names[max(len(names) - rules.keep_last, 0) :]:
-        reasons[name].append("newest")
+        reasons[name].append(NEWEST)
     for name in {folders.step_and_stage(name)[1]: name for name in names}.values():
-        reasons[name].append("last of its stage")
+        reasons[name].append(LAST_OF_STAGE)
     for name in names if rules.keep_every_steps else []:
         if folders.step_and_stage(name)[0] % (rules.keep_every_steps or 1) == 0:
             reasons[name].append(f"at a multiple of {rules.keep_every_steps} steps")
@@ -70,19 +72,25 @@ def prune(run_dir: str | Path, rules: Rules, *, leftovers: bool = True) -> list[
     return gone + (remove_leftovers(root) if leftovers else [])
 
 
-def prune_to_newest(run_dir: str | Path, number: int) -> None:
-    """Delete all but the newest complete checkpoints, and every other folder of checkpoints there is: a tier that is lost anyway."""
+def prune_local(run_dir: str | Path, number: int, newest: str, under_way: str) -> None:
+    """Delete all but `number` complete checkpoints of a node, of which the one named `newest` is the last.
+
+    What comes behind that one is of steps that were given up, and lost anyway. Of what is unfinished, folders with `under_way` in their
+    names stay: somebody may be writing them.
+    """
     paths = folders.named(run_dir)
-    kept = [path for path in paths if folders.problem(path) is None][-number:]
+    root = Path(run_dir) / folders.CHECKPOINTS
+    until = paths.index(root / newest) + 1 if root / newest in paths else len(paths)
+    kept = [path for path in paths[:until] if folders.problem(path) is None][-number:]
     for path in paths:
         if path not in kept:
             shutil.rmtree(path.rename(folders.aside(path)))
-    remove_leftovers(Path(run_dir) / folders.CHECKPOINTS)
+    remove_leftovers(root, under_way)
 
 
-def remove_leftovers(root: Path, spare: Iterable[str] = ()) -> list[str]:
-    """Delete what interrupted saves and deletions left in a folder of checkpoints, but `spare`; returns the names."""
-    found = [p for p in root.glob("*") if folders.is_leftover(p) and p.name not in set(spare)] if root.is_dir() else []
+def remove_leftovers(root: Path, spare: str | None = None) -> list[str]:
+    """Delete what interrupted saves and deletions left in a folder of checkpoints; returns the names. Those with `spare` in them stay."""
+    found = [p for p in root.glob("*") if folders.is_leftover(p) and (spare is None or spare not in p.name)] if root.is_dir() else []
     for path in found:
         shutil.rmtree(path)
     return [path.name for path in found]

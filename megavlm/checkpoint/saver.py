@@ -33,6 +33,7 @@ import megavlm
 from megavlm.checkpoint import folders, optimizer_state
 from megavlm.checkpoint.errors import CheckpointError
 from megavlm.checkpoint.pieces import Piece, pieces_of
+from megavlm.checkpoint.random_states import RandomStates, grid_of
 from megavlm.checkpoint.shares import Nodes, agree_on_shares
 from megavlm.checkpoint.staging import Staging
 from megavlm.checkpoint.watchdog import watchdog
@@ -94,11 +95,14 @@ class Saver:
         self._attempts, self._number = name[0], 0
         self._places: list[int] | None = None
         self._pieces: list[Piece] = []
+        self._random = RandomStates(ctx)
         self.shares = agree_on_shares(self._find_pieces(), self.nodes, on_nodes=on_nodes)
         self._staging: Staging | None = None
         self._job: _Job | None = None
         self.after: Callable[[Path, bool], None] | None = None
-        """Called by the thread that published a checkpoint, with its path and whether it is local: tidying up needs no waiting for."""
+        """Tidies up behind a checkpoint, given its path and whether it is local. Called in a thread of the rank that published it, once
+        every node has its part."""
+        self._tidying: threading.Thread | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -106,9 +110,14 @@ class Saver:
         return self._job is not None
 
     @property
+    def attempts(self) -> str:
+        """Begins the last part of the names of this saver's unfinished folders: what else is unfinished, nobody is writing."""
+        return f"{self._attempts}-"
+
+    @property
     def next_save(self) -> str:
         """A name that no other save has, the same on every rank."""
-        return f"{self._attempts}-{self._number + 1}"
+        return f"{self.attempts}{self._number + 1}"
 
     @property
     def host_bytes(self) -> int:
@@ -124,6 +133,7 @@ class Saver:
         assert self._job is None, "a save is under way: wait for it"
         began = time.perf_counter()
         pieces = self._find_pieces()
+        self._random.refresh()
         everything = self._describe(path, state)
         self._memory().fill(pieces)
         unfinished = path.with_name(f"{path.name}.{self.next_save}{folders.UNFINISHED}")
@@ -147,6 +157,9 @@ class Saver:
             return self._fail(job)
         if stage == _PUBLISHED:
             self._job = None
+            if job.is_local and self._publishes(job):
+                self._tidying = threading.Thread(target=self._tidy, args=(job,), name="checkpoint tidying up", daemon=True)
+                self._tidying.start()
             return Outcome(job.path, job.is_local, job.stall_s, time.perf_counter() - job.began)
         if stage == _WRITTEN and not job.is_publishing:
             job.is_publishing = True
@@ -160,14 +173,14 @@ class Saver:
         return None
 
     def wait(self) -> Outcome | None:
-        """Until the save that is under way has ended; None when there is none."""
+        """Until the save that is under way, and what is tidied up, has ended; None when there is no save."""
+        outcome = None
         while self._job is not None:
             if self._job.thread is not None:
                 self._job.thread.join()
             outcome = self.advance(self._agree())
-            if outcome is not None:
-                return outcome
-        return None
+        self._tidied()
+        return outcome
 
     def _agree(self) -> list[int]:
         values = torch.tensor(self.progress(), device=self.ctx.device)
@@ -184,7 +197,7 @@ class Saver:
         places = self._where()
         if places is None or places != self._places:
             pieces = pieces_of(self.chunks, self.optimizer, self.ctx)
-            found = [*pieces.model, *pieces.optimizer]
+            found = [*pieces.model, *pieces.optimizer, self._random.piece]
             same = not self._pieces or [(p.key, p.box) for p in found] == [(p.key, p.box) for p in self._pieces]
             assert same, "the model has other tensors than at its first save"
             # Finding them may have made the optimizer's states.
@@ -207,6 +220,7 @@ class Saver:
             "modules": dict.fromkeys(held, path.name),
             **state,
             "held": held,
+            "grid": grid_of(self.ctx),
             "has_optimizer": self.optimizer is not None,
             "optimizer_step": 0 if self.optimizer is None else optimizer_state.read_step(self.optimizer),
         }
@@ -225,16 +239,25 @@ class Saver:
             except Exception as error:
                 job.error = error
                 return
-            if job.is_publishing and self.after is not None:
-                # The checkpoint is good whatever becomes of older ones, and deleting may take its time.
-                try:
-                    self.after(job.path, job.is_local)
-                except (OSError, CheckpointError) as error:
-                    _log.warning("behind %s older checkpoints could not be deleted: %s", job.path.name, error)
+            if job.is_publishing and not job.is_local:  # a local one is whole when the other nodes have theirs: see `advance`
+                self._tidy(job)
             job.stage += 1
 
         job.thread = threading.Thread(target=run, name=f"checkpoint {what}", daemon=True)
         job.thread.start()
+
+    def _tidy(self, job: _Job) -> None:
+        """The checkpoint is good whatever becomes of older ones, and deleting may take its time."""
+        try:
+            if self.after is not None:
+                self.after(job.path, job.is_local)
+        except (OSError, CheckpointError) as error:
+            _log.warning("behind %s older checkpoints could not be deleted: %s", job.path.name, error)
+
+    def _tidied(self) -> None:
+        if self._tidying is not None:
+            self._tidying.join()
+            self._tidying = None
 
     def _write(self, job: _Job) -> None:
         job.unfinished.mkdir(parents=True, exist_ok=True)
@@ -243,6 +266,7 @@ class Saver:
                 job.files[name] = _write_file(job.unfinished / name, memory, job)
 
     def _publish(self, job: _Job, written: Mapping[str, Any]) -> None:
+        self._tidied()
         files = self.shares.node_files() if job.is_local else self.shares.files()
         folder = job.unfinished
         for name, size in files.items():
@@ -266,6 +290,9 @@ class Saver:
         dist.all_gather_object(errors, own)
         if self._publishes(job):
             shutil.rmtree(job.unfinished, ignore_errors=True)
+            if job.is_local and job.stage == _PUBLISHED:
+                # This node was quicker than the one that failed. Its part is of no use, and takes the next one's room.
+                shutil.rmtree(job.path, ignore_errors=True)
         rank, number, text, kind = next(e for e in errors if e is not None)
         why = text if number is not None or kind == "CheckpointError" else f"{kind}: {text}"
         self._job = None

@@ -7,6 +7,7 @@ node needs everything that its ranks hold: what others write of that, its ranks 
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ class Nodes(NamedTuple):
 
     of_rank: tuple[int, ...]
     """Number of each rank's node."""
+    names: tuple[str, ...]
+    """Of each node, fit for a folder: a machine's is the same at every start, and no two are alike."""
 
     @property
     def num(self) -> int:
@@ -53,6 +56,10 @@ class Nodes(NamedTuple):
         """The rank that does what is to be done once on `rank`'s node."""
         return self.of_rank.index(self.of_rank[rank])
 
+    def name(self, rank: int) -> str:
+        """Of `rank`'s node."""
+        return self.names[self.of_rank[rank]]
+
     def ranks_beside(self, rank: int) -> list[int]:
         """All ranks of `rank`'s node."""
         return [r for r, node in enumerate(self.of_rank) if node == self.of_rank[rank]]
@@ -60,11 +67,16 @@ class Nodes(NamedTuple):
     @classmethod
     def agree(cls) -> Nodes:
         """By SLURM's or torchrun's word, else by the machine's name. Every rank calls this."""
-        own = os.environ.get("SLURM_NODEID") or os.environ.get("GROUP_RANK") or socket.gethostname()
-        names: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(names, own)
-        order = list(dict.fromkeys(names))
-        return cls(tuple(order.index(name) for name in names))
+        machine = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        own = os.environ.get("SLURM_NODEID") or os.environ.get("GROUP_RANK") or machine
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, (own, re.sub(r"[^A-Za-z0-9._-]", "_", machine)))
+        machines: dict[str, str] = {}
+        for node, name in told:
+            machines.setdefault(node, name)
+        order, names = list(machines), list(machines.values())
+        unlike = [name if names.count(name) == 1 else f"{name}.node{number}" for number, name in enumerate(names)]
+        return cls(tuple(order.index(node) for node, _ in told), tuple(unlike))
 
 
 @dataclass(frozen=True)
@@ -135,7 +147,7 @@ def agree_on_shares(pieces: Sequence[Piece], nodes: Nodes, *, on_nodes: bool) ->
         ranks = [r for r, of in enumerate(nodes.of_rank) if of == node]
         there = {_identity(entry) for r in ranks for entry in written[r]}
         beside |= _deal({r: by_rank[r] for r in ranks}, there)
-    held = sorted({e.key.split(".", 1)[0] for entries in by_rank.values() for e in entries} - {"optimizer"})
+    held = sorted({e.key.split(".", 1)[0] for entries in by_rank.values() for e in entries} - {"optimizer", "random"})
     return Shares(dist.get_rank(), nodes, tuple(held), own, tuple(written[r] for r in by_rank), tuple(beside.get(r, ()) for r in by_rank))
 
 

@@ -8,7 +8,9 @@ does not wait for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megavlm.checkpoint import folders, optimizer_state
-from megavlm.checkpoint.errors import CheckpointError, some
+from megavlm.checkpoint.errors import CheckpointError, Unreadable, some
 from megavlm.checkpoint.folders import newest, read_state
 from megavlm.checkpoint.pieces import OPTIMIZER, Piece, pieces_of
 from megavlm.checkpoint.reader import CheckpointReader
@@ -71,20 +73,20 @@ def load(
     from the weights. `verify` compares checksums, each rank its share of the files.
 
     Raises:
+        Unreadable: the disk or the file server does not give it.
         CheckpointError: the folder is incomplete or damaged, or lacks tensors that the model or the optimizer needs.
     """
     path = Path(path)
     state: dict[str, Any] = everywhere(lambda: read_state(path), f"loading {path}")
-    if verify:
-        verify_together(path, range(dist.get_world_size()))
     model, states = pieces_of(chunks, optimizer, ctx)
     wanted = [p for p in model if modules is None or p.key.split(".", 1)[0] in modules]
 
     def read() -> None:
         reader = PieceReader(path)
         _check_present(reader.reader, [*wanted, *states], state, modules)
-        reader.fill(wanted)
-        reader.fill(states)
+        with _verified_beside(path) if verify else nullcontext():
+            reader.fill(wanted)
+            reader.fill(states)
 
     everywhere(read, f"loading {path}")
     if optimizer is not None:
@@ -94,13 +96,27 @@ def load(
 
 def verify_together(path: Path, ranks: Sequence[int]) -> None:
     """Compare checksums, each of `ranks` its share of the files; every rank calls this. Raises CheckpointError on all of them."""
+    everywhere(lambda: _verify_share(path, ranks), f"loading {path}")
+
+
+def _verify_share(path: Path, ranks: Sequence[int]) -> None:
     rank = dist.get_rank()
+    if rank in ranks:
+        folders.verify(path, folders.manifest_files(path)[ranks.index(rank) :: len(ranks)])
 
-    def check() -> None:
-        if rank in ranks:
-            folders.verify(path, folders.manifest_files(path)[ranks.index(rank) :: len(ranks)])
 
-    everywhere(check, f"loading {path}")
+@contextmanager
+def _verified_beside(path: Path) -> Iterator[None]:
+    """This rank's share of the files is compared with its checksums meanwhile: a disk gives the bytes once for both.
+
+    Damage that is found says more than any error that came of it.
+    """
+    with ThreadPoolExecutor(1) as beside:
+        verified = beside.submit(_verify_share, path, range(dist.get_world_size()))
+        try:
+            yield
+        finally:
+            verified.result()
 
 
 def _check_present(reader: CheckpointReader, pieces: Sequence[Piece], state: dict[str, Any], modules: set[str] | None) -> None:
@@ -125,20 +141,26 @@ def _check_present(reader: CheckpointReader, pieces: Sequence[Piece], state: dic
 
 
 def everywhere(action: Any, what: str) -> Any:
-    """Run on every rank; when it fails on one, all raise the same CheckpointError instead of waiting for that one."""
+    """Run on every rank; when it fails on one, all raise the same error instead of waiting for that one.
+
+    Raises:
+        Unreadable: some ranks could not read, and none found anything wrong.
+        CheckpointError: whatever else it was.
+    """
     result, error = None, None
     try:
         result = action()
     except CheckpointError as raised:
-        error = str(raised)
+        error = (isinstance(raised, Unreadable), str(raised))
     except Exception as raised:
         # Disk full, a damaged shard, an interrupted copy: whatever it is becomes one message.
-        error = f"{what}: rank {dist.get_rank()}: {type(raised).__name__}: {raised}"
+        error = (False, f"{what}: rank {dist.get_rank()}: {type(raised).__name__}: {raised}")
     errors: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
-    first = next((e for e in errors if e is not None), None)
-    if first is not None:
-        raise CheckpointError(first)
+    found = sorted((e for e in errors if e is not None), key=lambda e: e[0])
+    if found:
+        is_unreadable, text = found[0]
+        raise Unreadable(text) if is_unreadable else CheckpointError(text)
     return result
 
 

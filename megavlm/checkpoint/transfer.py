@@ -14,6 +14,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megavlm.checkpoint.boxes import Box
 from megavlm.checkpoint.errors import CheckpointError
+from megavlm.checkpoint.handles import Handles
+from megavlm.checkpoint.patience import patiently
 from megavlm.checkpoint.pieces import Piece
 from megavlm.checkpoint.reader import CheckpointReader
 from megavlm.checkpoint.records import record_of
@@ -34,12 +36,13 @@ class PieceReader:
         self.path = path
         self.reader = CheckpointReader(path)
         self._places = self.reader.metadata.storage_data
-        self._handles: dict[str, int] = {}
+        self._handles = Handles()
 
     def fill(self, pieces: Sequence[Piece]) -> None:
         """Write the checkpoint's values into the pieces' tensors; rows of vocabulary padding that it lacks become zero.
 
         Raises:
+            Unreadable: the disk or the file server does not give the values.
             CheckpointError: a file is damaged, or the folder does not hold all of a piece (one node's part of a checkpoint).
         """
         try:
@@ -47,9 +50,7 @@ class PieceReader:
                 for _ in threads.map(self._fill, pieces):
                     pass
         finally:
-            for handle in self._handles.values():
-                os.close(handle)
-            self._handles = {}
+            self._handles.close()
 
     @torch.no_grad()
     def _fill(self, piece: Piece) -> None:
@@ -96,22 +97,25 @@ class PieceReader:
 
     def _is_plain(self, place: object, before: bytes) -> bool:
         """Is the record what `records` lays out?"""
-        file, offset = place.relative_path, place.offset  # type: ignore[attr-defined]
-        return os.pread(self._handle(file), len(before), offset) == before
+        found = bytearray(len(before))
+        self._read_into(place.relative_path, place.offset, memoryview(found))  # type: ignore[attr-defined]
+        return found == before
 
     def _read_bytes(self, file: str, at: int, target: torch.Tensor) -> None:
-        view = target.view(-1).view(torch.uint8).numpy().data
-        handle = self._handle(file)
-        while view:
-            count = os.preadv(handle, [view], at)
-            if count == 0:
-                raise CheckpointError(f"{self.path / file} ends too early")
-            view, at = view[count:], at + count
+        self._read_into(file, at, target.view(-1).view(torch.uint8).numpy().data)
 
-    def _handle(self, file: str) -> int:
-        if file not in self._handles:
-            self._handles[file] = os.open(self.reader.file(file), os.O_RDONLY)
-        return self._handles[file]
+    def _read_into(self, name: str, at: int, view: memoryview) -> None:
+        file = self.reader.file(name)
+
+        def read() -> int:
+            with self._handles.reading(file) as handle:
+                return os.preadv(handle, [view], at)
+
+        while view:
+            count = patiently(read, file)
+            if count == 0:
+                raise CheckpointError(f"{file} ends too early")
+            view, at = view[count:], at + count
 
 
 def _cover(whole: Box, parts: Iterable[Box]) -> bool:

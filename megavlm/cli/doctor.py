@@ -37,7 +37,7 @@ def doctor(
     where = load_cluster(cluster) if cluster is not None else None
     with Console(file=sys.stderr).status("importing ...") as status:
         report = examine_machine(status.update)
-        tells = examine_surroundings(report, loaded, where, ranks, status.update)
+        tells = examine_surroundings(report, loaded, where, ranks, status.update, nproc)
         if loaded is not None and tells:
             examine_recipe(report, loaded, nproc, status.update)
     if tells:

@@ -139,4 +139,6 @@ def _job(recipe: Recipe, facts: ClusterConfig, copy: Path, run_dir: Path, chain:
     # In a container Python is the image's own.
     python = sys.executable if facts.container is None else "python"
     command = [python, "-m", "megavlm.cli", "train", str(copy)]
-    return SlurmJob(recipe.run.name, facts, command, run_dir, Path.cwd(), env_file.absolute() if env_file else None, chain)
+    local = recipe.checkpoint.local
+    local_dir = None if local is None else Path.cwd() / local.dir
+    return SlurmJob(recipe.run.name, facts, command, run_dir, Path.cwd(), env_file.absolute() if env_file else None, chain, local_dir)

@@ -14,7 +14,7 @@ class LocalTierConfig(Block):
 
     dir: str
     """A folder that every node has for itself, such as /dev/shm/megavlm or /local/scratch. Created when missing; each run has a folder of
-    its own in it. It must hold `keep_last` + 1 times what this node's ranks save."""
+    its own in it, and in that each node. It must hold `keep_last` + 1 times what this node's ranks save."""
     every_steps: PositiveInt
     """Steps between two local checkpoints. One that is due while another save is under way is left out."""
     keep_last: PositiveInt = 1

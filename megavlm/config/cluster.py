@@ -27,7 +27,8 @@ class ContainerConfig(Block):
     runtime: Literal["pyxis", "apptainer"] = "pyxis"
     """How it is entered: pyxis is srun's own --container-image (enroot); apptainer is called by every task."""
     mounts: list[str] = Field(default_factory=list)
-    """host:container[:ro] each. The folder that the job was submitted from and the run's folder are mounted at their own paths anyway."""
+    """host:container[:ro] each. The folder that the job was submitted from, the run's folder and checkpoint.local.dir are mounted at their
+    own paths anyway."""
 
     @field_validator("mounts")
     @classmethod

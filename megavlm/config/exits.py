@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 from enum import IntEnum
+from pathlib import Path
 
 EXIT_NOTE_VARIABLE = "MEGAVLM_EXIT_NOTE"
 """A file that the first of many ranks to fail writes its exit code to: SLURM keeps the highest, which a killed neighbour's is."""
+
+RESUME_NOTE_VARIABLE = "MEGAVLM_RESUME_NOTE"
+"""A file that rank 0 writes the step to that it goes on from: progress of which `latest` knows nothing, from the nodes' own disks."""
 
 
 class Exit(IntEnum):
@@ -35,6 +39,7 @@ class Exit(IntEnum):
     REPLICAS_DIVERGED = 79, "ranks that must hold the same parameters hold different ones"
     DISK_FULL = 80, "a checkpoint could not be written, and checkpoint.on_disk_full says to end then"
     SAVE_FAILED = 81, "a checkpoint could not be written, for another reason than a full disk"
+    UNREADABLE = 82, "no checkpoint could be read: the disk or the file server gave errors"
     NO_PROGRESS = 86, "restarts in a row that reached no newer checkpoint (script of a SLURM job)"
 
     @classmethod
@@ -51,3 +56,12 @@ def note_exit(code: int) -> None:
     if path and code:
         with contextlib.suppress(OSError), open(path, "x", encoding="utf-8") as file:
             file.write(f"{int(code)}\n")
+
+
+def note_resumed(step: int) -> None:
+    """Leave the step that a start goes on from where the launcher of this rank asked for it."""
+    path = os.environ.get(RESUME_NOTE_VARIABLE)
+    if path:
+        with contextlib.suppress(OSError):
+            Path(path + ".tmp").write_text(f"{step}\n", encoding="utf-8")
+            os.replace(path + ".tmp", path)

@@ -12,9 +12,25 @@ _MASTER_BYTES = 4
 
 def checkpoint_bytes(recipe: Recipe) -> dict[str, int]:
     """Stage -> bytes of one of its checkpoints: weights, and of what trains Adam's two moments and, unless it is fp32, a master."""
-    is_fp32 = recipe.precision.dtype == "fp32"
-    weight, state = (4, _ADAM_BYTES) if is_fp32 else (2, _ADAM_BYTES + _MASTER_BYTES)
-    return {s.name: sum(weight * c.total + state * c.trainable for c in params(recipe.model, s).values()) for s in recipe.stages}
+    return {stage: weights + states for stage, (weights, states) in _weights_and_states(recipe).items()}
+
+
+def node_bytes(recipe: Recipe, world_size: int, ranks_per_node: int) -> int:
+    """Bytes of what the ranks of a node hold of the largest checkpoint: a local checkpoint, about.
+
+    Ranks of a model-parallel group are neighbours. What data ranks hold alike is there once a node, and what ZeRO deals out by shares.
+    """
+    parallel = recipe.parallel
+    of_group = min(1.0, ranks_per_node / (parallel.tensor * parallel.pipeline))
+    of_all = min(1.0, ranks_per_node / world_size)
+    of_weights, of_states = (of_all if parallel.zero >= zero else of_group for zero in (3, 1))
+    return int(max(of_weights * weights + of_states * states for weights, states in _weights_and_states(recipe).values()))
+
+
+def _weights_and_states(recipe: Recipe) -> dict[str, tuple[int, int]]:
+    weight, state = (4, _ADAM_BYTES) if recipe.precision.dtype == "fp32" else (2, _ADAM_BYTES + _MASTER_BYTES)
+    counts = {stage.name: params(recipe.model, stage).values() for stage in recipe.stages}
+    return {name: (sum(weight * c.total for c in of), sum(state * c.trainable for c in of)) for name, of in counts.items()}
 
 
 def checkpoint_table(recipe: Recipe, world_size: int) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megavlm.checkpoint import folders, resume, store
+from megavlm.checkpoint import folders, random_states, resume, store
 from megavlm.checkpoint.errors import DiskFull, SaveFailed
 from megavlm.checkpoint.hf import start_from
-from megavlm.checkpoint.retention import HELD_OUT_LOSS, Rules, prune, prune_to_newest
+from megavlm.checkpoint.retention import HELD_OUT_LOSS, Rules, prune, prune_local
 from megavlm.checkpoint.saver import Outcome, Saver
 from megavlm.checkpoint.shares import Nodes
 from megavlm.config.schema import ParallelConfig, Recipe, StageConfig
@@ -20,6 +20,7 @@ from megavlm.parallel.context import ParallelContext
 from megavlm.parallel.reductions import from_rank_zero, union_over_ranks
 from megavlm.training.build import StageModel, build_chunks, wrap_for_training
 from megavlm.training.layout import stage_layout
+from megavlm.training.local_saves import LocalSaves, News
 from megavlm.training.loss_scale import restore_scaler, scaler_state
 from megavlm.training.state import RunState
 
@@ -30,7 +31,7 @@ def checkpoint_root(recipe: Recipe) -> Path:
 
 
 def local_run_dir(recipe: Recipe) -> Path | None:
-    """This node's own folder for the run, which holds its local checkpoints; None without a local tier."""
+    """The run's folder in the local tier, with one for each node in it; None without a local tier."""
     if recipe.checkpoint.local is None:
         return None
     return folders.local_run_dir(recipe.checkpoint.local.dir, recipe.run.name, recipe.run.dir)
@@ -78,8 +79,11 @@ def prepare_model(recipe: Recipe, stage: StageConfig, layout: ParallelConfig, st
         model = wrap_for_training(modules, recipe, stage, layout)
         # Its checksums have been compared just now, when it was chosen.
         source = Path(state.source) if state.source else root / state.checkpoint
-        store.load(source, model.modules, model.optimizer, ctx, verify=not state.source)
+        loaded = store.load(source, model.modules, model.optimizer, ctx, verify=not state.source)
         restore_scaler(model.optimizer, state.loss_scaler)
+        is_same = loaded.get("grid") == random_states.grid_of(ctx)
+        if not (is_same and store.everywhere(lambda: random_states.restore(source, ctx), f"loading {source}")):
+            random_states.seed_anew(recipe.run.seed, state.step, ctx)
         return model
     start_from(modules, recipe.init, recipe.model, recipe.run.seed, ctx)
     by_folder: dict[str, set[str]] = {}
@@ -90,7 +94,9 @@ def prepare_model(recipe: Recipe, stage: StageConfig, layout: ParallelConfig, st
         wanted = names & union_over_ranks(held)
         if wanted:
             store.load(root / folder, modules, None, ctx, modules=wanted)
-    return wrap_for_training(modules, recipe, stage, layout)
+    model = wrap_for_training(modules, recipe, stage, layout)
+    random_states.seed_anew(recipe.run.seed, state.step, ctx)
+    return model
 
 
 class Checkpointer:
@@ -102,8 +108,15 @@ class Checkpointer:
     def __init__(self, recipe: Recipe, stage: StageConfig, model: StageModel, ctx: ParallelContext) -> None:
         self.recipe, self.stage, self.model, self.ctx = recipe, stage, model, ctx
         self.config, self.root = recipe.checkpoint, checkpoint_root(recipe)
-        self._local = local_run_dir(recipe)
-        self._fits = {} if self._local is None else _fits(recipe)
+        self.local_news: News | None = None
+        """What is to be told of the local save that ended last."""
+        self._local: Path | None = None
+        self._fits: dict[str, Any] = {}
+        self._local_saves = None if self.config.local is None else LocalSaves(self.config.local.every_steps)
+        if (local := local_run_dir(recipe)) is not None:
+            nodes = Nodes.agree()
+            self._local = local / nodes.name(ctx.rank)
+            self._fits = {**_fits(recipe), resume.NODE: nodes.of_rank[ctx.rank]}
         self._saver: Saver | None = None
         self._pending: dict[str, Any] = {}
         self._held_out: tuple[int, float] | None = None
@@ -126,9 +139,9 @@ class Checkpointer:
 
     def is_local_due(self, state: RunState) -> bool:
         """Is a local one? Not where a durable one is, nor while another save is under way."""
-        if self.config.local is None or self.is_due(state) or self.is_busy or state.stage_step >= self.stage.steps:
+        if self._local_saves is None or self.is_due(state) or self.is_busy or state.stage_step >= self.stage.steps:
             return False
-        return state.step % self.config.local.every_steps == 0
+        return self._local_saves.is_due(state.step)
 
     @property
     def is_busy(self) -> bool:
@@ -169,7 +182,11 @@ class Checkpointer:
 
     def _settled(self, outcome: Outcome | None, state: RunState, *, is_last: bool = False) -> Outcome | None:
         """Note a save that ended in the run's state; raises SaveFailed where its failure ends the run."""
-        if outcome is None or outcome.is_local:
+        if outcome is None:
+            return None
+        if outcome.is_local:
+            assert self._local_saves is not None
+            self.local_news = self._local_saves.ended(outcome)
             return outcome
         if outcome.error is None:
             state.checkpoint = self._pending["checkpoint"]
@@ -190,13 +207,15 @@ class Checkpointer:
         return self._saver
 
     def _tidy_up(self, path: Path, is_local: bool) -> None:
-        """By the thread that has published a checkpoint."""
+        """Behind a checkpoint, in a thread."""
         if is_local:
-            assert self._local is not None and self.config.local is not None
-            prune_to_newest(self._local, self.config.local.keep_last)
+            assert self._local is not None and self.config.local is not None and self._saver is not None
+            prune_local(self._local, self.config.local.keep_last, path.name, self._saver.attempts)
         else:
             config = self.config
-            prune(self.recipe.run.dir, Rules(config.keep_last, config.keep_every_steps, config.keep_best))
+            # One of a later step may be there that could not be read at the start.
+            rules = Rules(config.keep_last, config.keep_every_steps, config.keep_best, frozenset({path.name}))
+            prune(self.recipe.run.dir, rules)
 
 
 def remove_local(recipe: Recipe) -> None:

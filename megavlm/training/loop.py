@@ -342,14 +342,23 @@ class _StageRun:
                 self._tell(self.checkpointer.wait(self.state, is_last=is_last))
 
     def _tell(self, outcome: Outcome | None) -> None:
-        """Of a save that has ended. Local ones are told of only when they fail."""
+        """Of a save that has ended. Local ones are told of only when they begin to fail, and when they do no more."""
         if outcome is None:
             return
-        if outcome.error is not None:
-            self.incidents.add({"kind": "save_failed", "step": self.state.step, "stage": self.stage.name, "text": outcome.error})
-            self.tracker.incident("save_failed", self.state.step, f"{outcome.error}; training goes on without this checkpoint")
-        elif not outcome.is_local:
+        if outcome.is_local:
+            news = self.checkpointer.local_news
+            if news is not None and news.is_failure:
+                self._tell_failure(news.text)
+            elif news is not None:
+                self.tracker.message(news.text)
+        elif outcome.error is not None:
+            self._tell_failure(f"{outcome.error}; training goes on without this checkpoint")
+        else:
             self.tracker.message(f"saved {outcome.path.name} in {outcome.seconds:.1f} s, {outcome.stall_s:.2f} s of them without training")
+
+    def _tell_failure(self, text: str) -> None:
+        self.incidents.add({"kind": "save_failed", "step": self.state.step, "stage": self.stage.name, "text": text})
+        self.tracker.incident("save_failed", self.state.step, text)
 
     def _whole_parameters(self) -> AbstractContextManager[None]:
         """Overlapped gathering updates parameters on their next use; whoever reads them otherwise needs them gathered first."""

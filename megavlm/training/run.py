@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megavlm.checkpoint.hf.registering import register_newest
 from megavlm.checkpoint.hf.texts import KEPT, keep_texts
+from megavlm.config.exits import note_resumed
 from megavlm.config.schema import Recipe
 from megavlm.parallel.context import choose_device, start_process_group, stop_process_group
 from megavlm.tracking.tracker import Tracker
@@ -39,6 +40,8 @@ def _train(recipe: Recipe) -> int:
             check_run(recipe, dist.get_world_size())
             _make_run_dir(recipe)
             state = resume_point(recipe)
+            if dist.get_rank() == 0:
+                note_resumed(state.step)
             shows_mfu = device.type == "cuda" or recipe.tracking.peak_tflops_per_rank is not None
             with StopRequest() as stop, Tracker(recipe, dist.get_rank(), dist.get_world_size(), shows_mfu=shows_mfu) as tracker:
                 tracker.start(state.step)

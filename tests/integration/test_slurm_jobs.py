@@ -48,10 +48,13 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return run_dir
 
 
-def start(run_dir: Path, ranks: str, *, chain: int | None = None, env_file: Path | None = None, **facts: object) -> jobs.Job:
+def start(
+    run_dir: Path, ranks: str, *, chain: int | None = None, env_file: Path | None = None, local_dir: Path | None = None, **facts: object
+) -> jobs.Job:
     given = {"nodes": 2, "gpus_per_node": 0, "ranks_per_node": 1, "exclusive": False, "memory_per_node": None, "time": "5"}
     command = ["bash", "-c", RANK + ranks]
-    job = SlurmJob("fake", ClusterConfig.model_validate({**given, **facts}), command, run_dir, run_dir.parent, env_file, chain)
+    cluster = ClusterConfig.model_validate({**given, **facts})
+    job = SlurmJob("fake", cluster, command, run_dir, run_dir.parent, env_file, chain, local_dir)
     script = run_dir / "slurm" / "job.sbatch"
     script.write_text(render(job))
     launched = jobs.Job(submit(script), "slurm", "fake", str(run_dir), time.time(), str(script))
@@ -116,6 +119,34 @@ def test_restarts_without_progress_come_to_an_end(cluster: SlurmCluster, run_dir
     assert (found["JobState"], found["ExitCode"]) == ("FAILED", "86:0"), log(run_dir)
     assert log(run_dir).count("again, on the same nodes") == 2
     assert "no checkpoint newer than step 1 after 2 restarts" in log(run_dir)
+
+
+def test_progress_from_the_nodes_own_disks_is_progress(cluster: SlurmCluster, run_dir: Path) -> None:
+    """Starts that go on from ever newer local checkpoints, of which `latest` knows nothing, are as many as it takes."""
+    note = 'echo $((MEGAVLM_START / 2 * 20)) > "$MEGAVLM_RESUME_NOTE"'  # every other start gets on; rank 0 tells
+    job = start(run_dir, f'[ "$MEGAVLM_START" = 4 ] && exit 0; [ "$SLURM_PROCID" = 0 ] || exec sleep 20; {note}; exit 7')
+    assert cluster.wait(job.id, ENDED)["JobState"] == "COMPLETED", log(run_dir)
+    assert "at step 20: again" in log(run_dir) and "done at step 20" in log(run_dir)
+
+
+def test_a_container_finds_the_nodes_own_tier(cluster: SlurmCluster, run_dir: Path, tmp_path: Path) -> None:
+    """The folder is made on every node before the runtime, which mounts nothing that is not there, is called."""
+    runtime = tmp_path / "bin" / "apptainer"
+    runtime.parent.mkdir()
+    runtime.write_text(
+        '#!/bin/bash\nwhile [ "$1" != image.sif ]; do\n'
+        '  if [ "$1" = --bind ] && [ ! -d "${2%%:*}" ]; then echo "no ${2%%:*}" >&2; exit 255; fi\n  shift\ndone\nshift; exec "$@"\n'
+    )
+    runtime.chmod(0o755)
+    job = start(
+        run_dir,
+        "echo entered",
+        local_dir=tmp_path / "o d'd $HOME" / "disk",
+        container={"image": "image.sif", "runtime": "apptainer"},
+        setup=[f"export PATH={runtime.parent}:$PATH"],
+    )
+    assert cluster.wait(job.id, ENDED)["JobState"] == "COMPLETED", log(run_dir)
+    assert "0: entered" in log(run_dir) and "1: entered" in log(run_dir)
 
 
 def test_ranks_that_do_not_end_in_time_are_killed_and_the_job_goes_on(cluster: SlurmCluster, run_dir: Path) -> None:

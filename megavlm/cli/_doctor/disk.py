@@ -18,15 +18,21 @@ LIMIT_S = 5.0
 _BLOCK_BYTES = 4 << 20
 
 
-def check_disk(folder: Path, needed: bool, wanted_bytes: int = 0) -> Check:
+LOST = "no checkpoint, and no metrics, can be written: choose another run.dir, or mend its permissions"
+SHORT = "make room, lower checkpoint.keep_last, or choose another run.dir"
+
+
+def check_disk(folder: Path, needed: bool, wanted_bytes: int = 0, replaced_bytes: int = 0, lost: str = LOST, short: str = SHORT) -> Check:
     """Speed and room of the file system that `folder` is on, or will be once it is made.
 
     Args:
         needed: whether a run writes there.
         wanted_bytes: room that its checkpoints take; 0: unknown.
+        replaced_bytes: of those that are there already and are deleted when newer ones come.
+        lost: what it means when nothing can be written there.
+        short: what to do where there is too little room.
     """
     name, there = f"disk of {folder}", _nearest(folder)
-    lost = "no checkpoint, and no metrics, can be written: choose another run.dir, or mend its permissions"
     try:
         written, write_s, read_s = _measure(there)
     except OSError as error:
@@ -36,11 +42,13 @@ def check_disk(folder: Path, needed: bool, wanted_bytes: int = 0) -> Check:
         f"write and fsync {human_bytes(int(written / write_s))}/s, read {human_bytes(int(written / read_s))}/s "
         f"({human_bytes(written)}); {human_bytes(free)} free"
     )
-    if wanted_bytes > free:
-        short = f"checkpoints take about {human_bytes(wanted_bytes)}: make room, lower checkpoint.keep_last, or choose another run.dir"
-        return Check(name, "broken", detail, short, needed)
     if wanted_bytes:
-        detail += f"; checkpoints take about {human_bytes(wanted_bytes)}"
+        more = max(wanted_bytes - replaced_bytes, 0)
+        takes = f"checkpoints take about {human_bytes(wanted_bytes)}"
+        takes += f", {human_bytes(more)} more than those that they replace" if replaced_bytes else ""
+        if more > free:
+            return Check(name, "broken", detail, f"{takes}: {short}", needed)
+        detail += f"; {takes}"
     return Check(name, "ok", detail, lost, needed)
 
 

@@ -37,7 +37,9 @@ def examine_machine(say: Say) -> Report:
     return report
 
 
-def examine_surroundings(report: Report, recipe: Recipe | None, cluster: ClusterConfig | None, ranks: bool, say: Say) -> bool:
+def examine_surroundings(
+    report: Report, recipe: Recipe | None, cluster: ClusterConfig | None, ranks: bool, say: Say, world_size: int | None = None
+) -> bool:
     """Ranks, disk, MLflow and SLURM; False on a rank that has nothing to tell, because rank 0 tells it."""
     tells = True
     if ranks and not any(f.required and f.status != "ok" for f in report.parts if f.name == "torch"):
@@ -46,12 +48,7 @@ def examine_surroundings(report: Report, recipe: Recipe | None, cluster: Cluster
         return bool(report.problems)
     run_dir = Path(recipe.run.dir) if recipe is not None else Path.cwd()
     say("writing to the disk ...")
-    wanted = 0
-    if recipe is not None:
-        from megavlm.cli._doctor.recipe import checkpoint_room
-
-        wanted = checkpoint_room(recipe)
-    report.checks.append(check_disk(run_dir / "checkpoints" if recipe is not None else run_dir, recipe is not None, wanted))
+    report.checks += [check_disk(run_dir, needed=False)] if recipe is None else _check_tiers(recipe, cluster, world_size)
     say("asking MLflow ...")
     report.checks.append(check_mlflow(recipe.tracking if recipe is not None else TrackingConfig(), run_dir))
     say("asking SLURM ...")
@@ -67,15 +64,33 @@ def examine_recipe(report: Report, recipe: Recipe, world_size: int | None, say: 
         from megavlm_kernels.packed_attention import machine_of
 
         device = "cuda" if _uses_gpu(recipe) else "cpu"
-        size = (
-            world_size
-            or int(os.environ.get("WORLD_SIZE") or 0)
-            or recipe.run.num_ranks
-            or (max(1, num_visible_gpus(os.environ)) if device == "cuda" else 1)
-        )
+        size = _num_ranks(recipe, world_size)
         report.recipe = check_recipe(recipe, machine_of(device), size, _memory_of(device, size))
     except ImportError as error:  # torch is broken: the table of parts says that
         report.recipe = [Check("recipe", "not tried", f"{type(error).__name__}: {error}")]
+
+
+def _num_ranks(recipe: Recipe, world_size: int | None) -> int:
+    """Of the run: as asked, or as the environment, the recipe or the GPUs say."""
+    told = world_size or int(os.environ.get("WORLD_SIZE") or 0) or recipe.run.num_ranks
+    return told or (max(1, num_visible_gpus(os.environ)) if _uses_gpu(recipe) else 1)
+
+
+def _check_tiers(recipe: Recipe, cluster: ClusterConfig | None, world_size: int | None) -> list[Check]:
+    """The disks that checkpoints are written to: of the run's folder, and of this node's own tier."""
+    from megavlm.cli._doctor.room import durable_room, local_room
+
+    durable = durable_room(recipe)
+    found = [check_disk(durable.folder, True, durable.wanted_bytes, durable.replaced_bytes)]
+    if cluster is not None and world_size is None:
+        world_size = cluster.world_size
+    size = _num_ranks(recipe, world_size)
+    local = local_room(recipe, size, min(size, cluster.ranks if cluster is not None else int(os.environ.get("LOCAL_WORLD_SIZE") or size)))
+    if local is not None:
+        lost = "no local checkpoint can be written, and a restart goes on from run.dir: choose another checkpoint.local.dir"
+        short = "local checkpoints are left out: make room, or choose another checkpoint.local.dir"
+        found.append(check_disk(local.folder, False, local.wanted_bytes, local.replaced_bytes, lost, short))
+    return found
 
 
 def _examine_ranks(report: Report, recipe: Recipe | None, say: Say) -> bool:

@@ -9,7 +9,6 @@ from megavlm.cli._doctor.check import Check
 from megavlm.config.schema import Recipe
 from megavlm.planner import compiled
 from megavlm.planner.attention import attention_calls
-from megavlm.planner.checkpoints import checkpoint_bytes
 from megavlm.planner.memory import estimate_memory
 from megavlm.planner.precision import BF16_CAPABILITY, choose_fp8
 from megavlm.topology.grid import RankGrid
@@ -40,11 +39,6 @@ def check_recipe(recipe: Recipe, machine: Machine, world_size: int, memory_bytes
     ]
     found = [_tried(name, ask) for name, ask in parts]
     return [*(check for check in found if check.detail), _memory(recipe, machine, world_size, memory_bytes)]
-
-
-def checkpoint_room(recipe: Recipe) -> int:
-    """Bytes of as many checkpoints as are kept at a time and the one being written, of the stage that trains most."""
-    return max(checkpoint_bytes(recipe).values()) * (recipe.checkpoint.keep_last + 1)
 
 
 def _tried(name: str, ask: Callable[[], str]) -> Check:

@@ -181,10 +181,10 @@ def test_what_was_found_damaged_is_told_and_goes_when_asked(run_dir: Path) -> No
 
 def test_checkpoints_on_the_nodes_own_disk(run_dir: Path, tmp_path: Path) -> None:
     own = folders.local_run_dir(tmp_path / "disk", "mine", run_dir)
-    write(own, "00000055-b")
+    write(own / "node", "00000055-b")
     (run_dir / "recipe.yaml").write_text(f"run: {{name: mine}}\ncheckpoint: {{local: {{dir: '{tmp_path / 'disk'}', every_steps: 5}}}}\n")
     entries = json.loads(megavlm("list", run_dir, "--json").stdout)
     assert [(e["name"], e["tier"]) for e in entries if e["resumes"]] == [("00000055-b", "local")]
     assert [e["tier"] for e in entries] == ["durable"] * 5 + ["local"]
     megavlm("prune", run_dir, "--keep-last", 1, "--yes")
-    assert (own / folders.CHECKPOINTS / "00000055-b").is_dir()
+    assert (own / "node" / folders.CHECKPOINTS / "00000055-b").is_dir()

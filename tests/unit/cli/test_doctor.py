@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 import typer
 
-from megavlm.cli._doctor import disk, mlflow, parts, slurm
+from megavlm.checkpoint import folders
+from megavlm.cli._doctor import disk, examine, mlflow, parts, slurm
 from megavlm.cli._doctor.check import Check
 from megavlm.cli._doctor.reach import check_here
-from megavlm.cli._doctor.recipe import check_recipe, checkpoint_room
+from megavlm.cli._doctor.recipe import check_recipe
+from megavlm.cli._doctor.room import durable_room, local_room
 from megavlm.cli.doctor import doctor
 from megavlm.config.cluster import ClusterConfig
 from megavlm.config.schema import Recipe, TrackingConfig
@@ -144,8 +146,59 @@ def test_memory_is_held_against_the_device(tmp_path):
         return next(c for c in check_recipe(recipe_of(tmp_path), CPU, 1, size) if c.name == "memory of a rank")
 
     assert memory(1 << 20).is_problem and memory(1 << 50).state == "ok" and "unknown" in memory(None).detail
+
+
+def lay_down(run: Path, name: str, **state) -> None:
+    """A checkpoint of a thousand bytes and what describes it."""
+    unfinished = run / folders.CHECKPOINTS / (name + folders.UNFINISHED)
+    unfinished.mkdir(parents=True)
+    (unfinished / "shard").write_bytes(bytes(1000))
+    folders.write_json(unfinished / folders.STATE, state)
+    folders.write_json(unfinished / folders.MANIFEST, {"files": {"shard": folders.checksum(unfinished / "shard")}})
+    folders.publish(unfinished, run / folders.CHECKPOINTS / name)
+
+
+def test_room_for_checkpoints_is_beside_those_that_they_replace(tmp_path):
+    stages = [{"name": name, "steps": 10, "mixture": {"pages": 1.0}} for name in ("align", "tune")]
+    recipe = recipe_of(tmp_path, stages=stages, checkpoint={"keep_every_steps": 12})
     kept = recipe_of(tmp_path, checkpoint={"keep_last": 5})
-    assert checkpoint_room(kept) == 2 * checkpoint_room(recipe_of(tmp_path)) > 0  # 5 + 1 against 2 + 1
+    assert durable_room(kept).wanted_bytes == 2 * durable_room(recipe).wanted_bytes > 0  # 5 + 1 against 2 + 1
+    assert durable_room(recipe).replaced_bytes == 0
+    for step, stage, stage_step in ((10, "align", 10), (12, "tune", 2), (14, "tune", 4), (16, "tune", 6)):
+        lay_down(tmp_path / "run", f"{step:08d}-{stage}", stage_step=stage_step)
+    # The end of a stage stays, and so does what is kept for its step: the two newest make room.
+    assert 2000 < durable_room(recipe).replaced_bytes < 3000
+    lay_down(tmp_path / "run", "00000020-tune", stage_step=10)
+    assert 2000 < durable_room(recipe).replaced_bytes < 3000, "the end of the last stage stays, too"
+
+
+def test_room_on_the_nodes_own_tier_is_for_what_a_node_holds(tmp_path):
+    local = {"dir": str(tmp_path / "disk"), "every_steps": 5}
+    assert local_room(recipe_of(tmp_path), 8, 4) is None
+
+    def wanted(ranks_per_node, **parallel):
+        return local_room(recipe_of(tmp_path, checkpoint={"local": local}, parallel=parallel), 8, ranks_per_node).wanted_bytes
+
+    whole = wanted(8)
+    assert whole == wanted(4) == pytest.approx(durable_room(recipe_of(tmp_path)).wanted_bytes * 2 / 3)  # 1 + 1 against 2 + 1
+    assert wanted(4, pipeline=8) == pytest.approx(whole / 2) == wanted(4, zero=3)
+    assert whole / 2 < wanted(4, zero=1) < whole
+    recipe = recipe_of(tmp_path, checkpoint={"local": local})
+    lay_down(folders.local_run_dir(local["dir"], recipe.run.name, recipe.run.dir) / "node", "00000005-align")
+    assert 1000 < local_room(recipe, 8, 4).replaced_bytes < 2000
+
+
+def test_both_tiers_are_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "WRITTEN_BYTES", 1 << 20)
+    monkeypatch.setattr(examine.parts, "PARTS", [])
+    report = examine.Report()
+    recipe = recipe_of(tmp_path, checkpoint={"local": {"dir": str(tmp_path / "disk"), "every_steps": 5}})
+    examine.examine_surroundings(report, recipe, None, False, lambda text: None)
+    found = {check.name: check for check in report.checks}
+    assert f"disk of {tmp_path / 'run' / 'checkpoints'}" in found
+    local = found[f"disk of {tmp_path / 'disk'}"]
+    assert "checkpoints take about" in f"{local.detail} {local.without}" and not local.is_problem, "training goes on without it"
+    assert not (tmp_path / "disk").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------- ranks, disk, SLURM
@@ -168,6 +221,8 @@ def test_the_disk_is_measured_and_left_as_it_was(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     assert disk.check_disk(tmp_path, True, wanted_bytes=1 << 60).is_problem
     assert not disk.check_disk(tmp_path, False, wanted_bytes=1 << 60).is_problem
+    replaces = disk.check_disk(tmp_path, True, wanted_bytes=1 << 60, replaced_bytes=(1 << 60) - 4096)
+    assert replaces.state == "ok" and "4.00 KiB more than those that they replace" in replaces.detail
 
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")

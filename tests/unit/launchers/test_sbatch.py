@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,10 @@ from typing import Any
 import pytest
 
 from megavlm.checkpoint import folders
+from megavlm.cli.launch import _job
 from megavlm.config.cluster import ClusterConfig, load_cluster
+from megavlm.config.exits import RESUME_NOTE_VARIABLE, note_resumed
+from megavlm.testing.recipes import tiny_recipe
 from megavlm_launchers.errors import LaunchError
 from megavlm_launchers.sbatch import SlurmJob, render, submit
 
@@ -22,6 +26,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no requeue": ({"requeue": False}, {}),
     "pyxis": ({"container": {"image": "/images/a b.sqsh", "mounts": ["/data:/data:ro"]}}, {}),
     "apptainer": ({"container": {"image": "/images/m.sif", "runtime": "apptainer"}}, {}),
+    "local tier": ({"container": {"image": "/images/m.sif", "runtime": "apptainer"}}, {"local_dir": Path("/scratch/o d'd $x")}),
     "all": (
         {
             "env": {"A": "it's"},
@@ -105,6 +110,22 @@ def test_containers() -> None:
         script("pyxis", Path("/runs/a,b"))
 
 
+def test_the_nodes_own_tier_is_mounted_where_there_is_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    local = shlex.quote("/scratch/o d'd $x:/scratch/o d'd $x")
+    text = script("local tier")
+    assert f"--bind {local} --pwd /work" in text
+    assert text.index("mkdir -p '/scratch/o d'") < text.index("apptainer exec"), "what is not there cannot be mounted"
+    monkeypatch.setitem(KINDS, "bare", ({}, {"local_dir": Path("/scratch")}))
+    assert "/scratch" not in script("bare")
+    monkeypatch.chdir("/")
+    local = {"dir": "scratch/mine", "every_steps": 5}
+    recipe = tiny_recipe("run", "data", checkpoint={"local": local})
+    assert _job(recipe, ClusterConfig(), Path("r.yaml"), Path("/run"), None, None).local_dir == Path("/scratch/mine")
+    monkeypatch.setitem(KINDS, "comma", (KINDS["pyxis"][0], {"local_dir": Path("/scratch/a,b")}))
+    with pytest.raises(LaunchError, match="/scratch/a,b has a colon or a comma"):
+        script("comma")
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -146,13 +167,13 @@ def test_without_slurm_the_answer_says_so(tmp_path: Path, monkeypatch: pytest.Mo
         submit(tmp_path / "job.sbatch")
 
 
-def test_the_script_knows_the_step_of_what_a_run_has_saved(tmp_path: Path) -> None:
-    """It reads the file that checkpoint.folders writes."""
+def test_the_script_knows_the_step_of_what_a_run_has_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads the file that checkpoint.folders writes, and the note of the rank that resumed."""
     text = script(run_dir=tmp_path)
     newest_step = text[text.index("newest_step()") : text.index("# <step at the last count>")]
 
     def step() -> str:
-        bash = ["bash", "-c", f"run_dir=$1; {newest_step} newest_step", "bash", str(tmp_path)]
+        bash = ["bash", "-c", f"run_dir=$1 notes=$1; {newest_step} newest_step", "bash", str(tmp_path)]
         return subprocess.run(bash, capture_output=True, text=True, check=True).stdout.strip()
 
     assert step() == "0"
@@ -160,3 +181,7 @@ def test_the_script_knows_the_step_of_what_a_run_has_saved(tmp_path: Path) -> No
     unfinished.mkdir(parents=True)
     folders.publish(unfinished, unfinished.with_suffix(""))
     assert step() == "80"
+    for resumed, newest in ((72, "80"), (96, "96"), (0, "80")):  # as a rank tells it, from a local checkpoint
+        monkeypatch.setenv(RESUME_NOTE_VARIABLE, str(tmp_path / "resumed"))
+        note_resumed(resumed)
+        assert step() == newest

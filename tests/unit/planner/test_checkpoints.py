@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megavlm.checkpoint import store
+from megavlm.checkpoint import random_states, store
 from megavlm.checkpoint.reader import CheckpointReader
 from megavlm.config.schema import Recipe
 from megavlm.planner.checkpoints import checkpoint_bytes, checkpoint_table
@@ -27,7 +27,8 @@ def test_the_size_is_that_of_the_files(dtype: str, tmp_path: Path, ctx: Any) -> 
         model = wrap_for_training(build_chunks(recipe, stage, layout, ctx), recipe, stage, layout)
         path = store.save(tmp_path / f"00000001-{stage.name}", model.modules, model.optimizer, {}, ctx)
         reader = CheckpointReader(path)
-        written = sum(tensor.nbytes for tensor in map(reader.tensor, reader.entries))
+        keys = [key for key in reader.entries if not key.startswith(random_states.PREFIX)]  # some 20 KB a rank
+        written = sum(tensor.nbytes for tensor in map(reader.tensor, keys))
         assert abs(written - checkpoint_bytes(recipe)[stage.name]) < 0.02 * written
 
 
