@@ -19,26 +19,29 @@ def _group() -> None:
 def replay(
     run_dir: Annotated[Path, typer.Argument(help="The run's folder, with its recipe.yaml.", metavar="RUN_DIR")],
     uri: Annotated[str | None, typer.Option(help="Instead of the recipe's tracking.mlflow_uri.")] = None,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds to try, of each node's records.")] = 600.0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds to try.")] = 600.0,
 ) -> None:
     """Send what MLflow did not take while the run went on; exit code 1 when records are left.
 
-    Records that were sent already are not doubled. Not while the run trains: it sends them itself.
+    Records that were sent already are not doubled. What a training or evaluation that still runs has to send is left to it.
     """
     from megavlm.config.load import load_recipe
     from megavlm.tracking.console import setup_logging
-    from megavlm.tracking.mlflow_sink import deliver_spool, num_waiting
+    from megavlm.tracking.mlflow_sink import deliver_spool
+    from megavlm.tracking.spool_folders import waiting_of
 
     recipe = load_recipe(run_dir / "recipe.yaml")
     recipe.run.dir = str(run_dir)  # the folder may have been moved since
     if uri is not None:
         recipe.tracking.mlflow_uri = uri
     setup_logging()
-    before = num_waiting(run_dir)
-    if not before:
-        typer.echo(f"{run_dir}: nothing waits for MLflow")
+    before = waiting_of(run_dir)
+    if before.held:
+        typer.echo(f"{run_dir}: {before.held} records are left to the programs they are of, which still run and send them")
+    if not before.left:
+        typer.echo(f"{run_dir}: nothing {'else ' if before.held else ''}waits for MLflow")
         return
     left = deliver_spool(recipe, timeout)
-    typer.echo(f"{run_dir}: {before - left} of {before} records sent")
+    typer.echo(f"{run_dir}: {max(0, before.left - left)} of {before.left} records sent")
     if left:
         raise typer.Exit(1)

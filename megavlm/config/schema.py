@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from megavlm.config.blocks import Block, PositiveFloat, PositiveInt
+from megavlm.config.blocks import Block, NonNegativeInt, PositiveFloat, PositiveInt
 from megavlm.config.checkpoint import CheckpointConfig
 from megavlm.config.data import DataConfig, ImageConfig, LossConfig, MixtureEntry, PictureMarks, SourceConfig
 from megavlm.config.faults import FaultsConfig, WatchdogConfig
@@ -94,6 +94,15 @@ class EvaluationConfig(Block):
     """None: no evaluation during training."""
     packs: PositiveInt = 8
     """Packs measured each time; always the same ones."""
+    num_answers: NonNegativeInt = 0
+    """So many held-out samples of each task are answered after each measurement, and kept in <run.dir>/answers (and MLflow) with picture,
+    reference and answer. 0: none. Only in grids that generation runs in (docs/training.md); elsewhere a line says so."""
+
+    @model_validator(mode="after")
+    def _answers_follow_measurements(self) -> EvaluationConfig:
+        if self.num_answers and (not self.sources or self.every_steps is None):
+            raise ValueError(f"num_answers={self.num_answers} comes behind measurements, and there are none: set sources and every_steps")
+        return self
 
 
 class Recipe(Block):

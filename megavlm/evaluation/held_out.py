@@ -100,7 +100,7 @@ def evaluate(
     questions = _questions_everywhere(loaded, sources, tasks, samples_per_task, seed, progress)
     asks = _asks(questions, swap_partners(questions, seed))
     if max_new_tokens is None:
-        max_new_tokens = max(len(loaded.tokenizer.encode(q.reference).ids) for q in questions) + EXTRA_TOKENS
+        max_new_tokens = longest_answer(loaded, questions)
     ctx = loaded.model.ctx
     mine = asks[ctx.data_rank :: ctx.grid.data]
     answers = _everyones(_answer_all(loaded, questions, mine, batch_size, max_new_tokens, progress), ctx)
@@ -111,6 +111,22 @@ def evaluate(
         write_picture_page(questions, result.answers, Path(out) / "pictures.png")
         write_samples(questions, result.answers, out)
     return result
+
+
+def longest_answer(loaded: LoadedModel, questions: Sequence[Question]) -> int:
+    """Tokens that an answer may have: of the longest reference, and EXTRA_TOKENS."""
+    return max(len(loaded.tokenizer.encode(q.reference).ids) for q in questions) + EXTRA_TOKENS
+
+
+def prompts_of(loaded: LoadedModel, questions: Sequence[Question]) -> list[Prompt]:
+    """The questions with their own pictures. Raises EvaluationError for a picture that cannot be read."""
+    return [_prompt(loaded, question, question) for question in questions]
+
+
+def answer_right(loaded: LoadedModel, questions: Sequence[Question], prompts: Sequence[Prompt]) -> list[Answer]:
+    """Answers to what `prompts_of` made of the questions, by this rank and its tensor ranks alone. Raises PromptError as `evaluate`."""
+    asks = [_Ask(number, RIGHT, question) for number, question in enumerate(questions)]
+    return _answers(loaded, questions, asks, prompts, longest_answer(loaded, questions))
 
 
 def _questions_everywhere(
@@ -189,6 +205,12 @@ def _batches(asks: Sequence[_Ask], size: int, show: bool) -> Iterable[list[_Ask]
 
 def _answer(loaded: LoadedModel, questions: Sequence[Question], asks: Sequence[_Ask], max_new_tokens: int) -> list[Answer]:
     prompts = [_prompt(loaded, questions[ask.number], ask.shown) for ask in asks]
+    return _answers(loaded, questions, asks, prompts, max_new_tokens)
+
+
+def _answers(
+    loaded: LoadedModel, questions: Sequence[Question], asks: Sequence[_Ask], prompts: Sequence[Prompt], max_new_tokens: int
+) -> list[Answer]:
     generated = loaded.generate(prompts, max_new_tokens=max_new_tokens)
     answers = []
     for ask, ids in zip(asks, generated, strict=True):

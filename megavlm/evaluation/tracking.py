@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megavlm.config.schema import Recipe
 from megavlm.evaluation.pictures import SAMPLES_FILE, SAMPLES_FOLDER
@@ -14,6 +14,7 @@ from megavlm.tracking.mlflow_sink import sink_for
 
 FOLDER = "evaluation"
 TIMEOUT_S = 60.0
+SAMPLES_TABLE = "mlflow-samples.json"
 _SHARES = ("right_picture", "swapped_picture", "follows_swapped", "no_picture")
 
 
@@ -30,13 +31,33 @@ def log_evaluation(recipe: Recipe, result: EvaluationResult, folder: Path, step:
         return None
     where = f"{FOLDER}/step-{step:08d}-{result.split}"
     sink.metrics(step, dict(_shares(result)))
-    for name in ("evaluation.json", "predictions.jsonl", "pictures.png", SAMPLES_FOLDER):
+    for name in ("evaluation.json", "predictions.jsonl", "pictures.png"):
         if (folder / name).exists():
-            sink.artifact(folder / name, where if (folder / name).is_file() else f"{where}/{name}")
+            sink.artifact(folder / name, where)
     sink.table(_write(folder / "mlflow-table.json", _table(result)), where)
     if (folder / SAMPLES_FILE).exists():
-        sink.table(_write(folder / "mlflow-samples.json", _samples(folder / SAMPLES_FILE, where)), where)
+        log_samples(sink, folder, where)
     return sink.finish(None, TIMEOUT_S)
+
+
+class TakesFiles(Protocol):
+    """A sink, or training's Tracker."""
+
+    def artifact(self, path: str | Path, folder: str = "") -> None:
+        """Store a file or folder."""
+
+    def table(self, path: str | Path, folder: str = "") -> None:
+        """Store a table."""
+
+
+def log_samples(tracker: TakesFiles, folder: Path, where: str) -> None:
+    """Send what `write_samples` left in `folder`: the pictures, and a table of them with question, reference and answer.
+
+    Args:
+        where: folder of the MLflow run's artifacts.
+    """
+    tracker.artifact(folder / SAMPLES_FOLDER, f"{where}/{SAMPLES_FOLDER}")
+    tracker.table(_write(folder / SAMPLES_TABLE, _samples(folder / SAMPLES_FILE, where)), where)
 
 
 def _shares(result: EvaluationResult) -> Iterator[tuple[str, float]]:

@@ -19,7 +19,7 @@ from megavlm.config.load import load_recipe
 from megavlm.config.schema import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, Recipe, RunConfig
 from megavlm.config.tensor_split import check_tensor_split
 from megavlm.data.chat import Chat
-from megavlm.data.tokenizer import load_tokenizer
+from megavlm.data.tokenizer import Tokenizer, load_tokenizer
 from megavlm.inference.loaded import LoadedModel
 from megavlm.models.vlm import VisionLanguageModel
 from megavlm.parallel.context import ParallelContext, choose_device, enter_grid, entered_group, leave_grid, start_process_group
@@ -81,7 +81,7 @@ def load_for_inference(
     recipe = recipe.model_copy(update={"precision": precision})
     tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.data.image_token)
     # Before the weights: what it refuses should not take minutes to be told.
-    texts = brought if is_hf else _texts_it_began_with(folder, recipe)
+    texts = brought if is_hf else _texts_it_began_with(_run(folder), recipe)
     defaults = GenerationDefaults() if texts is None else generation_defaults(texts)
     chat = Chat(recipe.data.chat_template, tokenizer, recipe.data.image.marks, defaults.stop_ids)
     if texts is not None and defaults.not_taken and ctx.rank == 0:
@@ -135,9 +135,18 @@ def _run(folder: Path) -> Path:
     return folder if (folder / "recipe.yaml").is_file() else folder.parent.parent
 
 
-def _texts_it_began_with(folder: Path, recipe: Recipe) -> Path | None:
+def of_training(model: VisionLanguageModel, recipe: Recipe, tokenizer: Tokenizer) -> LoadedModel:
+    """A model that is being trained, to be asked what `load_for_inference` would ask of its checkpoint: one pipeline stage, whole on its
+    tensor ranks."""
+    texts = _texts_it_began_with(Path(recipe.run.dir), recipe)
+    defaults = GenerationDefaults() if texts is None else generation_defaults(texts)
+    chat = Chat(recipe.data.chat_template, tokenizer, recipe.data.image.marks, defaults.stop_ids)
+    return LoadedModel(model, tokenizer, chat, recipe, defaults.repetition_penalty)
+
+
+def _texts_it_began_with(run_dir: Path, recipe: Recipe) -> Path | None:
     """What a run keeps of the folder whose model and tokenizer it took: its export has that folder's generation_config.json too."""
-    kept = _run(folder) / KEPT
+    kept = run_dir / KEPT
     keeps_tokenizer = recipe.init.from_hf is not None and recipe.data.tokenizer == recipe.init.from_hf
     return kept if keeps_tokenizer and (kept / CONFIG).is_file() else None
 

@@ -1,24 +1,28 @@
 """The process beside training that delivers to MLflow what is in a run's spool.
 
 A process and not a thread: MLflow's client is Python, and a thread would take the interpreter from training for some milliseconds at a
-time (docs/tracking.md has figures). It ends when it is told to, and when the process that started it is gone.
+time (docs/tracking.md has figures). It ends when it is told to, and when the process that started it is gone (orders.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import select
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from megavlm.tracking.file_delivery import FILE_KINDS, FileDelivery, Tell
 from megavlm.tracking.metrics import encode_line
 from megavlm.tracking.mlflow_store import MlflowStore, Rejected, saved_run_id, without_password
-from megavlm.tracking.spool import LOCK_FILE, Item, SpoolReader, SpoolWriter
+from megavlm.tracking.orders import Orders
+from megavlm.tracking.spool import Item, SpoolReader, SpoolWriter
+from megavlm.tracking.spool_folders import DELIVERY_LOCK, WRITER_LOCK, SpoolLock, TakenSpool, num_waiting, remove_spool
 from megavlm.tracking.system_metrics import SystemMetrics
 
 REJECTED_FILE = "mlflow-rejected.jsonl"
@@ -27,28 +31,55 @@ DELIVER_EVERY_S = 1.0
 RETRY_AFTER_S = (2.0, 5.0, 15.0, 60.0)
 """Pauses after a failed delivery; the last one repeats."""
 
-Tell = Callable[[str, Any], None]
-"""(what, value) for the process that started this one: what is "info", "warning" or "open"."""
+
+@dataclass
+class _Spool:
+    """One that is delivered."""
+
+    records: list[SpoolReader]
+    files: FileDelivery
+    taken: TakenSpool | None
+    """None: this process's own."""
 
 
 class Delivery:
-    """Sends a spool to a store, again and again until it is taken.
+    """Sends spools to a store, again and again until they are taken.
 
     Args:
         store: of one run.
-        spools: delivered in this order.
+        spool: this process's own.
         run_dir: where records that the store refuses for good are put.
         tell: hears of outages and their ends.
+        earlier: spools that others have left behind. Each is delivered, before this one's own, and deleted, once its locks can be had.
+        drop: kinds of records of the earlier ones that nobody wants any more.
     """
 
     def __init__(
-        self, store: MlflowStore, spools: list[SpoolReader], run_dir: Path, tell: Tell, clock: Callable[[], float] = time.monotonic
+        self,
+        store: MlflowStore,
+        spool: Path,
+        run_dir: Path,
+        tell: Tell,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        earlier: Sequence[Path] = (),
+        drop: Sequence[str] = (),
     ) -> None:
-        self._store, self._spools, self._run_dir, self._tell, self._clock = store, spools, run_dir, tell, clock
+        self._store, self._run_dir, self._tell, self._clock = store, run_dir, tell, clock
         self._failures, self._next_try = 0, 0.0
+        self._own, self._folder = self._delivered(spool, None), spool
+        self._taken: list[_Spool] = []
+        self._earlier, self._drop = list(earlier), tuple(drop)
+        self.is_well = threading.Event()
+        """The store took records a moment ago, so that it is worth trying with files."""
+
+    def _delivered(self, folder: Path, taken: TakenSpool | None) -> _Spool:
+        files = FileDelivery(folder, self._store, self._reject, self._tell, self._clock)
+        return _Spool([SpoolReader(folder), SpoolReader(folder / "system")], files, taken)
 
     def round(self, try_now: bool = False) -> bool:
-        """Deliver what waits, unless the store failed a moment ago. True: nothing is left that was there when the round began."""
+        """Deliver records, unless the store failed a moment ago. True: none is left that was there when the round began."""
+        self._take_earlier()
         if not try_now and self._clock() < self._next_try:
             return False
         try:
@@ -59,30 +90,70 @@ class Delivery:
         if self._failures:
             self._tell("info", f"MLflow at {self._store.address} answers again")
         self._failures, self._next_try = 0, 0.0
+        self.is_well.set()
+        self._remove_done()
         return True
 
+    def files_round(self, try_now: bool = False) -> None:
+        """Upload files, those set aside a moment ago only with `try_now`. May take long; another thread may make `round`s meanwhile."""
+        for spool in (*self._taken, self._own):
+            store_answers = False
+            with contextlib.suppress(OSError):  # of this machine's disk, which `round` tells of
+                store_answers = spool.files.round(try_now)
+            if not store_answers:
+                self.is_well.clear()  # until a round has found the store well again
+                return
+
+    def end(self, uploads: threading.Thread | None = None) -> None:
+        """The last round, for what a silent store takes now need not wait for another start; files behind the records, and behind what
+        `uploads` has begun."""
+        if self.round(try_now=True):
+            if uploads is not None:
+                uploads.join()
+            self.files_round(try_now=True)
+            self._remove_done()
+
+    def _take_earlier(self) -> None:
+        for folder in list(self._earlier):
+            if folder.exists() and (taken := TakenSpool.take(folder)) is None:
+                continue  # its holder is at its last words, or still works
+            self._earlier.remove(folder)
+            if folder.exists() and taken is not None:
+                taken.keep(lambda item: item["kind"] not in self._drop)
+                self._taken.append(self._delivered(folder, taken))
+
+    def _remove_done(self) -> None:
+        for spool in list(self._taken):
+            if spool.taken is not None and spool.taken.remove_if_done():
+                self._taken.remove(spool)
+                spool.taken.release()
+
     def _failed(self, error: Exception) -> None:
+        self.is_well.clear()
         self._next_try = self._clock() + RETRY_AFTER_S[min(self._failures, len(RETRY_AFTER_S) - 1)]
         if not self._failures:
             reason = (without_password(f"{type(error).__name__}: {error}").splitlines() or [""])[0][:300]
-            where = self._spools[0].folder
-            self._tell("warning", f"MLflow at {self._store.address} does not take records; they wait in {where} ({reason})")
+            self._tell("warning", f"MLflow at {self._store.address} does not take records; they wait in {self._folder} ({reason})")
         self._failures += 1
 
     def _open_and_send(self) -> None:
         if not self._store.is_open:
             self._store.open()
             self._tell("open", {"run_id": self._store.run_id, "experiment_id": self._store.experiment_id})
-        for spool in self._spools:
-            while True:
-                items, bad, place = spool.peek(ITEMS_PER_DELIVERY)
-                if bad:
-                    self._reject(bad, "a line of the spool that is no record (torn by a crash?)")
-                if items:
-                    self._send(items)
-                spool.advance(place)
-                if not items and not bad:
-                    break
+        for spool in (*self._taken, self._own):
+            for reader in spool.records:
+                while True:
+                    items, bad, place = reader.peek(ITEMS_PER_DELIVERY)
+                    if bad:
+                        self._reject(bad, "a line of the spool that is no record (torn by a crash?)")
+                    if records := [item for item in items if item["kind"] not in FILE_KINDS]:
+                        self._send(records)
+                    # Only behind records that were taken: what is repeated after a failure must not put the same files there again.
+                    if files := [item for item in items if item["kind"] in FILE_KINDS]:
+                        spool.files.put(files)
+                    reader.advance(place)
+                    if not items and not bad:
+                        break
 
     def _send(self, items: list[Item]) -> None:
         try:
@@ -102,106 +173,63 @@ class Delivery:
             file.writelines(encode_line({"reason": reason, "record": line}) + "\n" for line in lines)
 
 
-class _Orders:
-    """The other end of the pipe from training: first a line of settings, later one with the seconds that are left, or its end."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._parent, self._read = descriptor, os.getppid(), b""
-
-    def settings(self) -> dict[str, Any] | None:
-        """None: training ended before it said anything."""
-        line = self._line(None)
-        return dict(json.loads(line)) if line else None
-
-    def wait(self, seconds: float) -> float | None:
-        """None: go on. Else the seconds in which to end; a parent that died leaves as many as it would have given by itself."""
-        line = self._line(seconds)
-        if line:
-            return float(line)
-        return _AFTER_DEATH_S if line == b"" or os.getppid() != self._parent else None
-
-    def _line(self, seconds: float | None) -> bytes | None:
-        """The next line; b"" at the end of the pipe, None when there is none in so many seconds."""
-        while b"\n" not in self._read:
-            if not select.select([self._descriptor], [], [], seconds)[0]:
-                return None
-            found = os.read(self._descriptor, 1 << 16)
-            if not found:
-                return b""
-            self._read += found
-        line, _, self._read = self._read.partition(b"\n")
-        return line
-
-
-_AFTER_DEATH_S = 3.0
-
-
 def main() -> None:
-    """Read what to do from the first line of stdin, and do it until the next line, or the end of stdin."""
-    told = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    """Read what to do from the first line of stdin, and do it until the next line, the end of stdin, or of the process argv names."""
+    told, lock = os.fdopen(os.dup(1), "w", encoding="utf-8"), threading.Lock()
     os.dup2(2, 1)  # whatever a library prints is for the log, not for the one who listens here
 
     def tell(what: str, value: Any) -> None:
-        with contextlib.suppress(OSError, ValueError):  # nobody minds when the listener is gone
+        with lock, contextlib.suppress(OSError, ValueError):  # nobody minds when the listener is gone
             told.write(json.dumps({what: value}) + "\n")
             told.flush()
 
-    orders = _Orders(0)
+    orders = Orders(0, int(sys.argv[1]))
     settings = orders.settings()
     if settings is None:
         return
+    orders.listen()
     with contextlib.suppress(OSError):
         os.nice(5)  # training comes first
-    run_dir = Path(settings["run_dir"])
-    run_id = settings["run_id"]
-    spool = Path(settings["spool"])
-    spool.mkdir(parents=True, exist_ok=True)
-    # One process delivers a spool: that of a killed training may be at its last words, and a replay may be asked for too early.
-    with open(spool / LOCK_FILE, "wb") as lock:
-        while not _locked(lock) or (settings["follows"] and run_id is None):
-            if orders.wait(1.0) is not None:
-                return
-            run_id = run_id or saved_run_id(run_dir)  # the first node makes the run; the others wait until its id is there
-        _deliver(settings, run_dir, run_id, spool, orders, tell)
+    run_dir, run_id, spool = Path(settings["run_dir"]), settings["run_id"], Path(settings["spool"])
+    held: SpoolLock | None = None
+    # One process delivers a spool; the one before it was killed.
+    while (held := held or SpoolLock.take(spool / DELIVERY_LOCK)) is None or (settings["follows"] and run_id is None):
+        if orders.ended.wait(1.0):
+            return
+        run_id = run_id or saved_run_id(run_dir)  # the first node makes the run; the others wait until its id is there
+    _deliver(settings, run_dir, run_id, spool, orders, tell)
+    # The program has let go of its spool when it said that this is the end; one that was killed has done so too.
+    writer = SpoolLock.take(spool / WRITER_LOCK)
+    if writer is not None and not num_waiting(spool):
+        remove_spool(spool)
 
 
-def _deliver(settings: dict[str, Any], run_dir: Path, run_id: str | None, spool: Path, orders: _Orders, tell: Tell) -> None:
+def _deliver(settings: dict[str, Any], run_dir: Path, run_id: str | None, spool: Path, orders: Orders, tell: Tell) -> None:
     identity = (settings["uri"], settings["experiment"], settings["run_name"], run_dir, run_id, settings["params"])
     writer = SpoolWriter(spool / "system")
     delivery = Delivery(
         MlflowStore(*identity, lambda text: tell("warning", text), settings["reopen"]),
-        [SpoolReader(spool), SpoolReader(spool / "system")],
+        spool,
         run_dir,
         tell,
+        earlier=[Path(folder) for folder in settings["earlier"]],
+        drop=settings["drop"],
     )
     sampler = SystemMetrics.start(settings["system_every_s"], settings["node"], settings["many_nodes"])
-    while (deadline := orders.wait(DELIVER_EVERY_S)) is None:
+    uploads = threading.Thread(target=_send_files, args=(delivery, orders.ended), name="megavlm-files", daemon=True)
+    uploads.start()
+    while not orders.ended.wait(DELIVER_EVERY_S):
         if sampler is not None:
             writer.append(sampler.due())
         delivery.round()
     writer.close()
-    # What a silent server takes now need not wait for another start. Whoever waits for this kills it when the time is up.
-    _end_after(deadline)
-    delivery.round(try_now=True)
+    delivery.end(uploads)  # whatever hangs in here: this process ends when it was told to (orders.py)
 
 
-def _locked(lock: BinaryIO) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # a file system without locks
-    return True
-
-
-def _end_after(seconds: float) -> None:
-    """This process ends then, whatever it waits for: it must not outlive a training that was killed."""
-    import threading
-
-    timer = threading.Timer(seconds, os._exit, (3,))
-    timer.daemon = True
-    timer.start()
+def _send_files(delivery: Delivery, ended: threading.Event) -> None:
+    while not ended.wait(DELIVER_EVERY_S):
+        if delivery.is_well.is_set():
+            delivery.files_round()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ The rules, in order:
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,14 @@ from megavlm.tracking.mlflow_store import (
     saved_run_id,
     tracking_uri,
 )
-from megavlm.tracking.spool import Item, SpoolReader, SpoolWriter
-
-SPOOL_FOLDER = "mlflow-spool"
+from megavlm.tracking.spool import Item, SpoolWriter
+from megavlm.tracking.spool_folders import TakenSpool, make_spool, num_waiting, spools_of, waiting_of
 
 FINISH_TIMEOUT_S = 3.0
 """With the interpreter's own end, an exit takes under 5 s whatever the server does."""
-FINISH_TIMEOUT_SQLITE_S = 30.0
-"""A file on this machine always gets there; a run shorter than the store's first start (seconds) should be in it."""
+GO_ON_SQLITE_S = 30.0
+"""A file on this machine always takes what it is given, and a run shorter than the store's first start (seconds) should be in it: the
+delivering process may go on for so long behind the run's end. Where it is killed then (a container's end, SLURM) the spool has the rest."""
 RESTART_AFTER_S = 10.0
 """A delivering process that ended by itself (killed for memory, say) is started again after this."""
 
@@ -60,11 +61,11 @@ class Node:
 
     @property
     def name(self) -> str:
-        return os.environ.get("MLFLOW_SYSTEM_METRICS_NODE_ID") or f"node-{self.index}"
+        return os.environ.get("MLFLOW_SYSTEM_METRICS_NODE_ID") or self.name_in_files
 
     @property
-    def spool(self) -> str:
-        return SPOOL_FOLDER if self.index == 0 else f"{SPOOL_FOLDER}-node-{self.index}"
+    def name_in_files(self) -> str:
+        return f"node-{self.index}"
 
 
 def node_of(rank: int, world_size: int, environ: Mapping[str, str]) -> Node | None:
@@ -112,11 +113,12 @@ class MlflowSink:
         run_id = run_id or (None if anew else saved) or os.environ.get("MLFLOW_RUN_ID")
         if anew and saved:
             (self._run_dir / "mlflow_run_id").unlink()  # nodes that look for it must not find the earlier one
-        self._reader = SpoolReader(self._run_dir / node.spool)
         # The end of an earlier start was not the end; what it measured stays, unless another MLflow run begins here.
-        for reader in (self._reader, SpoolReader(self._reader.folder / "system")):
-            reader.keep(lambda item: resume_step is None or item["kind"] not in (("status", "metrics") if anew else ("status",)))
-        self._spool = SpoolWriter(self._run_dir / node.spool)
+        drop = [] if resume_step is None else ["status", "metrics"] if anew else ["status"]
+        earlier = spools_of(self._run_dir) if node.index == 0 else []
+        _drop(earlier, drop)
+        self._folder, self._writer_lock = make_spool(self._run_dir, node.name_in_files)
+        self._spool = SpoolWriter(self._folder)
         self._put_lock = threading.Lock()
         self._finished = False
         self._experiment_id: str | None = None
@@ -128,7 +130,9 @@ class MlflowSink:
             "run_id": run_id,
             "reopen": resume_step is not None,
             "params": param_values(recipe or {}),
-            "spool": str(self._run_dir / node.spool),
+            "spool": str(self._folder),
+            "earlier": [str(folder) for folder in earlier],
+            "drop": drop,
             "follows": node.index > 0,
             "node": node.name,
             "many_nodes": node.count > 1,
@@ -172,7 +176,7 @@ class MlflowSink:
 
         Args:
             status: of the run from now on; None leaves it to the one that waits in the spool.
-            timeout_s: None: FINISH_TIMEOUT_S, or FINISH_TIMEOUT_SQLITE_S for an sqlite store.
+            timeout_s: None: FINISH_TIMEOUT_S; the process that delivers to an sqlite store then goes on by itself, for GO_ON_SQLITE_S.
 
         Returns the number of records in the spool. Raises TrackingError for a status that MLflow does not have.
         A second call does nothing.
@@ -180,28 +184,25 @@ class MlflowSink:
         if status is not None and status not in STATUSES:
             raise TrackingError(f"status={status!r} is none of {', '.join(STATUSES)}")
         if self._finished:
-            return len(self._reader)
+            return num_waiting(self._folder)
         if status is not None:
             self._put({"kind": "status", "status": status, "time_ms": _now_ms()})
         self._finished = True
         self._spool.close()
-        if timeout_s is None:
-            timeout_s = FINISH_TIMEOUT_SQLITE_S if self.uri.startswith("sqlite") else FINISH_TIMEOUT_S
-        self._end_process(timeout_s)
+        self._writer_lock.release()
+        leaves = timeout_s is None and self.uri.startswith("sqlite")
+        has_ended = self._end_process(FINISH_TIMEOUT_S if timeout_s is None else timeout_s, leaves)
         atexit.unregister(self.finish)
         # What the delivering process noted on disk is what counts: it may have been killed at any moment.
-        self._reader = SpoolReader(self._reader.folder)
-        system = SpoolReader(self._reader.folder / "system")
-        waiting = len(self._reader) + len(system)
-        system.remove_if_done()
-        self._reader.remove_if_done()
+        waiting = num_waiting(self._folder)
+        if has_ended and not waiting and (left := TakenSpool.take(self._folder)) is not None:
+            left.remove_if_done()
+            left.release()
         if waiting:
-            _log.warning(
-                "%d records wait for MLflow in %s: they are sent when this run starts again, or by `megavlm track replay %s`",
-                waiting,
-                self._reader.folder,
-                self._run_dir,
-            )
+            later = f"they are sent when this run starts again, or by `megavlm track replay {self._run_dir}`"
+            if not has_ended:
+                later = f"process {self._process.pid} sends them within {GO_ON_SQLITE_S:.0f} s; if it is killed {later}"
+            _log.warning("%d records wait for MLflow in %s: %s", waiting, self._folder, later)
         return waiting
 
     def how_to_open(self) -> str:
@@ -227,20 +228,20 @@ class MlflowSink:
     # ------------------------------------------------------------------------------------------ the process beside it
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = ["/bin/sh", "-c", _DEAF, "sh", sys.executable, "-m", "megavlm.tracking.delivery"]
+        command = ["/bin/sh", "-c", _DEAF, "sh", sys.executable, "-m", "megavlm.tracking.delivery", str(os.getpid())]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        # Unbuffered: a buffer has a lock, and the end of this program would find it held by the thread that listens to one who goes on.
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0)
         self._order(process, json.dumps({**self._settings, "run_id": self._run_id}))
         return process
 
     @staticmethod
     def _order(process: subprocess.Popen[bytes], line: str) -> None:
         assert process.stdin is not None
-        try:
-            process.stdin.write(f"{line}\n".encode())
-            process.stdin.flush()
-        except OSError:
-            pass  # it has ended: the listener notices
+        left = memoryview(f"{line}\n".encode())
+        with contextlib.suppress(OSError):  # it has ended: the listener notices
+            while left:
+                left = left[process.stdin.write(left) :]
 
     def _listen(self) -> None:
         """What the process says, until training ends; starts it again when it ended by itself."""
@@ -266,24 +267,30 @@ class MlflowSink:
         elif what in ("info", "warning"):
             (_log.warning if what == "warning" else _log.info)("%s", value)
 
-    def _end_process(self, timeout_s: float) -> None:
+    def _end_process(self, timeout_s: float, leaves: bool) -> bool:
+        """Whether the delivering process has ended; one that `leaves` may go on."""
         self._stopping.set()
         process, end = self._process, time.monotonic() + timeout_s
-        self._order(process, str(timeout_s))
+        self._order(process, json.dumps({"seconds": GO_ON_SQLITE_S if leaves else timeout_s, "leaves": leaves}))
+        has_ended = False
         for patience, say in ((min(2.0, timeout_s), timeout_s > 2.0), (timeout_s, False)):
             try:
                 process.wait(max(0.0, min(patience, end - time.monotonic())))
+                has_ended = True
                 break
             except subprocess.TimeoutExpired:
                 if say:
                     _log.info("waiting up to %.0f s for MLflow to take the last records", end - time.monotonic())
-        else:
+        if not has_ended and not leaves:
             process.kill()
             process.wait()
-        self._listener.join(1.0)
+            has_ended = True
+        if has_ended:
+            self._listener.join(1.0)
         for pipe in (process.stdin, process.stdout):
             if pipe is not None and not self._listener.is_alive():
                 pipe.close()
+        return has_ended
 
 
 def sink_for(recipe: Recipe, resume_step: int | None = None, node: Node | None = None) -> MlflowSink | None:
@@ -295,30 +302,24 @@ def sink_for(recipe: Recipe, resume_step: int | None = None, node: Node | None =
 
 
 def deliver_spool(recipe: Recipe, timeout_s: float = 120.0) -> int:
-    """Send what an ended run could not deliver, for so long of each of its nodes. Returns the number of records that still wait.
+    """Send what ended programs of a run could not deliver. Returns the number of records that still wait and are nobody's.
 
     Raises TrackingError with tracking.mlflow=false.
     """
-    if not recipe.tracking.mlflow:
+    sink = sink_for(recipe)
+    if sink is None:
         raise TrackingError(f"tracking.mlflow=false: the run in {recipe.run.dir} is not in MLflow, so there is nothing to send")
-    run_dir = Path(recipe.run.dir)
-    waiting = 0
-    for index in _nodes_with_spool(run_dir):
-        sink = sink_for(recipe, node=Node(index))
-        assert sink is not None
-        waiting += sink.finish(None, timeout_s)
-    return waiting
+    sink.finish(None, timeout_s)
+    return waiting_of(Path(recipe.run.dir)).left
 
 
-def num_waiting(run_dir: Path) -> int:
-    """Records in the spools of a run's nodes."""
-    folders = [run_dir / Node(index).spool for index in _nodes_with_spool(run_dir)]
-    return sum(len(SpoolReader(folder)) + len(SpoolReader(folder / "system")) for folder in folders)
-
-
-def _nodes_with_spool(run_dir: Path) -> list[int]:
-    others = (p.name.removeprefix(f"{SPOOL_FOLDER}-node-") for p in run_dir.glob(f"{SPOOL_FOLDER}-node-*"))
-    return [0, *sorted(int(number) for number in others if number.isdigit())]
+def _drop(spools: Sequence[Path], kinds: Sequence[str]) -> None:
+    """Records of these kinds in what earlier programs left; where one is at its last words the delivering process does it later."""
+    for folder in spools if kinds else ():
+        taken = TakenSpool.take(folder)
+        if taken is not None:
+            taken.keep(lambda item: item["kind"] not in kinds)
+            taken.release()
 
 
 def _digest(folder: Path) -> str:

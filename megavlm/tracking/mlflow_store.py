@@ -1,4 +1,4 @@
-"""The part of MLflow tracking that talks to a store or server. It may block: only the sink's thread calls it.
+"""The part of MLflow tracking that talks to a store or server. It may block: only the delivering process calls it.
 
 Measured with mlflow 3.17 (docs/tracking.md): importing it takes 2 s, a fresh sqlite store 2-7 s (schema migrations),
 log_metric 64 a second, log_batch of 1,000 metrics 9,700 a second; a dead server blocks the default client for 246 s.
@@ -18,6 +18,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from megavlm.tracking.metrics import flatten
 from megavlm.tracking.spool import Item
+from megavlm.tracking.spool_folders import only_one
 
 MAX_METRICS_PER_BATCH = 1000
 MAX_PARAMS_PER_BATCH = 100
@@ -35,6 +36,11 @@ _CLIENT_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+UPLOAD_TIMEOUT_S = 600
+"""So long an upload may stand still, or its store think about it: a model has gigabytes. Nobody waits for it but other files."""
+_NOT_NOW = (401, 403, 408, 429)
+"""Answers to an upload that may be others another time: no permission yet, a quota, too many requests."""
+_LOCK_FILE = "mlflow_run_id.lock"
 _TABLES_TAG = "mlflow.loggedArtifacts"
 _MODEL_FOLDER = "model"
 _DIGEST_TAG = "megavlm.digest"
@@ -112,7 +118,8 @@ def prepare_client_environment() -> None:
 
 
 class MlflowStore:
-    """One run in one store. Every method blocks and may raise whatever the client raises.
+    """One run in one store. Every method blocks and may raise whatever the client raises. `send` and `send_file` may be called from two
+    threads at once.
 
     Args:
         uri: tracking URI.
@@ -141,7 +148,6 @@ class MlflowStore:
         self.run_id = run_id
         self.experiment_id: str | None = None
         self._client: Any = None
-        self._tables: list[Any] | None = None
 
     @property
     def address(self) -> str:
@@ -156,6 +162,7 @@ class MlflowStore:
         """Connect, and find or make experiment and run."""
         from mlflow import MlflowClient
 
+        _allow_long_uploads()
         # Their INFO lines about every schema migration would bury the training log.
         for name in ("mlflow.store.db", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -163,13 +170,24 @@ class MlflowStore:
             client = MlflowClient(tracking_uri=self._uri)
             experiment = client.get_experiment_by_name(self._experiment)
             self.experiment_id = experiment.experiment_id if experiment is not None else self._create_experiment(client)
-        params = self._continue_run(client) if self.run_id else None
-        if params is None:
-            run = client.create_run(self.experiment_id, run_name=self._run_name)
-            self.run_id, params = run.info.run_id, {}
-            save_run_id(self._run_dir, run.info.run_id)
+        with only_one(self._run_dir / _LOCK_FILE):
+            # A program beside this one may have made the run since this one was started.
+            self.run_id = self.run_id or saved_run_id(self._run_dir)
+            params = self._continue_run(client) if self.run_id else None
+            if params is None:
+                run = client.create_run(self.experiment_id, run_name=self._run_name)
+                self.run_id, params = run.info.run_id, {}
+                save_run_id(self._run_dir, run.info.run_id)
         self._log_params(client, params)
         self._client = client
+
+    def answers(self) -> bool:
+        """Whether the store itself is well: it knows the run."""
+        try:
+            self._client.get_run(self.run_id)
+        except Exception:
+            return False
+        return True
 
     def _create_experiment(self, client: Any) -> str:
         from mlflow.exceptions import MlflowException
@@ -223,7 +241,8 @@ class MlflowStore:
             client.log_batch(self.run_id, tags=batch, synchronous=True)
 
     def send(self, items: Iterable[Item]) -> None:
-        """Log `items`, whatever their number. Raises Rejected for those never to be taken, else what the client raises."""
+        """Log metrics, tags and the status in `items`, whatever their number. Raises Rejected for those never to be taken, else what the
+        client raises."""
         from mlflow.entities import Metric
 
         assert self._client is not None, "send() before open()"
@@ -243,12 +262,22 @@ class MlflowStore:
         if tags:
             self._guard(self._log_tags, self._client, tags)
         for item in items:
-            if item["kind"] in ("artifact", "table"):
-                self._send_artifact(item)
-            elif item["kind"] == "model":
-                self._send_model(item)
-            elif item["kind"] == "status":
+            if item["kind"] == "status":
                 self._guard(self._client.set_terminated, self.run_id, status=item["status"], end_time=item["time_ms"])
+
+    def send_file(self, item: Item) -> None:
+        """Upload an artifact, a table or a model; may take long. Raises Rejected for one never to be taken, else what the client raises."""
+        assert self._client is not None, "send_file() before open()"
+        try:
+            if item["kind"] == "model":
+                self._send_model(item)
+            else:
+                self._send_artifact(item)
+        except Exception as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)  # of requests' errors
+            if status is not None and 400 <= status < 500 and status not in _NOT_NOW:
+                raise Rejected(str(error)) from error
+            raise
 
     def _send_artifact(self, item: Item) -> None:
         path = Path(item["path"])
@@ -261,13 +290,11 @@ class MlflowStore:
 
     def _list_table(self, path: str) -> None:
         """MLflow's page of evaluation tables shows what this tag of its names."""
-        if self._tables is None:
-            tag = self._client.get_run(self.run_id).data.tags.get(_TABLES_TAG, "[]")
-            self._tables = json.loads(tag)
-        entry = {"path": path, "type": "table"}
-        if entry not in self._tables:
-            self._tables.append(entry)
-            self._guard(self._log_tags, self._client, {_TABLES_TAG: json.dumps(self._tables)})
+        with only_one(self._run_dir / _LOCK_FILE):  # a training and an evaluation beside it both add to the tag
+            tables = json.loads(self._client.get_run(self.run_id).data.tags.get(_TABLES_TAG, "[]"))
+            entry = {"path": path, "type": "table"}
+            if entry not in tables:
+                self._guard(self._log_tags, self._client, {_TABLES_TAG: json.dumps([*tables, entry])})
 
     def _send_model(self, item: Item) -> None:
         """Upload a folder and make it a version of the registered model; once, however often it is sent."""
@@ -324,6 +351,17 @@ def save_run_id(run_dir: Path, run_id: str) -> None:
     replacement = run_dir / "mlflow_run_id.new"
     replacement.write_text(f"{run_id}\n", encoding="utf-8")
     os.replace(replacement, run_dir / "mlflow_run_id")
+
+
+def _allow_long_uploads() -> None:
+    """MLflow's client has one limit for all requests, which is short here (_CLIENT_SETTINGS): uploads to its server get their own."""
+    from functools import partial
+
+    from mlflow.store.artifact import http_artifact_repo as uploads
+    from mlflow.utils.rest_utils import http_request
+
+    limit = max(UPLOAD_TIMEOUT_S, int(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", "0")))
+    uploads.http_request = partial(http_request, timeout=limit)  # type: ignore[attr-defined]
 
 
 def _one_process_at_a_time(uri: str) -> Any:

@@ -22,13 +22,20 @@ from megavlm.tracking.metrics import decode_line, encode_line
 
 Item = dict[str, Any]
 """One of: {"kind": "metrics", "step", "time_ms", "values": {name: number}}, {"kind": "tags", "values": {name: text}},
-{"kind": "artifact", "path", "folder"}, {"kind": "table", "path", "folder"}, {"kind": "model", "path", "name"},
+{"kind": "artifact", "path", "folder"}, {"kind": "table", "path", "folder"}, {"kind": "model", "path", "name", "digest"},
 {"kind": "status", "status", "time_ms"}."""
 
 RECORDS_PER_FILE = 2_000
-LOCK_FILE = "lock"
-"""Held by the one process that delivers."""
 _DELIVERED = "delivered.json"
+_FIELDS = {
+    "metrics": ("step", "time_ms", "values"),
+    "tags": ("values",),
+    "artifact": ("path", "folder"),
+    "table": ("path", "folder"),
+    "model": ("path", "name", "digest"),
+    "status": ("status", "time_ms"),
+}
+"""What a record of each kind must have."""
 
 
 class SpoolWriter:
@@ -100,19 +107,9 @@ class SpoolReader:
             if number < place[0]:
                 _file(self.folder, number).unlink(missing_ok=True)
 
-    def remove_if_done(self) -> None:
-        """Delete the folder when nothing waits in it. Only where its writer is closed."""
-        if not self.folder.exists() or len(self):
-            return
-        for number in _numbers(self.folder):
-            _file(self.folder, number).unlink(missing_ok=True)
-        for name in (_DELIVERED, f"{_DELIVERED}.new", LOCK_FILE):
-            (self.folder / name).unlink(missing_ok=True)
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
-
     def keep(self, wanted: Callable[[Item], bool]) -> None:
-        """Drop the records that are not `wanted`; lines that are no record stay, for `peek` to report. Only where its writer is closed."""
+        """Drop the records that are not `wanted`; lines that are no record stay, for `peek` to report. Only under the
+        spool's locks (spool_folders.py)."""
         for number in sorted(_numbers(self.folder)):
             path = _file(self.folder, number)
             begin = self._at[1] if number == self._at[0] else 0
@@ -132,7 +129,10 @@ class SpoolReader:
         total = 0
         for number in _numbers(self.folder):
             if number >= self._at[0]:
-                data = _file(self.folder, number).read_bytes()
+                try:
+                    data = _file(self.folder, number).read_bytes()
+                except FileNotFoundError:  # delivered since, by the process whose spool this is
+                    continue
                 begin = self._at[1] if number == self._at[0] else 0
                 total += sum(1 for line in data[begin:].splitlines() if line.strip())
         return total
@@ -150,17 +150,17 @@ def _sort(line: bytes, items: list[Item], bad: list[str]) -> None:
         return
     try:
         item = decode_line(line.decode())
-        if "kind" not in item:
-            raise ValueError("no kind")
+        if any(field not in item for field in _FIELDS[item["kind"]]):
+            raise ValueError("an incomplete record")
         items.append(item)
-    except ValueError:
+    except (ValueError, KeyError, TypeError):
         bad.append(line.decode(errors="replace").rstrip("\n"))
 
 
 def _is_kept(line: bytes, wanted: Callable[[Item], bool]) -> bool:
     try:
         return wanted(decode_line(line.decode()))
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return True
 
 

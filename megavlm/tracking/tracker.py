@@ -20,9 +20,10 @@ from megavlm.tracking.curves import plot_curves
 from megavlm.tracking.environment import environment_report
 from megavlm.tracking.goodput import GoodputMeter
 from megavlm.tracking.metrics import EVALUATION_FILE, METRICS_FILE, MetricsWriter, flatten, read_cut, to_plain
-from megavlm.tracking.mlflow_sink import SPOOL_FOLDER, MlflowSink, node_of, sink_for
+from megavlm.tracking.mlflow_sink import MlflowSink, node_of, sink_for
 from megavlm.tracking.mlflow_store import without_password
 from megavlm.tracking.ranks import RankReport, write_ranks
+from megavlm.tracking.spool_folders import SPOOL_FOLDER
 
 MLFLOW_EVERY_STEP = ("loss", "grad_norm")
 """What MLflow gets of every step; the whole record goes there every tracking.log_every_steps. One number costs the store
@@ -181,6 +182,11 @@ class Tracker:
         """What each rank needed in the stage, for ranks.json and MLflow's artifacts."""
         if self.writes and reports:
             self.artifact(write_ranks(self.run_dir, stage, reports))
+
+    def earlier_incidents(self, numbers: Mapping[str, int]) -> None:
+        """How many of each kind the run's earlier starts had: counts go on from there."""
+        for kind, number in numbers.items():
+            self._incidents[kind] = self._incidents.get(kind, 0) + number
 
     def incident(self, kind: str, step: int, text: str) -> None:
         """Something went wrong at `step` and the run goes on: a warning, and in MLflow a count of that kind and the text as a tag."""

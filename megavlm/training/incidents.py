@@ -6,12 +6,14 @@ import contextlib
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch.distributed as dist
 
+from megavlm.checkpoint.resume import run_id
 from megavlm.data.types import PackPlan, StepPlan
 from megavlm.parallel.reductions import from_rank_zero
 from megavlm.tracking.metrics import decode_line, encode_line
@@ -19,22 +21,33 @@ from megavlm.training.state import RunState
 
 INCIDENTS_FILE = "incidents.jsonl"
 Incident = dict[str, Any]
-"""What every line has: kind (nonfinite, spike, straggler, divergence, save_failed), step, stage, time_s (since 1970). nonfinite and spike
-also action (skip, rollback, stop), data_step (of the stage's data, from 0), loss, grad_norm, samples {source: rows}, and suspects: the
-microbatches whose own loss was not finite. A rollback has to_step, and the data cursor that training went on from."""
+"""What every line has: kind (nonfinite, spike, straggler, divergence, save_failed), step, stage, time_s (since 1970), run (its name for
+itself, `checkpoint.resume.run_id`). nonfinite and spike also action (skip, rollback, stop), data_step (of the stage's data, from 0), loss,
+grad_norm, samples {source: rows}, and suspects: the microbatches whose own loss was not finite. A rollback has to_step, and the data cursor
+that training went on from."""
 _log = logging.getLogger(__name__)
 
 
 class IncidentLog:
-    """The incidents so far, the same on every rank, which decide by them; rank 0 writes them down."""
+    """The incidents of the run so far, the same on every rank, which decide by them; rank 0 writes them down.
+
+    Those of an earlier run in the same folder, whose checkpoints are gone, stay in the file and mean nothing here: another run has other
+    data behind the same steps.
+    """
 
     def __init__(self, run_dir: str | Path) -> None:
         self.path = Path(run_dir) / INCIDENTS_FILE
-        self.incidents: list[Incident] = from_rank_zero(_read(self.path) if dist.get_rank() == 0 else None)
+        self._run = run_id(run_dir)
+        found = from_rank_zero(_read(self.path) if dist.get_rank() == 0 else None)
+        self.incidents: list[Incident] = [entry for entry in found if entry.get("run") == self._run]
+
+    def numbers(self) -> dict[str, int]:
+        """How many there are of each kind."""
+        return dict(Counter(entry["kind"] for entry in self.incidents))
 
     def add(self, incident: Mapping[str, Any]) -> Incident:
         """Note an incident that all ranks know of: each of them calls this."""
-        entry = {**incident, "time_s": time.time()}
+        entry = {**incident, "time_s": time.time(), "run": self._run}
         self.incidents.append(entry)
         if dist.get_rank() == 0:
             self.write_down(entry)
@@ -46,7 +59,7 @@ class IncidentLog:
             with self.path.open("ab+") as file:
                 if file.tell() and not _ends_a_line(file):  # torn by a crash: one bad line, not two
                     file.write(b"\n")
-                file.write(f"{encode_line({'time_s': time.time(), **incident})}\n".encode())
+                file.write(f"{encode_line({'time_s': time.time(), 'run': self._run, **incident})}\n".encode())
         except OSError as error:
             _log.warning("%s could not be written (%s)", self.path, error)
 

@@ -30,6 +30,7 @@ from megavlm.planner.precision import choose_fp8
 from megavlm.tracking.timers import part
 from megavlm.tracking.tracker import Tracker
 from megavlm.training.accounting import Accountant
+from megavlm.training.answers import HeldOutAnswers
 from megavlm.training.build import StageModel
 from megavlm.training.checkpointing import Checkpointer, prepare_model
 from megavlm.training.data import RunData, StageStream
@@ -86,6 +87,7 @@ def run_stages(
 ) -> int:
     """Train from `state` on. Returns 0 when the recipe (or run.max_steps) is done, 128 + the signal's number when stopped by one."""
     incidents = IncidentLog(recipe.run.dir)
+    tracker.earlier_incidents(incidents.numbers())
     beginning = None  # of the stage, where there is no checkpoint of it to roll back to
     while state.stage_index < len(recipe.stages):
         if recipe.run.max_steps is not None and state.step >= recipe.run.max_steps:
@@ -167,6 +169,11 @@ class _StageRun:
         name = torch.cuda.get_device_name(self.ctx.device) if self.ctx.device.type == "cuda" else None
         self.accountant = Accountant(self.recipe, self.stage, self.ctx.grid.world_size, name, built.layout)
         self.judge = StepJudge(self.recipe.faults, self.state, self.ctx.device)
+        self.answers = (
+            HeldOutAnswers(self.recipe, self.stage, built.layout, self.model, self.stream.tokenizer, self.ctx, self.tracker)
+            if self.held_out
+            else None
+        )
 
     def run(self) -> int:
         """Steps until the stage or its data are done, run.max_steps is reached or a signal came. Returns the signal's number or 0."""
@@ -318,6 +325,9 @@ class _StageRun:
         self.tracker.evaluation(
             {"step": self.state.step, "stage": self.stage.name, "loss": loss.loss, "targets": loss.num_targets, "task_loss": loss.by_task}
         )
+        if self.answers is not None:
+            with self.sections.evaluation(), self._whole_parameters(), self.watch.memory.aside():
+                self.answers.after(self.state.step)
 
     def _reached_max_steps(self) -> bool:
         limit = self.recipe.run.max_steps

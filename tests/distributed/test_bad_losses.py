@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megavlm.testing.pool import RankError, RankPool
 from megavlm.testing.recipes import tiny_recipe, tiny_stage, train_and_read
 from megavlm.tracking.metrics import read_metrics
 from megavlm.training.incidents import IncidentLog
+from megavlm.training.state import RunState
 
 Records = list[dict[str, Any]]
 STEPS = 6
@@ -212,3 +214,19 @@ def test_torn_lines_are_passed_over_and_budgets_count_what_is_near(tmp_path: Pat
     # Step 5 was met twice on the same data, step 40 is far away, step 8 was something else.
     assert log.number_with(new, 10) == again.number_with(new, 10) == 3
     assert again.number_with(new, 3) == 2 and again.number_with(new | {"stage": "other"}, 10) == 1
+
+
+@in_rank
+def test_incidents_of_an_earlier_run_in_the_folder_move_nothing(tmp_path: Path) -> None:
+    """Its checkpoints are gone, and with them what its steps and cursors meant; a restart of the run itself knows them still."""
+    log = IncidentLog(tmp_path)
+    cursor = {"step": 5}
+    log.add({"kind": "spike", "action": "rollback", "stage": "all", "step": 5, "data_step": 4, "to_step": 0, "cursor": cursor})
+    again = IncidentLog(tmp_path)
+    assert again.cursor_behind("all", RunState()) == cursor and again.numbers() == {"spike": 1}
+    shutil.rmtree(tmp_path / "checkpoints")
+    anew = IncidentLog(tmp_path)
+    assert anew.cursor_behind("all", RunState()) is None and anew.numbers() == {}
+    assert anew.number_with({"action": "rollback", "stage": "all", "step": 5, "data_step": 9}, 100) == 1
+    anew.add({"kind": "spike", "action": "skip", "stage": "all", "step": 7, "data_step": 6})
+    assert [i["step"] for i in IncidentLog(tmp_path).incidents] == [7] and len(incidents(tmp_path)) == 2

@@ -20,6 +20,7 @@ import torch
 from megavlm.checkpoint import folders, saver
 from megavlm.checkpoint.errors import DiskFull, SaveFailed
 from megavlm.checkpoint.reader import CheckpointReader
+from megavlm.checkpoint.resume import RUN_ID
 from megavlm.config.exits import Exit
 from megavlm.config.schema import Recipe
 from megavlm.testing.marks import slow_unless
@@ -150,7 +151,7 @@ def test_a_full_disk_by_policy(pool: RankPool, data_dir: Path, tmp_path: Path) -
     last, told = pool.run(train_on_a_full_disk, recipe, (2,), 1, world_size=2)[0]
     assert last == 4 and len(told) == 1 and "rank 1 could not write" in told[0] and "goes on without this checkpoint" in told[0]
     assert names(run) == [f"{step:08d}-all" for step in (1, 3, 4)]
-    assert {p.name for p in (run / "checkpoints").iterdir()} == {*names(run), "latest"}, "parts of the one that failed are gone"
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {*names(run), "latest", RUN_ID}, "parts of the one that failed are gone"
 
     run, recipe = tmp_path / "ends", make(tmp_path / "ends", data_dir, checkpoint=keeps)
     with pytest.raises(RankError, match="DiskFull: saving .*00000002-all: rank 1 could not write: .*No space left"):

@@ -12,6 +12,7 @@ from megavlm.tracking.mlflow_sink import Node, node_of
 from megavlm.tracking.mlflow_store import Rejected, TrackingError, artifact_location, how_to_open, param_values, store_key, tracking_uri
 from megavlm.tracking.mlflow_store import without_password as redact
 from megavlm.tracking.spool import RECORDS_PER_FILE, SpoolReader, SpoolWriter
+from megavlm.tracking.spool_folders import make_spool, num_waiting
 from megavlm.tracking.system_metrics import SystemMetrics
 
 
@@ -24,6 +25,7 @@ class FakeStore:
         self.run_id, self.experiment_id = None, None
         self.is_open, self.down, self.refuse = False, False, ()
         self.taken, self.tries = [], 0
+        self.no_files, self.files, self.file_tries = None, [], 0
 
     def _answer(self):
         self.tries += 1
@@ -40,6 +42,17 @@ class FakeStore:
             raise Rejected(f"steps {[i['step'] for i in bad]}")
         self.taken += items
 
+    def send_file(self, item):
+        self.file_tries += 1
+        if self.down:
+            raise ConnectionError("refused")
+        if self.no_files is not None and "good" not in item["path"]:
+            raise self.no_files
+        self.files.append(item["path"])
+
+    def answers(self):
+        return not self.down
+
     def steps(self):
         return [i["step"] for i in self.taken if i["kind"] == "metrics"]
 
@@ -49,20 +62,28 @@ class Bench:
 
     def __init__(self, folder):
         self.folder, self.store, self.told, self.now = folder, FakeStore(), [], 0.0
-        folder.mkdir(parents=True, exist_ok=True)
-        self.writer = SpoolWriter(folder / "spool")
+        self.spool, self.lock = make_spool(folder, "node-0")
+        self.writer = SpoolWriter(self.spool)
         self.delivery = self.another()
 
-    def another(self):
+    def another(self, **options):
         """The delivery of a process started again."""
-        readers = [SpoolReader(self.folder / "spool")]
-        return Delivery(self.store, readers, self.folder, lambda what, value: self.told.append((what, value)), lambda: self.now)
+        return Delivery(
+            self.store, self.spool, self.folder, lambda what, value: self.told.append((what, value)), lambda: self.now, **options
+        )
 
     def put(self, *steps):
         self.writer.append([metrics(s) for s in steps])
 
+    def put_files(self, *paths):
+        self.writer.append([{"kind": "artifact", "path": path, "folder": ""} for path in paths])
+
     def warnings(self):
         return [value for what, value in self.told if what == "warning"]
+
+    def rejected(self):
+        path = self.folder / "mlflow-rejected.jsonl"
+        return path.read_text() if path.exists() else ""
 
 
 def metrics(step):
@@ -81,12 +102,8 @@ def test_everything_arrives_in_order_over_many_files_which_are_deleted(bench):
         if step == RECORDS_PER_FILE + 3:
             assert bench.delivery.round()
     assert bench.delivery.round() and bench.store.steps() == list(range(1, count + 1))
-    assert len(list((bench.folder / "spool").glob("*.jsonl"))) == 1, "only the file that is written to is left"
-    bench.writer.close()
-    reader = SpoolReader(bench.folder / "spool")
-    assert len(reader) == 0
-    reader.remove_if_done()
-    assert not (bench.folder / "spool").exists()
+    assert len(list(bench.spool.glob("*.jsonl"))) == 1, "only the file that is written to is left"
+    assert num_waiting(bench.spool) == 0
 
 
 def test_a_delivery_killed_anywhere_goes_on_where_it_was(bench):
@@ -105,15 +122,15 @@ def test_a_delivery_killed_anywhere_goes_on_where_it_was(bench):
 
 def test_a_writer_killed_and_started_again_continues_behind_its_torn_line(bench):
     bench.put(1)
-    newest = max((bench.folder / "spool").glob("*.jsonl"))
+    newest = max(bench.spool.glob("*.jsonl"))
     with open(newest, "a") as file:
         file.write('{"kind": "metr')
-    SpoolReader(bench.folder / "spool").keep(lambda item: True)
-    bench.writer = SpoolWriter(bench.folder / "spool")
+    SpoolReader(bench.spool).keep(lambda item: True)
+    bench.writer = SpoolWriter(bench.spool)
     bench.put(2)
     bench.another().round()
     assert bench.store.steps() == [1, 2]
-    assert "torn" in (bench.folder / "mlflow-rejected.jsonl").read_text()
+    assert "torn" in bench.rejected()
 
 
 def test_a_dead_server_is_reported_once_asked_seldom_and_gets_all_when_it_is_back(bench):
@@ -141,7 +158,7 @@ def test_refused_records_are_put_aside_and_the_others_taken(bench):
     bench.store.refuse = (3,)
     bench.put(1, 2, 3, 4, 5)
     assert bench.delivery.round() and bench.store.steps() == [1, 2, 4, 5]
-    rejected = (bench.folder / "mlflow-rejected.jsonl").read_text()
+    rejected = bench.rejected()
     assert rejected.count("\n") == 1 and "steps [3]" in rejected and '\\"step\\": 3' in rejected
 
 
@@ -149,10 +166,10 @@ def test_the_spool_keeps_what_is_wanted_of_what_waits(bench):
     bench.put(1, 2)
     bench.delivery.round()
     bench.writer.append([metrics(3), {"kind": "status", "status": "FAILED", "time_ms": 1}, {"kind": "tags", "values": {"a": "b"}}])
-    reader = SpoolReader(bench.folder / "spool")
+    reader = SpoolReader(bench.spool)
     assert len(reader) == 3
     reader.keep(lambda item: item["kind"] != "status")
-    assert [i["kind"] for i in SpoolReader(bench.folder / "spool").peek(9)[0]] == ["metrics", "tags"]
+    assert [i["kind"] for i in SpoolReader(bench.spool).peek(9)[0]] == ["metrics", "tags"]
 
 
 def test_a_full_disk_keeps_lines_in_memory_and_then_writes_them_in_order(tmp_path, monkeypatch):
@@ -191,7 +208,6 @@ def test_nodes_are_told_by_their_first_ranks():
     ranks = [{"LOCAL_RANK": str(r % 4), "LOCAL_WORLD_SIZE": "4"} for r in range(8)]
     assert [node_of(r, 8, e) for r, e in enumerate(ranks)] == [Node(0, 2), None, None, None, Node(1, 2), None, None, None]
     assert node_of(0, 1, {}) == Node(0, 1) and node_of(1, 2, {}) is None
-    assert (Node(0, 2).spool, Node(1, 2).spool) == ("mlflow-spool", "mlflow-spool-node-1")
 
 
 def test_system_metrics_have_the_names_of_mlflows_own(monkeypatch, tmp_path):

@@ -1,0 +1,70 @@
+"""What the process that delivers to MLflow hears of the one that started it: its settings, and when it is to end, by word or by death."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import threading
+from typing import Any
+
+AFTER_DEATH_S = 3.0
+"""A training that was killed is outlived by so much, whatever this process is waiting for."""
+_LOOK_EVERY_S = 0.5
+
+
+class Orders:
+    """The other end of the pipe from training: first a line of settings; later one that says {"seconds": s, "leaves": bool}, or its end.
+
+    Args:
+        descriptor: of the pipe.
+        parent: the process that started this one. The pipe alone would not tell of its death while another child of it has it open.
+    """
+
+    def __init__(self, descriptor: int, parent: int) -> None:
+        self._descriptor, self._parent, self._read = descriptor, parent, b""
+        self.ended = threading.Event()
+        """Set when this process is to end."""
+
+    def settings(self) -> dict[str, Any] | None:
+        """None: training ended before it said anything."""
+        line = self._next()
+        return dict(json.loads(line)) if line else None
+
+    def listen(self) -> None:
+        """From now on `ended` is set as soon as this process is to end, and it does end in time, wherever it hangs."""
+        threading.Thread(target=self._listen, name="megavlm-orders", daemon=True).start()
+
+    def _listen(self) -> None:
+        line = self._next()
+        order: dict[str, Any] = json.loads(line) if line else {"seconds": AFTER_DEATH_S, "leaves": False}
+        if order["leaves"]:
+            _leave()
+        timer = threading.Timer(order["seconds"], os._exit, (3,))
+        timer.daemon = True
+        timer.start()
+        self.ended.set()
+
+    def _next(self) -> bytes:
+        """The next line, or b"" when there will be none."""
+        while b"\n" not in self._read:
+            if not select.select([self._descriptor], [], [], _LOOK_EVERY_S)[0]:
+                if os.getppid() != self._parent:
+                    return b""
+                continue
+            found = os.read(self._descriptor, 1 << 16)
+            if not found:
+                return b""
+            self._read += found
+        line, _, self._read = self._read.partition(b"\n")
+        return line
+
+
+def _leave() -> None:
+    """Training does not wait for the end: nobody is to be held up by an output that this process has open, or to kill it with training."""
+    with open(os.devnull, "r+b") as nothing:
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(nothing.fileno(), 2)
+    with contextlib.suppress(OSError):
+        os.setsid()
