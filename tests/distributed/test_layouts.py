@@ -146,9 +146,10 @@ def first_plans(data_dir: Path, stage: dict[str, Any], dp_size: int, **blocks: A
 @pytest.mark.parametrize(
     ("recompute", "training"),
     [
-        *(("full", name) for name in TRAINING),
+        ("full", "top_layers"),
         ("selective", "all"),
-        # Selective recomputation touches the core attention only, which has no weights to freeze.
+        # Every way of freezing, to the bit: test_recompute_offload.
+        *(pytest.param("full", name, marks=pytest.mark.slow) for name in TRAINING if name != "top_layers"),
         *(pytest.param("selective", name, marks=pytest.mark.slow) for name in TRAINING if name != "all"),
     ],
 )

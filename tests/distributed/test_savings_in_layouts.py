@@ -29,13 +29,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2xCP2 dealt": (4, {"tensor": 2, "context": 2, "encoder_data_parallel": True}),
     "TP2+SPxPP2xDP2+overlap": (8, {"tensor": 2, "sequence": True, "pipeline": 2, **OVERLAP}),
 }
-# One saving a layout, and one layout a saving at least; the rest with `make test-all`.
+# Layouts in which something else than the layers themselves takes part: hooks, several microbatches, gathered rows.
 QUICK = {
     ("TP2+SP", "MLP again + offload", "all"),
     ("DP2+overlap", "full", "all"),
-    ("DP2+overlap", "Adam in host memory", "top_layers"),
     ("PP2xVPP2 unequal", "MLP again + offload", "top_layers"),
-    ("TP2xCP2 dealt", "full + offload, some layers", "all"),
 }
 
 

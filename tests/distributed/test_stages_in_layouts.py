@@ -28,7 +28,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ZeRO-3, again + offload": (2, {"zero": 3, "recompute": "selective", "recompute_modules": ["mlp"], "offload_activations": 9}),
     "Adam in host memory": (2, {"zero": 1, "offload_optimizer": True}),
 }
-QUICK = {"TP2+SP", "ZeRO-3", "TP2xCP2 dealt"}
+QUICK = {"ZeRO-3"}
 
 
 def stages() -> list[dict[str, Any]]:
