@@ -164,7 +164,6 @@ def test_offloaded_tensors_go_once_and_come_back_once(pool: RankPool) -> None:
             (2, {"zero": 3}, "fp32"),
             (2, {"zero": 2}, "bf16"),
             (2, {"tensor": 2}, "fp32"),
-            (1, {}, "fp16"),
         ],
         lambda world_size, parallel, dtype: parallel.get("zero") in (1, 3),
     ),
