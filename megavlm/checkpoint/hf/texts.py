@@ -19,6 +19,7 @@ from megavlm.config.schema import ImageConfig, ModelConfig, Recipe
 from megavlm.data.chat import TEMPLATES, Chat
 from megavlm.data.instructions import FOLDER as INSTRUCTIONS
 from megavlm.data.sample import IMAGE_TOKEN
+from megavlm.data.token_files import read_text
 
 KEPT = "from_hf"
 """Subfolder of an imported checkpoint, or of a run that began with one, with the texts of the Hugging Face folder it came from."""
@@ -202,7 +203,7 @@ def template_of(folder: Path) -> str | None:
     """
     file = folder / "chat_template.jinja"
     if file.is_file():
-        text = file.read_text(encoding="utf-8").strip()
+        text = read_text(file).strip()
         tokens = {IMAGE_TOKEN, (image_token_of(folder) if (folder / CONFIG).is_file() else None) or IMAGE_TOKEN}
         ours = ((name, template.jinja(token)) for name, template in TEMPLATES.items() for token in tokens)
         return next((name for name, template in ours if text == template.strip()), "tokenizer")

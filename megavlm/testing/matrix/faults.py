@@ -162,10 +162,11 @@ FAULTS = [
     ),
     Fault(
         "disk hangs",
-        f"the disk hangs: nobody who looks for a file on it gets an answer; the limit of a save is {SAVE_LIMIT_S:g} s",
+        f"the disk hangs: nobody who looks for a file on it gets an answer; the limit of a save is {SAVE_LIMIT_S:g} s, "
+        "and 15 s more for the loop that waits for it",
         hang_disk,
         (Exit.SAVE_TIMEOUT, Exit.HUNG),
-        detect_s=STEP_LIMIT_S + 20,
+        detect_s=SAVE_LIMIT_S + 15 + 20,
         goal_s=HANG_GOAL_S,
         says="does not answer",
         hangs=True,
