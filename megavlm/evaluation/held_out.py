@@ -123,10 +123,16 @@ def prompts_of(loaded: LoadedModel, questions: Sequence[Question]) -> list[Promp
     return [_prompt(loaded, question, question) for question in questions]
 
 
-def answer_right(loaded: LoadedModel, questions: Sequence[Question], prompts: Sequence[Prompt]) -> list[Answer]:
-    """Answers to what `prompts_of` made of the questions, by this rank and its tensor ranks alone. Raises PromptError as `evaluate`."""
+def answer_right(loaded: LoadedModel, questions: Sequence[Question], prompts: Sequence[Prompt], batch_size: int) -> list[Answer]:
+    """Answers to what `prompts_of` made of the questions, `batch_size` at a time, by this rank and its tensor ranks alone. Raises
+    PromptError as `evaluate`."""
     asks = [_Ask(number, RIGHT, question) for number, question in enumerate(questions)]
-    return _answers(loaded, questions, asks, prompts, longest_answer(loaded, questions))
+    longest = longest_answer(loaded, questions)
+    answers: list[Answer] = []
+    for start in range(0, len(asks), batch_size):
+        batch = slice(start, start + batch_size)
+        answers += _answers(loaded, questions, asks[batch], prompts[batch], longest)
+    return answers
 
 
 def _questions_everywhere(

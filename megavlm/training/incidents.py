@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import torch.distributed as dist
 
+from megavlm.checkpoint import folders
 from megavlm.checkpoint.resume import run_id
 from megavlm.data.types import PackPlan, StepPlan
 from megavlm.parallel.reductions import from_rank_zero
@@ -20,6 +21,8 @@ from megavlm.tracking.metrics import decode_line, encode_line
 from megavlm.training.state import RunState
 
 INCIDENTS_FILE = "incidents.jsonl"
+_EARLIER = "earlier"
+"""In place of the name of a run that had none."""
 Incident = dict[str, Any]
 """What every line has: kind (nonfinite, spike, straggler, divergence, save_failed), step, stage, time_s (since 1970), run (its name for
 itself, `checkpoint.resume.run_id`). nonfinite and spike also action (skip, rollback, stop), data_step (of the stage's data, from 0), loss,
@@ -32,14 +35,19 @@ class IncidentLog:
     """The incidents of the run so far, the same on every rank, which decide by them; rank 0 writes them down.
 
     Those of an earlier run in the same folder, whose checkpoints are gone, stay in the file and mean nothing here: another run has other
-    data behind the same steps.
+    data behind the same steps. Lines without a run's name, as they once were, are of the run whose checkpoint is there to go on from.
+
+    Args:
+        has_resumed: the run goes on from a checkpoint.
     """
 
-    def __init__(self, run_dir: str | Path) -> None:
+    def __init__(self, run_dir: str | Path, *, has_resumed: bool) -> None:
         self.path = Path(run_dir) / INCIDENTS_FILE
         self._run = run_id(run_dir)
+        if not has_resumed and dist.get_rank() == 0:
+            _disown_unnamed(self.path)
         found = from_rank_zero(_read(self.path) if dist.get_rank() == 0 else None)
-        self.incidents: list[Incident] = [entry for entry in found if entry.get("run") == self._run]
+        self.incidents: list[Incident] = [entry for entry in found if entry.get("run", self._run) == self._run]
 
     def numbers(self) -> dict[str, int]:
         """How many there are of each kind."""
@@ -103,6 +111,27 @@ def _read(path: Path) -> list[Incident]:
             with contextlib.suppress(ValueError):
                 found.append(decode_line(line))
     return found
+
+
+def _disown_unnamed(path: Path) -> None:
+    """Say in lines without a run's name that they are of an earlier run: when this one resumes they must not be taken for its own."""
+
+    def disowned(line: bytes) -> bytes:
+        with contextlib.suppress(ValueError):
+            entry = decode_line(line.decode())
+            if "run" not in entry:
+                return encode_line({**entry, "run": _EARLIER}).encode()
+        return line
+
+    try:
+        lines = path.read_bytes().split(b"\n")
+        named = [disowned(line) for line in lines]
+        if named != lines:
+            folders.write_bytes(path, b"\n".join(named))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        _log.warning("%s could not be rewritten (%s)", path, error)
 
 
 def samples_of(plan: StepPlan) -> dict[str, list[int]]:

@@ -86,7 +86,7 @@ def run_stages(
     recipe: Recipe, state: RunState, data: RunData, tracker: Tracker, stop: StopRequest, device: torch.device, sections: Sections
 ) -> int:
     """Train from `state` on. Returns 0 when the recipe (or run.max_steps) is done, 128 + the signal's number when stopped by one."""
-    incidents = IncidentLog(recipe.run.dir)
+    incidents = IncidentLog(recipe.run.dir, has_resumed=bool(state.source))
     tracker.earlier_incidents(incidents.numbers())
     beginning = None  # of the stage, where there is no checkpoint of it to roll back to
     while state.stage_index < len(recipe.stages):
@@ -325,7 +325,7 @@ class _StageRun:
         self.tracker.evaluation(
             {"step": self.state.step, "stage": self.stage.name, "loss": loss.loss, "targets": loss.num_targets, "task_loss": loss.by_task}
         )
-        if self.answers is not None:
+        if self.answers is not None and self.answers.are_wanted:
             with self.sections.evaluation(), self._whole_parameters(), self.watch.memory.aside():
                 self.answers.after(self.state.step)
 

@@ -63,7 +63,7 @@ class Sections:
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """A measurement of held-out loss."""
+        """A measurement of held-out loss, or the answers behind it."""
         with self._dog.during("an evaluation", self._limits.evaluation_s, f"{_SETTING}.evaluation_s"):
             yield
 

@@ -204,11 +204,11 @@ def test_stop_is_before_the_update(pool: RankPool, data_dir: Path, tmp_path: Pat
 @in_rank
 def test_torn_lines_are_passed_over_and_budgets_count_what_is_near(tmp_path: Path) -> None:
     (tmp_path / "incidents.jsonl").write_text('{"kind": "spike", "acti')
-    log = IncidentLog(tmp_path)
+    log = IncidentLog(tmp_path, has_resumed=False)
     assert log.incidents == []
     for step, data_step, action in ((5, 4, "skip"), (5, 4, "skip"), (7, 6, "skip"), (8, 7, "rollback"), (40, 39, "skip")):
         log.add({"kind": "nonfinite", "action": action, "stage": "all", "step": step, "data_step": data_step, "to_step": 4})
-    again = IncidentLog(tmp_path)
+    again = IncidentLog(tmp_path, has_resumed=False)
     assert [i["step"] for i in again.incidents] == [5, 5, 7, 8, 40]
     new = {"action": "skip", "stage": "all", "step": 9, "data_step": 8}
     # Step 5 was met twice on the same data, step 40 is far away, step 8 was something else.
@@ -219,14 +219,55 @@ def test_torn_lines_are_passed_over_and_budgets_count_what_is_near(tmp_path: Pat
 @in_rank
 def test_incidents_of_an_earlier_run_in_the_folder_move_nothing(tmp_path: Path) -> None:
     """Its checkpoints are gone, and with them what its steps and cursors meant; a restart of the run itself knows them still."""
-    log = IncidentLog(tmp_path)
+    log = IncidentLog(tmp_path, has_resumed=False)
     cursor = {"step": 5}
     log.add({"kind": "spike", "action": "rollback", "stage": "all", "step": 5, "data_step": 4, "to_step": 0, "cursor": cursor})
-    again = IncidentLog(tmp_path)
+    again = IncidentLog(tmp_path, has_resumed=False)
     assert again.cursor_behind("all", RunState()) == cursor and again.numbers() == {"spike": 1}
     shutil.rmtree(tmp_path / "checkpoints")
-    anew = IncidentLog(tmp_path)
+    anew = IncidentLog(tmp_path, has_resumed=False)
     assert anew.cursor_behind("all", RunState()) is None and anew.numbers() == {}
     assert anew.number_with({"action": "rollback", "stage": "all", "step": 5, "data_step": 9}, 100) == 1
     anew.add({"kind": "spike", "action": "skip", "stage": "all", "step": 7, "data_step": 6})
-    assert [i["step"] for i in IncidentLog(tmp_path).incidents] == [7] and len(incidents(tmp_path)) == 2
+    assert [i["step"] for i in IncidentLog(tmp_path, has_resumed=True).incidents] == [7] and len(incidents(tmp_path)) == 2
+
+
+OLD_LINE = '{"kind": "spike", "action": "rollback", "stage": "all", "step": 5, "data_step": 4, "to_step": 0, "cursor": {"step": 5}}\n'
+
+
+@in_rank
+def test_lines_from_before_runs_had_names_are_of_the_run_that_resumes(tmp_path: Path) -> None:
+    """Bad data that it left out must not come back with a new version of the program; another run's must not be left out by this one."""
+    file = tmp_path / "incidents.jsonl"
+    file.write_text(OLD_LINE)
+    for _ in range(2):  # a second restart, too
+        log = IncidentLog(tmp_path, has_resumed=True)
+        assert log.cursor_behind("all", RunState()) == {"step": 5} and log.numbers() == {"spike": 1}
+    assert file.read_text() == OLD_LINE
+    shutil.rmtree(tmp_path / "checkpoints")
+    file.write_text(OLD_LINE + '{"kind": "spi')
+    log = IncidentLog(tmp_path, has_resumed=False)
+    assert log.cursor_behind("all", RunState()) is None and log.numbers() == {}
+    again = IncidentLog(tmp_path, has_resumed=True)
+    assert again.numbers() == {}, "what was not its own at its beginning is not its own after a restart"
+    assert len(incidents(tmp_path)) == 1 and file.read_text().endswith('}\n{"kind": "spi')
+
+
+def train_with_incidents(recipe: Recipe) -> dict[str, int]:
+    """How many of each kind the run knew of when it started."""
+    from unittest.mock import patch
+
+    from megavlm.tracking.tracker import Tracker
+
+    known: list[dict[str, int]] = []
+    with patch.object(Tracker, "earlier_incidents", lambda self, numbers: known.append(dict(numbers))):
+        train_and_read(recipe)
+    (numbers,) = known
+    return numbers
+
+
+def test_a_run_that_goes_on_knows_lines_without_a_name(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, data_dir, 2, run={"max_steps": 1})
+    assert pool.run(train_with_incidents, recipe) == [{}]
+    (tmp_path / "incidents.jsonl").write_text(OLD_LINE)
+    assert pool.run(train_with_incidents, recipe_of(tmp_path, data_dir, 2)) == [{"spike": 1}]

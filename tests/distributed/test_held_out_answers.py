@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
+import torch.distributed as dist
 from PIL import Image
 from pydantic import ValidationError
 
 from megavlm.config.schema import ParallelConfig, Recipe
 from megavlm.evaluation.held_out import evaluate
 from megavlm.evaluation.results import RIGHT
-from megavlm.inference.load import load_for_inference
-from megavlm.testing.pool import RankPool
+from megavlm.inference.load import load_for_inference, of_training
+from megavlm.inference.loaded import LoadedModel
+from megavlm.testing.pool import RankError, RankPool
 from megavlm.testing.recipes import tiny_recipe, tiny_stage, train_and_read
 from megavlm.tracking.tracker import Tracker
-from megavlm.training.answers import cannot_answer
+from megavlm.training import answers as answering
+from megavlm.training.answers import BATCH_SIZE, cannot_answer
+from megavlm.training.sections import Sections
 
 EVALUATION = {"sources": ["held_out"], "every_steps": 2, "packs": 2}
 OVERLAPPED = {"zero": 1, "overlap_grad_reduce": True, "overlap_param_gather": True, "recompute": "full"}
@@ -30,8 +39,6 @@ def recipe_of(run_dir: Path, data_dir: Path, answers: int = SAMPLES, **blocks: A
 
 def train(recipe: Recipe) -> tuple[list[dict[str, Any]], list[str]]:
     """Records, and what the run said."""
-    from unittest.mock import patch
-
     said: list[str] = []
     with patch.object(Tracker, "message", lambda self, text: said.append(text)):
         return train_and_read(recipe), said
@@ -96,3 +103,106 @@ def test_what_cannot_answer_is_named(data_dir: Path, tmp_path: Path) -> None:
     assert cannot_answer(recipe, ParallelConfig(tensor=2, zero=1)) is None
     with pytest.raises(ValidationError, match="num_answers=2 comes behind measurements"):
         tiny_recipe(tmp_path, data_dir, evaluation={"num_answers": 2})
+
+
+FAILING = {**EVALUATION, "every_steps": 1, "num_answers": SAMPLES}
+"""A measurement behind the first step, in which something fails, and one behind the next, at which all ranks must still be together."""
+
+
+def train_where_one_rank_cannot_read(recipe: Recipe) -> tuple[list[dict[str, Any]], list[str]]:
+    """The last rank does not get at the files that the model began with."""
+
+    def read(*what: Any) -> LoadedModel:
+        if dist.get_rank() == dist.get_world_size() - 1:
+            raise OSError("Stale file handle")
+        return of_training(*what)
+
+    with patch.object(answering, "of_training", read):
+        return train(recipe)
+
+
+@pytest.mark.parametrize(("parallel", "fails"), [({"tensor": 2}, "write"), ({"tensor": 2}, "read"), ({}, "write")])
+def test_what_one_rank_cannot_read_or_write_ends_answers_on_all(
+    parallel: dict[str, Any], fails: str, pool: RankPool, data_dir: Path, tmp_path: Path
+) -> None:
+    if fails == "write":
+        (tmp_path / "answers").write_text("a file, in which no folder can be made\n")
+    recipe = tiny_recipe(tmp_path, data_dir, [tiny_stage(steps=2)], evaluation=FAILING, parallel=parallel)
+    # Ranks in different collectives would wait until this limit.
+    told = pool.run(train if fails == "write" else train_where_one_rank_cannot_read, recipe, world_size=2, timeout_s=60.0)
+    assert [len(records) for records, _ in told] == [2, 2]
+    for _, said in told:
+        (line,) = [text for text in said if "could not be answered" in text]
+        assert "at step 1," in line and ("Not a directory" if fails == "write" else "Stale file handle") in line
+
+
+def train_without_memory(recipe: Recipe) -> tuple[list[dict[str, Any]], list[str]]:
+    """Generation finds none."""
+
+    def generate(self: LoadedModel, *what: Any, **named: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with patch.object(LoadedModel, "generate", generate):
+        return train(recipe)
+
+
+def test_without_memory_a_rank_alone_trains_on_and_tensor_ranks_say_what_to_do(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "alone", data_dir, [tiny_stage(steps=2)], evaluation=FAILING)
+    for records, said in pool.run(train_without_memory, recipe, world_size=2, timeout_s=60.0):
+        (line,) = [text for text in said if "could not be answered" in text]
+        assert len(records) == 2 and "no memory" in line and "Tried to allocate 2.00 GiB" in line
+    divided = tiny_recipe(tmp_path / "divided", data_dir, [tiny_stage(steps=2)], evaluation=FAILING, parallel={"tensor": 2})
+    with pytest.raises(
+        RankError, match=r"(?s)OutOfMemoryError: .*Tried to allocate.*\(evaluation\.num_answers=2\).*evaluation\.num_answers=0"
+    ):
+        pool.run(train_without_memory, divided, world_size=2, timeout_s=60.0)
+
+
+def train_and_time(recipe: Recipe) -> tuple[list[float], list[float]]:
+    """By the machine's clock: when this rank left each evaluation, and when it had made answers."""
+    left: list[float] = []
+    answered: list[float] = []
+    evaluation, generate = Sections.evaluation, LoadedModel.generate
+
+    @contextmanager
+    def timed(self: Sections) -> Iterator[None]:
+        with evaluation(self):
+            yield
+            left.append(time.monotonic())
+
+    def generate_and_note(self: LoadedModel, *what: Any, **named: Any) -> Any:
+        found = generate(self, *what, **named)
+        answered.append(time.monotonic())
+        return found
+
+    with patch.object(Sections, "evaluation", timed), patch.object(LoadedModel, "generate", generate_and_note):
+        train(recipe)
+    return left, answered
+
+
+def test_other_data_ranks_wait_under_the_limit_of_an_evaluation(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, data_dir, [tiny_stage(steps=1)], evaluation=FAILING)
+    (_, answered), (left, others) = pool.run(train_and_time, recipe, world_size=2)
+    assert answered and not others and len(left) == 2, "the loss, and the answers"
+    assert left[1] >= max(answered)
+
+
+def train_and_count(recipe: Recipe) -> list[int]:
+    """Prompts that were generated from together."""
+    sizes: list[int] = []
+    generate = LoadedModel.generate
+
+    def generate_and_count(self: LoadedModel, prompts: Any, **named: Any) -> Any:
+        sizes.append(len(prompts))
+        return generate(self, prompts, **named)
+
+    with patch.object(LoadedModel, "generate", generate_and_count):
+        train(recipe)
+    return sizes
+
+
+def test_batches_are_small(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    """What is generated together does not grow with what is asked for."""
+    many = {**FAILING, "num_answers": BATCH_SIZE + 1}
+    (sizes,) = pool.run(train_and_count, tiny_recipe(tmp_path, data_dir, [tiny_stage(steps=1)], evaluation=many))
+    assert max(sizes) == BATCH_SIZE and sum(sizes) == len(kept(tmp_path, 1)) > BATCH_SIZE

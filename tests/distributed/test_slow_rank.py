@@ -19,8 +19,8 @@ def train_slowly(recipe: Recipe) -> list[dict[str, Any]]:
     """What this rank decides by afterwards."""
     logs, begin = [], IncidentLog.__init__
 
-    def begin_and_keep(self: IncidentLog, run_dir: str) -> None:
-        begin(self, run_dir)
+    def begin_and_keep(self: IncidentLog, run_dir: str, *, has_resumed: bool) -> None:
+        begin(self, run_dir, has_resumed=has_resumed)
         logs.append(self)
 
     with slow_rank(1, 2.0), patch.object(IncidentLog, "__init__", begin_and_keep):
