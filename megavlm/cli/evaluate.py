@@ -63,7 +63,7 @@ def _send(path: Path, result: EvaluationResult, folder: Path) -> None:
     from megavlm.checkpoint.folders import newest, step_and_stage
     from megavlm.config.load import load_recipe
     from megavlm.evaluation.tracking import log_evaluation
-    from megavlm.tracking.mlflow_store import saved_run_id
+    from megavlm.tracking.run_start import saved_run_id
 
     run_dir = path if newest(path) is not None else path.resolve().parents[1]
     checkpoint = newest(path) or path

@@ -28,6 +28,7 @@ def replay(
     from megavlm.config.load import load_recipe
     from megavlm.tracking.console import setup_logging
     from megavlm.tracking.mlflow_sink import deliver_spool
+    from megavlm.tracking.old_spools import adopt_old_spools
     from megavlm.tracking.spool_folders import waiting_of
 
     recipe = load_recipe(run_dir / "recipe.yaml")
@@ -35,9 +36,11 @@ def replay(
     if uri is not None:
         recipe.tracking.mlflow_uri = uri
     setup_logging()
+    adopt_old_spools(run_dir)
     before = waiting_of(run_dir)
     if before.held:
-        typer.echo(f"{run_dir}: {before.held} records are left to the programs they are of, which still run and send them")
+        unless = "unless they were killed on another machine less than a minute ago"
+        typer.echo(f"{run_dir}: {before.held} records are left to the programs they are of, which still run and send them, {unless}")
     if not before.left:
         typer.echo(f"{run_dir}: nothing {'else ' if before.held else ''}waits for MLflow")
         return

@@ -19,10 +19,12 @@ from typing import Any
 
 from megavlm.tracking.file_delivery import FILE_KINDS, FileDelivery, Tell
 from megavlm.tracking.metrics import encode_line
-from megavlm.tracking.mlflow_store import MlflowStore, Rejected, saved_run_id, without_password
+from megavlm.tracking.mlflow_store import MlflowStore, Rejected, without_password
 from megavlm.tracking.orders import Orders
+from megavlm.tracking.run_start import Start, saved_run_id
 from megavlm.tracking.spool import Item, SpoolReader, SpoolWriter
 from megavlm.tracking.spool_folders import DELIVERY_LOCK, WRITER_LOCK, SpoolLock, TakenSpool, num_waiting, remove_spool
+from megavlm.tracking.spool_owner import Heart, Owner
 from megavlm.tracking.system_metrics import SystemMetrics
 
 REJECTED_FILE = "mlflow-rejected.jsonl"
@@ -52,6 +54,7 @@ class Delivery:
         tell: hears of outages and their ends.
         earlier: spools that others have left behind. Each is delivered, before this one's own, and deleted, once its locks can be had.
         drop: kinds of records of the earlier ones that nobody wants any more.
+        heart: beats for those of them that are taken.
     """
 
     def __init__(
@@ -64,12 +67,13 @@ class Delivery:
         *,
         earlier: Sequence[Path] = (),
         drop: Sequence[str] = (),
+        heart: Heart | None = None,
     ) -> None:
         self._store, self._run_dir, self._tell, self._clock = store, run_dir, tell, clock
         self._failures, self._next_try = 0, 0.0
         self._own, self._folder = self._delivered(spool, None), spool
         self._taken: list[_Spool] = []
-        self._earlier, self._drop = list(earlier), tuple(drop)
+        self._earlier, self._drop, self._heart = list(earlier), tuple(drop), heart or Heart()
         self.is_well = threading.Event()
         """The store took records a moment ago, so that it is worth trying with files."""
 
@@ -79,19 +83,19 @@ class Delivery:
 
     def round(self, try_now: bool = False) -> bool:
         """Deliver records, unless the store failed a moment ago. True: none is left that was there when the round began."""
-        self._take_earlier()
         if not try_now and self._clock() < self._next_try:
             return False
         try:
+            self._take_earlier()
             self._open_and_send()
-        except Exception as error:  # whatever a client, a proxy or a database raises: tracking never ends a run
+            self._remove_done()
+        except Exception as error:  # whatever a client, a proxy, a database or a full disk raises: tracking never ends a run
             self._failed(error)
             return False
         if self._failures:
             self._tell("info", f"MLflow at {self._store.address} answers again")
         self._failures, self._next_try = 0, 0.0
         self.is_well.set()
-        self._remove_done()
         return True
 
     def files_round(self, try_now: bool = False) -> None:
@@ -111,21 +115,29 @@ class Delivery:
             if uploads is not None:
                 uploads.join()
             self.files_round(try_now=True)
-            self._remove_done()
+            with contextlib.suppress(OSError):
+                self._remove_done()
 
     def _take_earlier(self) -> None:
         for folder in list(self._earlier):
-            if folder.exists() and (taken := TakenSpool.take(folder)) is None:
-                continue  # its holder is at its last words, or still works
-            self._earlier.remove(folder)
-            if folder.exists() and taken is not None:
-                taken.keep(lambda item: item["kind"] not in self._drop)
+            if folder.exists():
+                taken = TakenSpool.take(folder)
+                if taken is None:
+                    continue  # its holder is at its last words, or still works
+                try:
+                    taken.keep(lambda item: item["kind"] not in self._drop)
+                except OSError:  # a full disk: another round tries again
+                    taken.release()
+                    raise
+                self._heart.add(taken.owner)
                 self._taken.append(self._delivered(folder, taken))
+            self._earlier.remove(folder)
 
     def _remove_done(self) -> None:
         for spool in list(self._taken):
             if spool.taken is not None and spool.taken.remove_if_done():
                 self._taken.remove(spool)
+                self._heart.remove(spool.taken.owner)
                 spool.taken.release()
 
     def _failed(self, error: Exception) -> None:
@@ -191,36 +203,44 @@ def main() -> None:
     with contextlib.suppress(OSError):
         os.nice(5)  # training comes first
     run_dir, run_id, spool = Path(settings["run_dir"]), settings["run_id"], Path(settings["spool"])
+    heart, owner = Heart(), Owner.of(spool)
+    heart.add(owner)
+    heart.start()
     held: SpoolLock | None = None
     # One process delivers a spool; the one before it was killed.
     while (held := held or SpoolLock.take(spool / DELIVERY_LOCK)) is None or (settings["follows"] and run_id is None):
         if orders.ended.wait(1.0):
             return
         run_id = run_id or saved_run_id(run_dir)  # the first node makes the run; the others wait until its id is there
-    _deliver(settings, run_dir, run_id, spool, orders, tell)
+    _deliver(settings, run_dir, run_id, spool, orders, tell, heart)
     # The program has let go of its spool when it said that this is the end; one that was killed has done so too.
     writer = SpoolLock.take(spool / WRITER_LOCK)
     if writer is not None and not num_waiting(spool):
         remove_spool(spool)
+    elif writer is not None and owner is not None:
+        owner.let_go()
 
 
-def _deliver(settings: dict[str, Any], run_dir: Path, run_id: str | None, spool: Path, orders: Orders, tell: Tell) -> None:
+def _deliver(settings: dict[str, Any], run_dir: Path, run_id: str | None, spool: Path, orders: Orders, tell: Tell, heart: Heart) -> None:
     identity = (settings["uri"], settings["experiment"], settings["run_name"], run_dir, run_id, settings["params"])
+    start = None if settings["start"] is None else Start(**settings["start"])
     writer = SpoolWriter(spool / "system")
     delivery = Delivery(
-        MlflowStore(*identity, lambda text: tell("warning", text), settings["reopen"]),
+        MlflowStore(*identity, lambda text: tell("warning", text), settings["reopen"], start),
         spool,
         run_dir,
         tell,
         earlier=[Path(folder) for folder in settings["earlier"]],
         drop=settings["drop"],
+        heart=heart,
     )
     sampler = SystemMetrics.start(settings["system_every_s"], settings["node"], settings["many_nodes"])
     uploads = threading.Thread(target=_send_files, args=(delivery, orders.ended), name="megavlm-files", daemon=True)
     uploads.start()
     while not orders.ended.wait(DELIVER_EVERY_S):
         if sampler is not None:
-            writer.append(sampler.due())
+            with contextlib.suppress(OSError):  # a full disk, which `round` tells of
+                writer.append(sampler.due())
         delivery.round()
     writer.close()
     delivery.end(uploads)  # whatever hangs in here: this process ends when it was told to (orders.py)

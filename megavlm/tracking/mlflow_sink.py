@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,13 @@ from megavlm.tracking.mlflow_store import (
     how_to_open,
     param_values,
     prepare_client_environment,
-    saved_run_id,
     tracking_uri,
 )
+from megavlm.tracking.old_spools import adopt_old_spools
+from megavlm.tracking.run_start import Start, forget_run_id, saved_run_id
 from megavlm.tracking.spool import Item, SpoolWriter
 from megavlm.tracking.spool_folders import TakenSpool, make_spool, num_waiting, spools_of, waiting_of
+from megavlm.tracking.spool_owner import Owner
 
 FINISH_TIMEOUT_S = 3.0
 """With the interpreter's own end, an exit takes under 5 s whatever the server does."""
@@ -108,16 +110,20 @@ class MlflowSink:
         self._run_dir.mkdir(parents=True, exist_ok=True)
         self.uri = tracking_uri(config.mlflow_uri, self._run_dir)
         prepare_client_environment()
-        saved = saved_run_id(self._run_dir)
         anew = resume_step == 0 and node.index == 0
+        start = Start.begin(self._run_dir, anew) if resume_step is not None and node.index == 0 else None
+        saved = saved_run_id(self._run_dir)
         run_id = run_id or (None if anew else saved) or os.environ.get("MLFLOW_RUN_ID")
-        if anew and saved:
-            (self._run_dir / "mlflow_run_id").unlink()  # nodes that look for it must not find the earlier one
+        if anew:
+            forget_run_id(self._run_dir)
         # The end of an earlier start was not the end; what it measured stays, unless another MLflow run begins here.
         drop = [] if resume_step is None else ["status", "metrics"] if anew else ["status"]
+        if node.index == 0:
+            adopt_old_spools(self._run_dir)
         earlier = spools_of(self._run_dir) if node.index == 0 else []
         _drop(earlier, drop)
         self._folder, self._writer_lock = make_spool(self._run_dir, node.name_in_files)
+        self._owner = Owner.of(self._folder)
         self._spool = SpoolWriter(self._folder)
         self._put_lock = threading.Lock()
         self._finished = False
@@ -129,6 +135,7 @@ class MlflowSink:
             "run_dir": str(self._run_dir),
             "run_id": run_id,
             "reopen": resume_step is not None,
+            "start": None if start is None else asdict(start),
             "params": param_values(recipe or {}),
             "spool": str(self._folder),
             "earlier": [str(folder) for folder in earlier],
@@ -195,6 +202,8 @@ class MlflowSink:
         atexit.unregister(self.finish)
         # What the delivering process noted on disk is what counts: it may have been killed at any moment.
         waiting = num_waiting(self._folder)
+        if has_ended and self._owner is not None:
+            self._owner.let_go()
         if has_ended and not waiting and (left := TakenSpool.take(self._folder)) is not None:
             left.remove_if_done()
             left.release()
@@ -314,11 +323,13 @@ def deliver_spool(recipe: Recipe, timeout_s: float = 120.0) -> int:
 
 
 def _drop(spools: Sequence[Path], kinds: Sequence[str]) -> None:
-    """Records of these kinds in what earlier programs left; where one is at its last words the delivering process does it later."""
+    """Records of these kinds in what earlier programs left; where one is at its last words, or the disk is full, the delivering process
+    does it later."""
     for folder in spools if kinds else ():
         taken = TakenSpool.take(folder)
         if taken is not None:
-            taken.keep(lambda item: item["kind"] not in kinds)
+            with contextlib.suppress(OSError):
+                taken.keep(lambda item: item["kind"] not in kinds)
             taken.release()
 
 

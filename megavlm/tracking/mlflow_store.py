@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from megavlm.tracking.metrics import flatten
+from megavlm.tracking.run_start import Start, save_run_id, saved_run_id
 from megavlm.tracking.spool import Item
 from megavlm.tracking.spool_folders import only_one
 
@@ -130,6 +131,7 @@ class MlflowStore:
         params: for a new run. A continued run keeps its own: a changed value becomes the tag recipe.<key>.
         warn: takes a text for the user.
         reopen: a run to continue is RUNNING again; False leaves its status, since nothing trains.
+        start: of training; a later one may have begun while this process is at its last words. None: nothing trains, or not here.
     """
 
     def __init__(
@@ -142,9 +144,10 @@ class MlflowStore:
         params: Mapping[str, str],
         warn: Callable[[str], None],
         reopen: bool = True,
+        start: Start | None = None,
     ) -> None:
         self._uri, self._experiment, self._run_name, self._run_dir = uri, experiment, run_name, run_dir
-        self._params, self._warn, self._reopen = dict(params), warn, reopen
+        self._params, self._warn, self._reopen, self._start = dict(params), warn, reopen, start
         self.run_id = run_id
         self.experiment_id: str | None = None
         self._client: Any = None
@@ -172,14 +175,22 @@ class MlflowStore:
             self.experiment_id = experiment.experiment_id if experiment is not None else self._create_experiment(client)
         with only_one(self._run_dir / _LOCK_FILE):
             # A program beside this one may have made the run since this one was started.
-            self.run_id = self.run_id or saved_run_id(self._run_dir)
+            if self.run_id is None and self._has_the_folder():
+                self.run_id = saved_run_id(self._run_dir)
             params = self._continue_run(client) if self.run_id else None
             if params is None:
                 run = client.create_run(self.experiment_id, run_name=self._run_name)
                 self.run_id, params = run.info.run_id, {}
-                save_run_id(self._run_dir, run.info.run_id)
+                if self._has_the_folder():
+                    save_run_id(self._run_dir, run.info.run_id)
         self._log_params(client, params)
         self._client = client
+
+    def _has_the_folder(self) -> bool:
+        return self._start is None or self._start.has_the_folder(self._run_dir)
+
+    def _decides_status(self) -> bool:
+        return self._start is None or not self._start.has_successor(self._run_dir)
 
     def answers(self) -> bool:
         """Whether the store itself is well: it knows the run."""
@@ -216,7 +227,7 @@ class MlflowStore:
             self._warn(f"MLflow run {self.run_id} was deleted: a new run is made")
             return None
         self.experiment_id = run.info.experiment_id
-        if self._reopen:
+        if self._reopen and self._decides_status():
             client.update_run(self.run_id, status="RUNNING")
         return dict(run.data.params)
 
@@ -262,7 +273,7 @@ class MlflowStore:
         if tags:
             self._guard(self._log_tags, self._client, tags)
         for item in items:
-            if item["kind"] == "status":
+            if item["kind"] == "status" and self._decides_status():
                 self._guard(self._client.set_terminated, self.run_id, status=item["status"], end_time=item["time_ms"])
 
     def send_file(self, item: Item) -> None:
@@ -339,18 +350,6 @@ def artifact_location(uri: str, run_dir: Path) -> str | None:
         return None
     folder = Path(rest).resolve().parent if scheme == "sqlite" and rest else run_dir.resolve().parent
     return (folder / "mlartifacts").as_uri()
-
-
-def saved_run_id(run_dir: Path) -> str | None:
-    """Id of the MLflow run that belongs to the run in `run_dir`."""
-    path = run_dir / "mlflow_run_id"
-    return path.read_text(encoding="utf-8").strip() or None if path.exists() else None
-
-
-def save_run_id(run_dir: Path, run_id: str) -> None:
-    replacement = run_dir / "mlflow_run_id.new"
-    replacement.write_text(f"{run_id}\n", encoding="utf-8")
-    os.replace(replacement, run_dir / "mlflow_run_id")
 
 
 def _allow_long_uploads() -> None:

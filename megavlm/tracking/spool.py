@@ -115,8 +115,7 @@ class SpoolReader:
             begin = self._at[1] if number == self._at[0] else 0
             if number < self._at[0]:
                 continue
-            old = path.read_bytes()
-            _close_torn(path, old)
+            old = _close_torn(path, path.read_bytes())
             lines = old[begin:].splitlines(keepends=True)
             kept = [line for line in lines if _is_kept(line, wanted)]
             if len(kept) < len(lines):
@@ -164,11 +163,13 @@ def _is_kept(line: bytes, wanted: Callable[[Item], bool]) -> bool:
         return True
 
 
-def _close_torn(path: Path, content: bytes) -> None:
-    """A last line that a crash tore gets its end, so that it is read, found to be bad, and reported."""
-    if content and not content.endswith(b"\n"):
-        with open(path, "ab") as file:
-            file.write(b"\n")
+def _close_torn(path: Path, content: bytes) -> bytes:
+    """A last line that a crash tore gets its end, so that it is read, found to be bad, and reported. Returns the content with it."""
+    if not content or content.endswith(b"\n"):
+        return content
+    with open(path, "ab") as file:
+        file.write(b"\n")
+    return content + b"\n"
 
 
 def _numbers(folder: Path) -> list[int]:

@@ -1,8 +1,8 @@
 """The spools of a run: a folder in <run_dir>/mlflow-spool for each program that tells MLflow something of the run.
 
 Two locks say who has to do with one: that of its writer, held while that program lives, and that of the one process that delivers it.
-Whoever goes on with what an ended program left behind holds both; only then is anything of it rewritten or deleted. A spool whose locks
-cannot be had is left to their holder.
+Whoever goes on with what an ended program left behind holds both, and is its owner (spool_owner.py), for some locks are not seen from
+another machine; only then is anything of it rewritten or deleted. A spool whose locks cannot be had is left to their holder.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 from megavlm.tracking.spool import Item, SpoolReader
+from megavlm.tracking.spool_owner import Owner
 
 SPOOL_FOLDER = "mlflow-spool"
 WRITER_LOCK, DELIVERY_LOCK = "writer.lock", "delivery.lock"
+OLD_LOCK = "lock"
+"""Of a spool of an earlier version."""
 PARTS = (".", "system", "files", "aside")
 """Of a spool, each read and written on its own: what the program put there; what its delivering process measured; files on their way; files
 that the store did not take yet."""
@@ -65,6 +68,8 @@ class SpoolLock:
 
     def release(self) -> None:
         if self._file is not None:
+            with contextlib.suppress(OSError):  # a child that was forked meanwhile has the file open too: closing it here would not do
+                fcntl.flock(self._file, fcntl.LOCK_UN)
             self._file.close()
             self._file = None
 
@@ -75,19 +80,30 @@ class TakenSpool:
 
     folder: Path
     locks: list[SpoolLock]
+    owner: Owner | None
+    """None: a spool without an owner's file."""
 
     @classmethod
-    def take(cls, folder: Path) -> Self | None:
-        """None where its program still runs, or another process delivers it."""
-        locks: list[SpoolLock] = []
+    def take(cls, folder: Path, only_look: bool = False) -> Self | None:
+        """None where its program still runs, or another process delivers it.
+
+        Args:
+            only_look: it is given back at once, and this process does not become its owner.
+        """
+        owner = Owner.of(folder)
+        taken = cls(folder, [], None)
         for name in (WRITER_LOCK, DELIVERY_LOCK):
-            lock = SpoolLock.take(folder / name, own=False)
+            lock = SpoolLock.take(folder / name, own=owner is not None and owner.has_let_go())
             if lock is None:
-                for held in locks:
-                    held.release()
+                taken.release()
                 return None
-            locks.append(lock)
-        return cls(folder, locks)
+            taken.locks.append(lock)
+        if owner is not None and not (owner.may_be_replaced() and (only_look or owner.replace())):
+            taken.release()
+            return None
+        if not only_look:
+            taken.owner = owner
+        return taken
 
     def keep(self, wanted: Callable[[Item], bool]) -> None:
         """Drop the records that are not `wanted`, and end lines that a crash tore."""
@@ -102,17 +118,23 @@ class TakenSpool:
         return True
 
     def release(self) -> None:
+        if self.owner is not None:
+            self.owner.let_go()
         for lock in self.locks:
             lock.release()
 
 
-def make_spool(run_dir: Path, label: str) -> tuple[Path, SpoolLock]:
+def make_spool(run_dir: Path, label: str, begun_ns: int | None = None) -> tuple[Path, SpoolLock]:
     """A spool for this process, and its writer's lock: nobody sees the folder before it is locked.
+
+    Args:
+        label: part of its name.
+        begun_ns: since the epoch; spools are delivered in this order. None: now.
 
     Raises OSError where the folder cannot be made.
     """
     root = run_dir / SPOOL_FOLDER
-    name = f"{time.time_ns():020d}-{label}-{uuid.uuid4().hex[:8]}"
+    name = f"{time.time_ns() if begun_ns is None else begun_ns:020d}-{label}-{uuid.uuid4().hex[:8]}"
     fresh = root / f".{name}"
     while True:
         root.mkdir(parents=True, exist_ok=True)
@@ -121,6 +143,7 @@ def make_spool(run_dir: Path, label: str) -> tuple[Path, SpoolLock]:
             break
     for lock in (WRITER_LOCK, DELIVERY_LOCK):
         (fresh / lock).touch()
+    Owner.make(fresh)
     held = SpoolLock.take(fresh / WRITER_LOCK)
     assert held is not None, f"{fresh} was made by this process, and nobody else knows its name"
     return fresh.rename(root / name), held
@@ -129,7 +152,15 @@ def make_spool(run_dir: Path, label: str) -> tuple[Path, SpoolLock]:
 def spools_of(run_dir: Path) -> list[Path]:
     """The spools of a run, the oldest first."""
     root = run_dir / SPOOL_FOLDER
-    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")) if root.is_dir() else []
+    # With a lock: a spool of an earlier version lies here without a folder of its own (old_spools.py), and has one named "system".
+    return sorted(p.parent for p in root.glob(f"*/{WRITER_LOCK}") if not p.parent.name.startswith("."))
+
+
+def old_spools(run_dir: Path) -> list[Path]:
+    """Folders that an earlier version used as spools (old_spools.py moves them)."""
+    signs = ("*.jsonl", "delivered.json", "system", OLD_LOCK)
+    folders = [run_dir / SPOOL_FOLDER, *sorted(run_dir.glob(f"{SPOOL_FOLDER}-node-*"))]
+    return [folder for folder in folders if any(any(folder.glob(sign)) for sign in signs)]
 
 
 def num_waiting(folder: Path) -> int:
@@ -154,14 +185,15 @@ class Waiting:
     left: int
     """Of programs that have ended: nobody is about to send them."""
     held: int
-    """Of programs that still run, or another process delivers: they are sent without anybody's doing."""
+    """Of programs that still run, or another process delivers: they are sent without anybody's doing. Also of those killed on another
+    machine a moment ago (spool_owner.py)."""
 
 
 def waiting_of(run_dir: Path) -> Waiting:
     """What waits for MLflow in a run's spools."""
-    left = held = 0
+    left, held = 0, sum(num_waiting(folder) for folder in old_spools(run_dir))
     for folder in spools_of(run_dir):
-        taken = TakenSpool.take(folder)
+        taken = TakenSpool.take(folder, only_look=True)
         if taken is None:
             held += num_waiting(folder)
             continue

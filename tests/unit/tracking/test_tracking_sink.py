@@ -172,6 +172,15 @@ def test_the_spool_keeps_what_is_wanted_of_what_waits(bench):
     assert [i["kind"] for i in SpoolReader(bench.spool).peek(9)[0]] == ["metrics", "tags"]
 
 
+def test_a_torn_line_behind_a_dropped_record_is_ended_too(bench):
+    bench.writer.append([metrics(1), {"kind": "status", "status": "FAILED", "time_ms": 1}])
+    with open(max(bench.spool.glob("*.jsonl")), "a") as file:
+        file.write('{"kind": "metr')
+    SpoolReader(bench.spool).keep(lambda item: item["kind"] != "status")
+    assert bench.another().round() and bench.store.steps() == [1]
+    assert "torn" in bench.rejected() and num_waiting(bench.spool) == 0
+
+
 def test_a_full_disk_keeps_lines_in_memory_and_then_writes_them_in_order(tmp_path, monkeypatch):
     file, full, write = LineFile(tmp_path / "a.jsonl"), [False], os.write
 

@@ -1,15 +1,19 @@
 """Files that a store does not take, and spools of several programs of one run: who may touch them, and that nothing is lost."""
 
 import errno
+import os
 
 import pytest
 from typer.testing import CliRunner
 
 from megavlm.cli.track import app
 from megavlm.config.load import dump_recipe
-from megavlm.config.schema import Recipe
+from megavlm.config.schema import Recipe, TrackingConfig
+from megavlm.testing.mlflow_server import free_port
 from megavlm.testing.spools import spooled
 from megavlm.tracking.file_delivery import ASIDE_RETRY_S, MAX_TRIES
+from megavlm.tracking.mlflow_sink import MlflowSink
+from megavlm.tracking.spool import SpoolReader
 from megavlm.tracking.spool_folders import TakenSpool, num_waiting, spools_of, waiting_of
 from tests.unit.tracking.test_tracking_sink import Bench
 
@@ -137,6 +141,44 @@ def test_a_lock_whose_file_was_deleted_meanwhile_is_none(tmp_path):
     assert first.remove_if_done() and not (tmp_path / "mlflow-spool").exists()
     first.release()
     assert TakenSpool.take(one.spool) is None and spooled(tmp_path) == []
+
+
+def test_a_lock_is_given_back_though_a_forked_child_has_its_file_open(tmp_path):
+    one = Bench(tmp_path)
+    childs = os.dup(one.lock._file.fileno())  # of the same open file, as after a fork
+    one.lock.release()
+    assert TakenSpool.take(one.spool) is not None
+    os.close(childs)
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("step", [(SpoolReader, "keep"), (TakenSpool, "remove_if_done")])
+def test_a_full_disk_ends_no_delivery_of_what_others_left(tmp_path, monkeypatch, step):
+    ended, mine = Bench(tmp_path), Bench(tmp_path)
+    ended.put(1)
+    ended.lock.release()
+    mine.put(2)
+    mine.delivery = mine.another(earlier=[ended.spool])
+    with monkeypatch.context() as now:
+        now.setattr(*step, full)
+        assert not mine.delivery.round() and "No space left" in mine.warnings()[0]
+        mine.delivery.end()
+    assert mine.delivery.round(try_now=True) and sorted(mine.store.steps()) == [1, 2]
+    assert spools_of(tmp_path) == [mine.spool]
+
+
+def test_a_full_disk_ends_no_start(tmp_path, monkeypatch):
+    ended = Bench(tmp_path)
+    ended.put(1)
+    ended.lock.release()
+    with monkeypatch.context() as now:
+        now.setattr(SpoolReader, "keep", full)
+        sink = MlflowSink(TrackingConfig(mlflow_uri=f"http://127.0.0.1:{free_port()}"), "n", tmp_path, resume_step=1)
+    sink.finish(None, timeout_s=0.1)
+    assert [i["step"] for i in spooled(tmp_path)] == [1]
 
 
 def test_without_locks_a_spool_is_anybodys_only_when_it_is_old(tmp_path, monkeypatch):
