@@ -23,7 +23,7 @@ class WatchdogConfig(Block):
     step_s: PositiveFloat | None = 180.0
     """Any other step, waiting for its data included. A step that takes more than half of it is told once."""
     evaluation_s: PositiveFloat | None = 600.0
-    """A measurement of held-out loss."""
+    """A measurement of held-out loss; then, anew, the answers behind it (evaluation.num_answers)."""
 
 
 class FaultsConfig(Block):

@@ -121,13 +121,11 @@ def train_where_one_rank_cannot_read(recipe: Recipe) -> tuple[list[dict[str, Any
         return train(recipe)
 
 
-@pytest.mark.parametrize(("parallel", "fails"), [({"tensor": 2}, "write"), ({"tensor": 2}, "read"), ({}, "write")])
-def test_what_one_rank_cannot_read_or_write_ends_answers_on_all(
-    parallel: dict[str, Any], fails: str, pool: RankPool, data_dir: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("fails", ["write", "read"])
+def test_what_one_rank_cannot_read_or_write_ends_answers_on_all(fails: str, pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
     if fails == "write":
         (tmp_path / "answers").write_text("a file, in which no folder can be made\n")
-    recipe = tiny_recipe(tmp_path, data_dir, [tiny_stage(steps=2)], evaluation=FAILING, parallel=parallel)
+    recipe = tiny_recipe(tmp_path, data_dir, [tiny_stage(steps=2)], evaluation=FAILING, parallel={"tensor": 2})
     # Ranks in different collectives would wait until this limit.
     told = pool.run(train if fails == "write" else train_where_one_rank_cannot_read, recipe, world_size=2, timeout_s=60.0)
     assert [len(records) for records, _ in told] == [2, 2]
