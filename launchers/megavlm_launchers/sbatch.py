@@ -19,6 +19,10 @@ from megavlm_launchers.errors import LaunchError
 TEMPLATES = Path(__file__).parent / "templates"
 REQUEUE_S = 20
 """What the script keeps of the time between the warning and the limit, to kill ranks that do not end and go back into the queue."""
+AWAY_S = 60
+"""What the script waits before it starts ranks again that could not read any checkpoint: until a file server may be back."""
+AWAY_STARTS = 10
+"""So many such starts in a row are not counted as restarts that got nowhere."""
 FINAL = (Exit.USER, Exit.FAULTS_EXHAUSTED, Exit.REPLICAS_DIVERGED, Exit.DISK_FULL)
 """Exit codes of ranks that a restart would meet again: somebody has to look."""
 
@@ -54,7 +58,9 @@ def render(job: SlurmJob) -> str:
     cluster = job.cluster
     return environment.get_template("train.sbatch").render(
         directives=_directives(job),
-        exits={"user": int(Exit.USER), "fruitless": int(Exit.NO_PROGRESS)},
+        exits={"user": int(Exit.USER), "fruitless": int(Exit.NO_PROGRESS), "unreadable": int(Exit.UNREADABLE)},
+        away_s=AWAY_S,
+        away_starts=AWAY_STARTS,
         final={int(code): code.meaning for code in FINAL},
         fruitless=cluster.max_fruitless_restarts,
         workdir=job.workdir,

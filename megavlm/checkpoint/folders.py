@@ -20,6 +20,7 @@ import shutil
 import stat
 import uuid
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -216,13 +217,21 @@ def write_new(file: Path, data: bytes) -> None:
 
 
 def recover(run_dir: str | Path) -> None:
-    """Give a checkpoint its name back that a kill caught while a newer one of the same name was about to take its place."""
+    """Give a checkpoint its name back that a kill caught while a newer one of the same name was about to take its place.
+
+    What cannot be read now stays as it is.
+    """
     root = Path(run_dir) / CHECKPOINTS
-    for path in root.glob(f"*{REPLACED}") if root.is_dir() else []:
+
+    def give_back(path: Path) -> None:
         original = root / _ASIDE.sub("", path.name)
         if is_leftover(path) and not original.exists() and problem(path) is None:
             path.rename(original)
             sync_folder(root)
+
+    for path in root.glob(f"*{REPLACED}") if root.is_dir() else []:
+        with contextlib.suppress(Unreadable):
+            patiently(partial(give_back, path), path)
 
 
 def set_damaged_aside(path: Path) -> Path:

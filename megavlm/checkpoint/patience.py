@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 from megavlm.checkpoint.errors import Unreadable
@@ -18,6 +20,17 @@ MISSING = (FileNotFoundError, NotADirectoryError)
 """What a file system says that answers, and has no such file."""
 _LASTING = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EISDIR}
 """Errors that no waiting mends."""
+_waits = ContextVar("waits", default=True)
+
+
+@contextmanager
+def without_waiting() -> Iterator[None]:
+    """Within this, what cannot be read at once cannot be read: for what may as well be done another time."""
+    before = _waits.set(False)
+    try:
+        yield
+    finally:
+        _waits.reset(before)
 
 
 def patiently(read: Callable[[], T], what: object) -> T:
@@ -26,7 +39,7 @@ def patiently(read: Callable[[], T], what: object) -> T:
     Raises:
         Unreadable: it failed to the end. A missing file is no such error: FileNotFoundError and NotADirectoryError pass.
     """
-    for pause_s in (*PAUSES_S, None):
+    for pause_s in (*(PAUSES_S if _waits.get() else ()), None):
         try:
             return read()
         except MISSING:

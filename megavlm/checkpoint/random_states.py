@@ -7,6 +7,7 @@ in it can run code.
 
 from __future__ import annotations
 
+import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from megavlm.checkpoint.pieces import Piece
 from megavlm.checkpoint.reader import CheckpointReader
 from megavlm.parallel.context import ParallelContext
 
+_log = logging.getLogger(__name__)
 PREFIX = "random."
 """Begins the keys of random states."""
 _MEGATRON = "megatron."
@@ -48,27 +50,35 @@ class RandomStates:
         self._bytes.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
 
 
-def grid_of(ctx: ParallelContext) -> list[int]:
-    """What must be the same for a rank to go on with its own states: ranks, and sizes of the grid's axes."""
+def grid_of(ctx: ParallelContext) -> list[int | str]:
+    """What must be the same for a rank to go on with its own states: ranks, sizes of the grid's axes, and the kind of device."""
     grid = ctx.grid
-    return [grid.world_size, grid.tensor, grid.pipeline, grid.context, grid.expert]
+    return [grid.world_size, grid.tensor, grid.pipeline, grid.context, grid.expert, ctx.device.type]
 
 
 def restore(path: Path, ctx: ParallelContext) -> bool:
-    """Set this rank's generators to their states in a checkpoint; False where it has none.
+    """Set this rank's generators to their states in a checkpoint.
+
+    False where it has none, and where they are of other generators than this program has, of another version of a library say: then
+    some of them may be set, and all ranks have to `seed_anew`.
 
     Raises:
-        CheckpointError: they are damaged, or of other generators than this program has.
+        CheckpointError: they are damaged.
     """
     reader, key = CheckpointReader(path), f"{PREFIX}{ctx.rank}"
     if key not in reader.entries:
         return False
     try:
-        _set(unpacked(reader.tensor(key).numpy().tobytes()), ctx)
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+        found = unpacked(reader.tensor(key).numpy().tobytes())
+    except SafetensorError as error:
         raise CheckpointError(f"{path}: the random states of rank {ctx.rank} cannot be read: {error}") from error
+    try:
+        _set(found, ctx)
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        text = "%s: the random states of rank %d are of other generators than there are here (%s): all are seeded anew"
+        _log.warning(text, path, ctx.rank, why)
+        return False
     return True
 
 
@@ -117,6 +127,8 @@ def _set(found: dict[str, np.ndarray[Any, Any]], ctx: ParallelContext) -> None:
         values = torch.tensor(found[_MEGATRON + name])
         if isinstance(state, torch.Generator):
             state.set_state(values)
+        elif values.shape != state.shape:  # the tracker looks at it when somebody draws, which is too late
+            raise ValueError(f"{name} has {tuple(values.shape)} bytes of state, and had {tuple(state.shape)} when it was seeded")
         else:
             states[name] = values
     tracker.set_states(states)

@@ -36,14 +36,26 @@ SECOND_LOOK_S = 0.5
 """From the first word of something that is missing or malformed to the second look: a file server may have been about to tell."""
 
 
+DAMAGED, UNREADABLE, INCOMPLETE = "damaged_checkpoint", "unreadable_checkpoint", "incomplete_local_checkpoint"
+"""Kinds of `PassedOver`."""
+
+
+class PassedOver(NamedTuple):
+    """A checkpoint that is not used."""
+
+    kind: str
+    text: str
+    """Which, and why."""
+
+
 class Found(NamedTuple):
     """Where a run goes on; the same on every rank but for `path`, which in the local tier is the node's own."""
 
     path: Path | None
     """None: from the beginning."""
     state: dict[str, Any]
-    warnings: list[str]
-    """What was passed over, and why."""
+    warnings: list[PassedOver]
+    """What was passed over."""
 
 
 class _Candidate(NamedTuple):
@@ -87,7 +99,7 @@ def find(run_dir: str | Path, local_dir: Path | None, fits: Mapping[str, Any] | 
     own_dir = None if local_dir is None else local_dir / nodes.name(rank)
     if own_dir is not None and fits is not None:
         candidates = sorted([*candidates, *_local(own_dir, fits, nodes)], key=lambda c: (c.step, c.is_local))
-    warnings: list[str] = [lost] if lost else []
+    warnings = [PassedOver(DAMAGED, lost)] if lost else []
     damaged: list[str] = []
     unread: list[str] = []
     for candidate in reversed(candidates):
@@ -95,32 +107,33 @@ def find(run_dir: str | Path, local_dir: Path | None, fits: Mapping[str, Any] | 
         path = root / folders.CHECKPOINTS / candidate.name
         kind = f"the local checkpoint {candidate.name}" if candidate.is_local else f"the checkpoint {candidate.name}"
         if candidate.problem is not None:
-            warnings.append(f"{kind} is not used: {candidate.problem}")
+            warnings.append(PassedOver(INCOMPLETE, f"{kind} is not used: {candidate.problem}"))
             continue
         try:
             state = everywhere(lambda at=path: _opened(at, rank == nodes.leader(rank)), f"loading {path}")
             verify_together(path, nodes.ranks_beside(rank) if candidate.is_local else world)
         except Unreadable as error:
-            warnings.append(f"{kind} cannot be read, and stays as it is: {error}")
+            warnings.append(PassedOver(UNREADABLE, f"{kind} cannot be read, and stays as it is: {error}"))
             unread += [] if candidate.is_local else [candidate.name]
         except CheckpointError as error:
-            warnings.append(f"{kind} is damaged and not used: {error}")
+            warnings.append(PassedOver(DAMAGED, f"{kind} is damaged and not used: {error}"))
             damaged += [] if candidate.is_local else [candidate.name]
         else:
             if rank == 0:
                 _set_aside(Path(run_dir) / folders.CHECKPOINTS, damaged, path)
-            return Found(path, state, [f"{warning}; going on from {candidate.name} instead" for warning in warnings])
+            return Found(path, state, [w._replace(text=f"{w.text}; going on from {candidate.name} instead") for w in warnings])
     _refuse(Path(run_dir) / folders.CHECKPOINTS, warnings, bool(damaged or lost), bool(unread))
     return Found(None, {}, warnings)
 
 
-def _refuse(root: Path, warnings: list[str], is_lost: bool, is_unread: bool) -> None:
+def _refuse(root: Path, warnings: list[PassedOver], is_lost: bool, is_unread: bool) -> None:
     """Raise where there are checkpoints, but none to go on from."""
+    told = "; ".join(warning.text for warning in warnings)
     if is_unread:
-        raise Unreadable(f"{root} holds no checkpoint that can be read now: {'; '.join(warnings)}. Start again when the disk is well")
+        raise Unreadable(f"{root} holds no checkpoint that can be read now: {told}. Start again when the disk is well")
     if is_lost:
         raise CheckpointError(
-            f"{root} holds no good checkpoint to go on from: {'; '.join(warnings)}. Put a good one back, or use another run.dir to start "
+            f"{root} holds no good checkpoint to go on from: {told}. Put a good one back, or use another run.dir to start "
             "from the beginning"
         )
 

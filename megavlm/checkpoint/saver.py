@@ -3,6 +3,7 @@
     begin     every rank copies its share to host memory (the only part that training waits for); a thread writes it
     written   all ranks' files are on the disk, fsynced: seen at the end of a step, by numbers that ranks exchange there anyway
     published rank 0's thread has written index, state and manifest, given the folder its name and moved `latest`: seen likewise
+    tidied    (on the nodes' own disks) each node has deleted what its part replaces: the next save needs the room
 
 Threads write, not processes: hashing, writing and fsyncing hold no lock of the interpreter, there is nobody who can be killed without
 the rank, and nobody who outlives it. No thread waits for another rank. So a rank that dies leaves a folder that ends in `.tmp` and the
@@ -44,7 +45,7 @@ _log = logging.getLogger(__name__)
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """What a system says where there is no room."""
 _SLICE_BYTES = 16 << 20
-_UNDER_WAY, _WRITTEN, _PUBLISHED = 0, 1, 2
+_UNDER_WAY, _WRITTEN, _PUBLISHED, _TIDIED = 0, 1, 2, 3
 
 
 class Outcome(NamedTuple):
@@ -77,6 +78,7 @@ class _Job:
     """Manifest entries of what this rank wrote."""
     error: OSError | Exception | None = None
     is_publishing: bool = False
+    is_tidying: bool = False
     is_cancelled: bool = False
     thread: threading.Thread | None = None
 
@@ -102,7 +104,6 @@ class Saver:
         self.after: Callable[[Path, bool], None] | None = None
         """Tidies up behind a checkpoint, given its path and whether it is local. Called in a thread of the rank that published it, once
         every node has its part."""
-        self._tidying: threading.Thread | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -155,12 +156,15 @@ class Saver:
         has_failed, stage = bool(agreed[0]), -agreed[1]
         if has_failed:
             return self._fail(job)
-        if stage == _PUBLISHED:
+        if stage == (_TIDIED if job.is_local else _PUBLISHED):
             self._job = None
-            if job.is_local and self._publishes(job):
-                self._tidying = threading.Thread(target=self._tidy, args=(job,), name="checkpoint tidying up", daemon=True)
-                self._tidying.start()
             return Outcome(job.path, job.is_local, job.stall_s, time.perf_counter() - job.began)
+        if stage == _PUBLISHED and not job.is_tidying:
+            job.is_tidying = True
+            if self._publishes(job):
+                self._start(job, self._tidy, "tidying up behind")
+            else:
+                job.stage = _TIDIED
         if stage == _WRITTEN and not job.is_publishing:
             job.is_publishing = True
             shares: list[Any] = [None] * dist.get_world_size()
@@ -173,13 +177,12 @@ class Saver:
         return None
 
     def wait(self) -> Outcome | None:
-        """Until the save that is under way, and what is tidied up, has ended; None when there is no save."""
+        """Until the save that is under way has ended; None when there is none."""
         outcome = None
         while self._job is not None:
             if self._job.thread is not None:
                 self._job.thread.join()
             outcome = self.advance(self._agree())
-        self._tidied()
         return outcome
 
     def _agree(self) -> list[int]:
@@ -254,11 +257,6 @@ class Saver:
         except (OSError, CheckpointError) as error:
             _log.warning("behind %s older checkpoints could not be deleted: %s", job.path.name, error)
 
-    def _tidied(self) -> None:
-        if self._tidying is not None:
-            self._tidying.join()
-            self._tidying = None
-
     def _write(self, job: _Job) -> None:
         job.unfinished.mkdir(parents=True, exist_ok=True)
         for number, (name, memory) in enumerate(self._memory().files.items()):
@@ -266,7 +264,6 @@ class Saver:
                 job.files[name] = _write_file(job.unfinished / name, memory, job)
 
     def _publish(self, job: _Job, written: Mapping[str, Any]) -> None:
-        self._tidied()
         files = self.shares.node_files() if job.is_local else self.shares.files()
         folder = job.unfinished
         for name, size in files.items():

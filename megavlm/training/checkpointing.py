@@ -12,12 +12,12 @@ import torch.distributed as dist
 from megavlm.checkpoint import folders, random_states, resume, store
 from megavlm.checkpoint.errors import DiskFull, SaveFailed
 from megavlm.checkpoint.hf import start_from
-from megavlm.checkpoint.retention import HELD_OUT_LOSS, Rules, prune, prune_local
+from megavlm.checkpoint.retention import HELD_OUT_LOSS, Rules, prune, prune_local, remove_strangers
 from megavlm.checkpoint.saver import Outcome, Saver
 from megavlm.checkpoint.shares import Nodes
 from megavlm.config.schema import ParallelConfig, Recipe, StageConfig
 from megavlm.parallel.context import ParallelContext
-from megavlm.parallel.reductions import from_rank_zero, union_over_ranks
+from megavlm.parallel.reductions import any_rank, from_rank_zero, union_over_ranks
 from megavlm.training.build import StageModel, build_chunks, wrap_for_training
 from megavlm.training.layout import stage_layout
 from megavlm.training.local_saves import LocalSaves, News
@@ -82,7 +82,8 @@ def prepare_model(recipe: Recipe, stage: StageConfig, layout: ParallelConfig, st
         loaded = store.load(source, model.modules, model.optimizer, ctx, verify=not state.source)
         restore_scaler(model.optimizer, state.loss_scaler)
         is_same = loaded.get("grid") == random_states.grid_of(ctx)
-        if not (is_same and store.everywhere(lambda: random_states.restore(source, ctx), f"loading {source}")):
+        has_own = is_same and store.everywhere(lambda: random_states.restore(source, ctx), f"loading {source}")
+        if any_rank(not has_own, ctx.device):  # all or none: some of their generators must agree
             random_states.seed_anew(recipe.run.seed, state.step, ctx)
         return model
     start_from(modules, recipe.init, recipe.model, recipe.run.seed, ctx)
@@ -117,6 +118,8 @@ class Checkpointer:
             nodes = Nodes.agree()
             self._local = local / nodes.name(ctx.rank)
             self._fits = {**_fits(recipe), resume.NODE: nodes.of_rank[ctx.rank]}
+            if ctx.rank == nodes.leader(ctx.rank):  # before the first save, which may need the room
+                remove_strangers(local, nodes.names)
         self._saver: Saver | None = None
         self._pending: dict[str, Any] = {}
         self._held_out: tuple[int, float] | None = None

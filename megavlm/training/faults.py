@@ -158,7 +158,7 @@ def roll_back(
     keeps = recipe.checkpoint.model_copy(update={"resume": True})  # its own checkpoints, in the same run
     earlier = resume_point(recipe.model_copy(update={"checkpoint": keeps}))
     for warning in earlier.warnings:
-        tracker.incident("damaged_checkpoint", earlier.step, warning)
+        tracker.incident(warning.kind, earlier.step, warning.text)
     if earlier.stage_index != state.stage_index or earlier.stage_step == 0:
         if beginning is None:
             raise TrainingFailure(f"{describe(incident)}. There is nothing to roll back to: no checkpoint of this stage is left")

@@ -46,7 +46,7 @@ def _train(recipe: Recipe) -> int:
             with StopRequest() as stop, Tracker(recipe, dist.get_rank(), dist.get_world_size(), shows_mfu=shows_mfu) as tracker:
                 tracker.start(state.step)
                 for warning in state.warnings:
-                    tracker.incident("damaged_checkpoint", state.step, warning)
+                    tracker.incident(warning.kind, state.step, warning.text)
                 if state.step:
                     tracker.message(f"resuming at step {state.step}, stage {recipe.stages[state.stage_index].name}, from {state.source}")
                 code = run_stages(recipe, state, RunData(recipe), tracker, stop, device, sections)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from megavlm.checkpoint.resume import PassedOver
 from megavlm.config.schema import Recipe
 
 
@@ -40,8 +41,8 @@ class RunState:
 
     source: str = ""
     """Folder that this state was read from; "" at the beginning of a run. Not stored."""
-    warnings: list[str] = field(default_factory=list)
-    """What was wrong with checkpoints that were passed over for it. Not stored."""
+    warnings: list[PassedOver] = field(default_factory=list)
+    """Checkpoints that were passed over for it. Not stored."""
 
     def to_json(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name not in ("source", "warnings")}

@@ -21,6 +21,7 @@ from megavlm.testing.marks import slow_unless
 from megavlm.testing.pool import RankError, RankPool
 from megavlm.testing.recipes import assert_same_records, tiny_recipe, tiny_stage, train_and_read
 from megavlm.tracking.tracker import Tracker
+from megavlm.training import checkpointing
 from megavlm.training.checkpointing import Checkpointer, local_run_dir
 from megavlm.training.state import RunState
 
@@ -42,12 +43,13 @@ def train_on_nodes(
     steps: int = STEPS,
     waits: bool = True,
     mended_in: int | None = None,
+    durable: int = 3,
     **changes: Any,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Train as a rank of a node with a disk, its own or one that all see; returns the records and what was said."""
     node = int(os.environ["RANK"]) // ranks_per_node
     local = {"dir": str(root / disk.format(node=node)), "every_steps": 1, "keep_last": 2} | changes
-    blocks = {"parallel": parallel, "checkpoint": {"every_steps": 3, "asynchronous": False, "local": local}}
+    blocks = {"parallel": parallel, "checkpoint": {"every_steps": durable, "asynchronous": False, "local": local}}
     recipe = tiny_recipe(root / "run", data_dir, [tiny_stage(steps=steps)], **blocks)
     said: list[str] = []
     original_step, original_begin = Tracker.step, Checkpointer.begin_local
@@ -69,7 +71,7 @@ def train_on_nodes(
     with ExitStack() as stack:
         stack.enter_context(patch.dict(os.environ, {"SLURM_NODEID": str(node), RESUME_NOTE_VARIABLE: str(root / "resumed")}))
         stack.enter_context(patch.object(Tracker, "message", lambda self, text: said.append(text)))
-        stack.enter_context(patch.object(Tracker, "incident", lambda self, *what: said.append(what[2])))
+        stack.enter_context(patch.object(Tracker, "incident", lambda self, *what: said.append(f"{what[2]} [{what[0]}]")))
         stack.enter_context(patch.object(Tracker, "step", step))
         if waits:
             stack.enter_context(patch.object(Checkpointer, "begin_local", begin_local))
@@ -194,9 +196,10 @@ def test_a_part_that_is_missing_falls_back(
     resumed = [text for text in said if text.startswith("resuming at")]
     assert [text.split(",")[0] for text in resumed] == ([f"resuming at step {step}"] if step else [])
     assert_same_records(records, whole)
-    damaged = [text for text in said if "00000005-all is damaged" in text]
+    damaged = [text for text in said if "00000005-all is damaged" in text and "[damaged_checkpoint]" in text]
     assert len(damaged) == (1 if damage is damage_the_newest_of_a_node else 0)
     parts = [text for text in said if "00000005-all is not used: nothing of it is left on" in text]
+    assert all("[incomplete_local_checkpoint]" in text for text in parts)
     assert len(parts) == (0 if damage in (damage_the_newest_of_a_node, begin_anew) else 1), "a part that is missing is told of"
 
 
@@ -285,3 +288,41 @@ def test_the_older_one_stays_until_every_node_has_the_newer(pool: RankPool, data
     seen = pool.run(train_with_a_late_node, tmp_path, data_dir, world_size=2)[1]
     assert seen == ["00000004-all", "00000005-all"]
     assert [local_folders(tmp_path, node) for node in (0, 1)] == [["00000004-all"]] * 2, "a part of a failed save goes"
+
+
+def test_what_other_machines_left_goes_before_the_first_save(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    """Of machines whose names were others, and of the time before nodes had folders of their own; not of other runs."""
+    run = tmp_path / SHARED / _place(tmp_path, {"dir": str(tmp_path / SHARED)})
+    old = [run / "checkpoints", run / "pod-7f" / "checkpoints", run.with_name("another-run") / "checkpoints"]
+    for folder in old:
+        (folder / "00000001-all").mkdir(parents=True)
+    with pytest.raises(RankError, match="Killed"):
+        pool.run(train_on_nodes, tmp_path, data_dir, 1, {"zero": 1}, 3, world_size=2, disk=SHARED)
+    assert [folder.exists() for folder in old] == [False, False, True]
+    assert [[path.name for path in folders.named(node)] for node in run.iterdir()] == [["00000001-all", "00000002-all"]] * 2
+
+
+def train_with_slow_tidying(root: Path, data_dir: Path) -> list[list[str]]:
+    """What lies on the node's disk when tidying up has taken two steps."""
+    prune_local, seen, original, steps = checkpointing.prune_local, [], Tracker.step, [0]
+
+    def step(self: Tracker, record: Any) -> None:
+        original(self, record)
+        steps.append(record["step"])
+
+    def slow(run_dir: Path, *rest: Any) -> None:
+        until, end = steps[-1] + 2, time.monotonic() + 1.5  # the last save is waited for: there are no more steps then
+        while steps[-1] < until and time.monotonic() < end:
+            time.sleep(0.01)
+        seen.append(sorted(path.name for path in (run_dir / folders.CHECKPOINTS).iterdir() if path.is_dir()))
+        prune_local(run_dir, *rest)
+
+    with patch.object(checkpointing, "prune_local", slow), patch.object(Tracker, "step", step):
+        train_on_nodes(root, data_dir, 2, {"zero": 1}, None, keep_last=1, steps=8, waits=False, durable=100)
+    return seen
+
+
+def test_the_next_save_begins_when_there_is_room(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    """A disk with room for keep_last + 1 is enough, whichever rank of the node is the first to write."""
+    seen = pool.run(train_with_slow_tidying, tmp_path, data_dir, world_size=2)[0]
+    assert len(seen) >= 2 and max(map(len, seen)) == 2, seen

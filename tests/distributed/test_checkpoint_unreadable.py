@@ -58,7 +58,7 @@ def go_on(recipe: Recipe, pauses_s: tuple[float, ...]) -> tuple[str | None, int,
     error, code = None, 0
     with (
         patch.object(patience, "PAUSES_S", pauses_s),
-        patch.object(Tracker, "incident", lambda self, *what: told.append(what[2])),
+        patch.object(Tracker, "incident", lambda self, *what: told.append(f"{what[2]} [{what[0]}]")),
         patch.object(Tracker, "message", lambda self, text: said.append(text)),
     ):
         try:
@@ -90,6 +90,7 @@ def test_what_cannot_be_read_is_passed_over_and_keeps_its_name(pool: RankPool, d
     error, _, told, said = pool.run(go_on, halfway, (0.01,), world_size=2)[0]
     assert error is None and said[0].startswith("resuming at step 2,")
     assert len(told) == 1 and f"the checkpoint {NEWEST} cannot be read, and stays as it is" in told[0] and "Input/output error" in told[0]
+    assert told[0].endswith("[unreadable_checkpoint]")
     assert "going on from 00000002-all instead" in told[0] and not list(run.glob("checkpoints/*.damaged"))
     mend()
     assert folders.problem(run / "checkpoints" / NEWEST) is None

@@ -13,10 +13,11 @@ import pytest
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from megavlm.checkpoint import random_states
+from megavlm.checkpoint import random_states, saver
 from megavlm.checkpoint.errors import CheckpointError
 from megavlm.checkpoint.reader import CheckpointReader
 from megavlm.config.schema import Recipe
+from megavlm.testing.marks import slow_unless
 from megavlm.testing.pool import RankPool
 from megavlm.testing.recipes import tiny_recipe, tiny_stage, train_and_read
 from megavlm.tracking.tracker import Tracker
@@ -82,6 +83,37 @@ def test_another_layout_draws_anew_and_again_the_same(
     assert one == two
     assert all(one[0][3][name] != whole[0][step][name] for name in whole[0][3] for step in whole[0])
     assert one[0][3]["dropout"] == one[1][3]["dropout"] and one[0][3]["megatron"] != one[1][3]["megatron"]
+
+
+def stop_elsewhere(recipe: Recipe, what: str) -> None:
+    """Train where rank 1 has other generators, or all another device, than where the run goes on."""
+    captured, grid_of = random_states._captured, random_states.grid_of
+
+    def capture(ctx: Any) -> dict[str, Any]:
+        found = captured(ctx)
+        name = next(name for name in found if name.startswith("megatron."))
+        if ctx.rank == 1 and what == "without one":
+            del found[name]
+        if ctx.rank == 1 and what == "of another size":
+            found[name] = np.append(found[name], np.zeros(8, dtype=np.uint8))
+        return found
+
+    def elsewhere(ctx: Any) -> list[int | str]:
+        return [*grid_of(ctx)[:-1], "cuda"] if what == "on a GPU" else grid_of(ctx)
+
+    with patch.object(random_states, "_captured", capture), patch.object(saver, "grid_of", elsewhere):
+        train_and_read(recipe)
+
+
+@pytest.mark.parametrize("what", slow_unless(["without one", "of another size", "on a GPU"], lambda what: what == "without one"))
+def test_states_of_other_generators_are_seeded_anew_on_all_ranks(
+    what: str, pool: RankPool, data_dir: Path, tmp_path: Path, stopped: tuple[Path, list[dict[int, dict[str, Any]]]]
+) -> None:
+    """A good checkpoint stays one: of another device, or of another version of megatron-core or torch."""
+    pool.run(stop_elsewhere, make(tmp_path / "saved", data_dir, run={"max_steps": 2}), what, world_size=2)
+    resumed = go_on(pool, tmp_path / "saved", tmp_path / "run", data_dir)
+    for rank in (0, 1):  # though rank 0's states are its own
+        assert all(resumed[rank][3][name] != stopped[1][rank][3][name] for name in resumed[rank][3])
 
 
 def restore_damaged(folder: Path) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from megavlm.config.cluster import ClusterConfig
 from megavlm.testing.slurm import SlurmCluster, missing_programs
-from megavlm_launchers import jobs
+from megavlm_launchers import jobs, sbatch
 from megavlm_launchers.sbatch import SlurmJob, render, submit
 
 pytestmark = pytest.mark.skipif(bool(missing_programs()), reason=f"no SLURM here: {', '.join(missing_programs())} missing")
@@ -121,6 +121,31 @@ def test_restarts_without_progress_come_to_an_end(cluster: SlurmCluster, run_dir
     assert "no checkpoint newer than step 1 after 2 restarts" in log(run_dir)
 
 
+UNREADABLE = '[ "$SLURM_PROCID" = 0 ] || exec sleep 20; echo 82 > "$MEGAVLM_EXIT_NOTE"; exit 82'
+
+
+def test_a_file_server_that_is_away_is_waited_for(cluster: SlurmCluster, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As often as is said; then starts that cannot read count as any that got nowhere."""
+    monkeypatch.setattr(sbatch, "AWAY_S", 0.1)
+    monkeypatch.setattr(sbatch, "AWAY_STARTS", 4)
+    back = start(run_dir, f'[ "$MEGAVLM_START" = 4 ] && exit 0; {UNREADABLE}', max_fruitless_restarts=1)
+    assert cluster.wait(back.id, ENDED)["JobState"] == "COMPLETED", log(run_dir)
+    assert log(run_dir).count("nothing can be read now; the next start is in 0.1 s") == 4
+    away = start(run_dir, UNREADABLE, max_fruitless_restarts=1)
+    found = cluster.wait(away.id, ENDED)
+    assert (found["JobState"], found["ExitCode"]) == ("FAILED", "86:0"), log(run_dir)
+    assert "start 5 on" in log(run_dir) and "start 6 on" not in log(run_dir), "four, the first that counts, and one restart"
+
+
+def test_who_waits_for_a_file_server_can_be_stopped(cluster: SlurmCluster, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sbatch, "AWAY_S", 3600)
+    job = start(run_dir, UNREADABLE)
+    until(job, "the next start is in 3600 s")
+    jobs.stop(job)
+    assert cluster.wait(job.id, ENDED)["JobState"] == "COMPLETED", log(run_dir)
+    assert "stopped at step 0, as asked" in log(run_dir) and "start 1 on" not in log(run_dir)
+
+
 def test_progress_from_the_nodes_own_disks_is_progress(cluster: SlurmCluster, run_dir: Path) -> None:
     """Starts that go on from ever newer local checkpoints, of which `latest` knows nothing, are as many as it takes."""
     note = 'echo $((MEGAVLM_START / 2 * 20)) > "$MEGAVLM_RESUME_NOTE"'  # every other start gets on; rank 0 tells
@@ -129,15 +154,43 @@ def test_progress_from_the_nodes_own_disks_is_progress(cluster: SlurmCluster, ru
     assert "at step 20: again" in log(run_dir) and "done at step 20" in log(run_dir)
 
 
-def test_a_container_finds_the_nodes_own_tier(cluster: SlurmCluster, run_dir: Path, tmp_path: Path) -> None:
-    """The folder is made on every node before the runtime, which mounts nothing that is not there, is called."""
-    runtime = tmp_path / "bin" / "apptainer"
-    runtime.parent.mkdir()
+def make_runtime(folder: Path) -> Path:
+    """A container runtime that mounts nothing that is not there, and contains nothing."""
+    runtime = folder / "apptainer"
+    folder.mkdir()
     runtime.write_text(
         '#!/bin/bash\nwhile [ "$1" != image.sif ]; do\n'
         '  if [ "$1" = --bind ] && [ ! -d "${2%%:*}" ]; then echo "no ${2%%:*}" >&2; exit 255; fi\n  shift\ndone\nshift; exec "$@"\n'
     )
     runtime.chmod(0o755)
+    return runtime
+
+
+def test_ranks_do_not_start_behind_a_warning(cluster: SlurmCluster, run_dir: Path, tmp_path: Path) -> None:
+    """One that comes while the folders of the nodes' own tier are made: ranks that start then would never hear of it."""
+    runtime, go = make_runtime(tmp_path / "bin"), tmp_path / "go"
+    slow = runtime.with_name("mkdir")
+    slow.write_text(f'#!/bin/bash\necho making\nwhile [ ! -e "{go}" ]; do sleep 0.1; done\nsleep 0.5\nexec /bin/mkdir "$@"\n')
+    slow.chmod(0o755)
+    job = start(
+        run_dir,
+        "echo entered",
+        local_dir=tmp_path / "disk",
+        container={"image": "image.sif", "runtime": "apptainer"},
+        setup=[f"export PATH={runtime.parent}:$PATH"],
+    )
+    until(job, "1: making")
+    cluster.run("scancel", "--batch", "--signal=USR2", job.id)
+    go.touch()
+    cluster.start_requeued(job.id)
+    until(job, "done at step 0")
+    said = log(run_dir)
+    assert said.index("back into the queue") < said.index("start 0 on") and said.count("entered") == 2, said
+
+
+def test_a_container_finds_the_nodes_own_tier(cluster: SlurmCluster, run_dir: Path, tmp_path: Path) -> None:
+    """The folder is made on every node before the runtime, which mounts nothing that is not there, is called."""
+    runtime = make_runtime(tmp_path / "bin")
     job = start(
         run_dir,
         "echo entered",

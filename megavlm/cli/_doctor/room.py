@@ -30,7 +30,7 @@ def durable_room(recipe: Recipe) -> Room:
 
 
 def local_room(recipe: Recipe, world_size: int, ranks_per_node: int) -> Room | None:
-    """On a node's own disk; None without a local tier. All that lies there of the run is replaced."""
+    """On a node's own disk; None without a local tier. All that lies there of the run is replaced, or goes at its next start."""
     local = recipe.checkpoint.local
     if local is None:
         return None

@@ -71,6 +71,15 @@ def test_a_state_that_cannot_be_read_is_not_called_damaged(tmp_path: Path) -> No
     assert "damaged" not in " ".join(listing.damage(path))
 
 
+def test_a_leftover_that_cannot_be_read_stops_no_start(tmp_path: Path) -> None:
+    one, two = make(tmp_path, "00000010-align"), make(tmp_path, "00000020-align")
+    one, two = (path.rename(folders.aside(path)) for path in (one, two))
+    (one / folders.MANIFEST).unlink()
+    (one / folders.MANIFEST).symlink_to("/proc/self/mem")
+    folders.recover(tmp_path)
+    assert one.is_dir() and [path.name for path in folders.named(tmp_path)] == ["00000020-align"], "the other one has its name back"
+
+
 def test_a_checksum_is_wrong_when_it_is_wrong_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
