@@ -98,6 +98,7 @@ def _log_results(recipe: Recipe, run_dir: Path) -> str | None:
     """Add what was measured after training to the run in MLflow. Returns the command that opens it."""
     import json
 
+    from megavlm.evaluation.tracking import TIMEOUT_S
     from megavlm.tracking.mlflow_sink import sink_for
 
     sink = sink_for(recipe)
@@ -109,5 +110,5 @@ def _log_results(recipe: Recipe, run_dir: Path) -> str | None:
     sink.metrics(sum(stage.steps for stage in recipe.stages), {name: share for name, share in shares.items() if share is not None})
     for folder in ("evaluation", "hf-agreement"):
         sink.artifact(run_dir / folder)
-    sink.finish("FINISHED")
+    sink.finish("FINISHED", TIMEOUT_S)  # the next thing that a newcomer does is to open it
     return sink.how_to_open()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from megavlm.checkpoint import folders
 from megavlm.testing.pool import RankPool
 
 ROOT = Path(__file__).parents[2]
@@ -162,7 +163,7 @@ def test_a_variant_trains_to_its_end_and_writes_no_checkpoint(pool: RankPool, tm
     found = pool.run(trained, tmp_path)[0]
     assert found["steps"] == 3 and len(found["losses"]) == 6 and found["mfu"] > 0 and found["tokens_per_s"] > 0
     (run,) = (tmp_path / "runs").iterdir()
-    assert not list((run / "checkpoints").iterdir())
+    assert not folders.named(run)
 
 
 @pytest.mark.slow

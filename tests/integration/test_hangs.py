@@ -100,27 +100,26 @@ def test_a_rank_that_keeps_the_interpreter(tmp_path: Path) -> None:
     assert LIMIT_S + FALLBACK_S - 0.5 < hang.seconds < LIMIT_S + FALLBACK_S + SLACK_S and not hang.orphans
 
 
-def test_what_does_not_hang_is_left_alone() -> None:
+def test_what_does_not_hang_is_left_alone(tmp_path: Path) -> None:
     """Each section has its own time, one inside another does not count for the outer one, and after the end nothing is watched."""
     code = """
-import time
+import sys, time
 from pathlib import Path
 from megavlm.parallel import watchdog
 watchdog.FALLBACK_S = 0.5
-with watchdog.Watchdog(Path("/nowhere"), 0, 1) as dog:
-    for _ in range(2):
-        dog.enter("a step", 1.0, "step_s")
-        time.sleep(0.6)
-        with dog.during("a checkpoint", 5, "timeout_s"):
-            time.sleep(1.2)
-        time.sleep(0.6)
+with watchdog.Watchdog(Path(sys.argv[1]), 0, 1) as dog:
+    dog.enter("a step", 3.0, "step_s")
+    time.sleep(1.6)
+    with dog.during("a checkpoint", 30, "timeout_s"):
+        time.sleep(3.1)
+    time.sleep(1.6)
+    dog.enter("a step", 0.8, "step_s")
     dog.enter("free", None, "")
     time.sleep(1.2)
-    dog.enter("a step", 0.6, "step_s")
-    time.sleep(0.3)
-time.sleep(1.2)
+    dog.enter("a step", 0.8, "step_s")
+time.sleep(1.5)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "stacks")], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -182,42 +181,42 @@ def test_a_terminal_that_hangs_does_not_keep_the_exit_code(tmp_path: Path) -> No
     assert "in saving" in (tmp_path / "rank-0.txt").read_text()
 
 
-def test_a_section_that_begins_while_the_clock_is_read_is_not_overdue() -> None:
+def test_a_section_that_begins_while_the_clock_is_read_is_not_overdue(tmp_path: Path) -> None:
     """The thread loses the processor for longer than a section may take, each time that it reads the clock."""
     code = """
-import threading, time
+import sys, threading, time
 from pathlib import Path
 from megavlm.parallel import watchdog
 read = time.monotonic
 def slow():
     before = read()
     if threading.current_thread().name == "watchdog":
-        time.sleep(0.5)
+        time.sleep(1.0)
     return read() if is_lost_before else before
 for is_lost_before in (False, True):
     watchdog.time.monotonic = slow
-    with watchdog.Watchdog(Path("/nowhere"), 0, 1) as dog:
-        end = read() + 1.6
+    with watchdog.Watchdog(Path(sys.argv[1]), 0, 1) as dog:
+        end = read() + 2.2
         while read() < end:
-            dog.enter("a step", 0.3, "step_s")
+            dog.enter("a step", 0.8, "step_s")
             time.sleep(0.05)
     watchdog.time.monotonic = read
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "stacks")], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_timer_of_others_is_left_to_them() -> None:
+def test_a_timer_of_others_is_left_to_them(tmp_path: Path) -> None:
     code = """
-import faulthandler, time
+import faulthandler, sys, time
 from pathlib import Path
 from megavlm.parallel.watchdog import Watchdog
 faulthandler.dump_traceback_later(1.5, exit=True)
-with Watchdog(Path("/nowhere"), 0, 1) as dog:
+with Watchdog(Path(sys.argv[1]), 0, 1) as dog:
     dog.enter("free", None, "")
     time.sleep(0.6)
 def theirs(): time.sleep(20)
 theirs()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "stacks")], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1 and "in theirs" in done.stderr, done.stderr
