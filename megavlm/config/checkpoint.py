@@ -13,8 +13,9 @@ class LocalTierConfig(Block):
     """Checkpoints on each node's own disk or in its memory, beside those in run.dir: written more often, lost with the node."""
 
     dir: str
-    """A folder that every node has for itself, such as /dev/shm/megavlm or /local/scratch. Created when missing; each run has a folder of
-    its own in it, and in that each node. It must hold `keep_last` + 1 times what this node's ranks save."""
+    """A folder of each node, such as /dev/shm/megavlm or /local/scratch; one that nodes share works too, and is no faster. Created when
+    missing; each run has a folder of its own in it, and in that each node. It must hold `keep_last` + 1 times what this node's ranks
+    save."""
     every_steps: PositiveInt
     """Steps between two local checkpoints. One that is due while another save is under way is left out."""
     keep_last: PositiveInt = 1
