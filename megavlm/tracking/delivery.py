@@ -19,10 +19,10 @@ from typing import Any
 
 from megavlm.tracking.file_delivery import FILE_KINDS, FileDelivery, Tell
 from megavlm.tracking.metrics import encode_line
-from megavlm.tracking.mlflow_store import MlflowStore, Rejected, without_password
+from megavlm.tracking.mlflow_store import MlflowStore, Rejected, one_line, without_password
 from megavlm.tracking.orders import Orders
 from megavlm.tracking.run_start import Start, saved_run_id
-from megavlm.tracking.spool import Item, SpoolReader, SpoolWriter
+from megavlm.tracking.spool import TORN, Item, SpoolReader, SpoolWriter
 from megavlm.tracking.spool_folders import DELIVERY_LOCK, WRITER_LOCK, SpoolLock, TakenSpool, num_waiting, remove_spool
 from megavlm.tracking.spool_owner import Heart, Owner
 from megavlm.tracking.system_metrics import SystemMetrics
@@ -144,8 +144,7 @@ class Delivery:
         self.is_well.clear()
         self._next_try = self._clock() + RETRY_AFTER_S[min(self._failures, len(RETRY_AFTER_S) - 1)]
         if not self._failures:
-            reason = (without_password(f"{type(error).__name__}: {error}").splitlines() or [""])[0][:300]
-            self._tell("warning", f"MLflow at {self._store.address} does not take records; they wait in {self._folder} ({reason})")
+            self._tell("warning", f"MLflow at {self._store.address} does not take records; they wait in {self._folder} ({one_line(error)})")
         self._failures += 1
 
     def _open_and_send(self) -> None:
@@ -157,7 +156,7 @@ class Delivery:
                 while True:
                     items, bad, place = reader.peek(ITEMS_PER_DELIVERY)
                     if bad:
-                        self._reject(bad, "a line of the spool that is no record (torn by a crash?)")
+                        self._reject(bad, TORN)
                     if records := [item for item in items if item["kind"] not in FILE_KINDS]:
                         self._send(records)
                     # Only behind records that were taken: what is repeated after a failure must not put the same files there again.

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megavlm.tracking.metrics import encode_line
-from megavlm.tracking.mlflow_store import Rejected, without_password
-from megavlm.tracking.spool import Item, SpoolReader, SpoolWriter
+from megavlm.tracking.mlflow_store import Rejected, one_line
+from megavlm.tracking.spool import TORN, Item, SpoolReader, SpoolWriter
 
 FILE_KINDS = ("artifact", "table", "model")
 MAX_TRIES = 8
@@ -78,7 +78,7 @@ class FileDelivery:
         for _ in range(len(queue)):  # what is set aside meanwhile goes to the end, for the next pass
             items, bad, place = queue.reader.peek(1)
             if bad:
-                self._reject(bad, "a line of the spool that is no record (torn by a crash?)")
+                self._reject(bad, TORN)
             for item in items:
                 if not self._upload(item):
                     return False
@@ -93,7 +93,7 @@ class FileDelivery:
         except Exception as error:  # whatever a client, a proxy or a disk raises
             if not self._store.answers():
                 return False
-            self._set_aside(item, without_password(f"{type(error).__name__}: {error}"))
+            self._set_aside(item, one_line(error))
         else:
             self._has_warned = False
         return True
@@ -107,8 +107,7 @@ class FileDelivery:
             self._passes, self._next_aside = 1, self._clock() + ASIDE_RETRY_S[0]
         if not self._has_warned:
             self._has_warned = True
-            why = (reason.splitlines() or [""])[0][:300]
-            text = f"MLflow at {self._store.address} answers, but does not store {item['path']} ({why}): such files are tried again later"
+            text = f"MLflow at {self._store.address} answers, but does not store {item['path']} ({reason}): such are tried again later"
             self._tell("warning", text)
         self._aside.put([{**item, "tries": tries}])
 

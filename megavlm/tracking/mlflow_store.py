@@ -76,6 +76,11 @@ def without_password(text: str) -> str:
     return re.sub(r"//[^/@\s]+@", "//***@", text)
 
 
+def one_line(error: Exception) -> str:
+    """What went wrong: without passwords, cut to what fits in a log."""
+    return (without_password(f"{type(error).__name__}: {error}").splitlines() or [""])[0][:300]
+
+
 def how_to_open(uri: str, experiment_id: str | None, run_id: str | None) -> str:
     """The command that shows the run: `mlflow ui ...` for a database, the page's address for a server."""
     scheme = urlsplit(uri).scheme

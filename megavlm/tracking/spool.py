@@ -26,6 +26,8 @@ Item = dict[str, Any]
 {"kind": "status", "status", "time_ms"}."""
 
 RECORDS_PER_FILE = 2_000
+TORN = "a line of the spool that is no record (torn by a crash?)"
+"""Why such a line is set aside."""
 _DELIVERED = "delivered.json"
 _FIELDS = {
     "metrics": ("step", "time_ms", "values"),

@@ -83,7 +83,11 @@ def recovered(fault: Fault, broken: dict[str, Any], resumed: int, resume_s: floa
 
 
 def marked(faults: list[Fault]) -> list[Any]:
-    return [pytest.param(fault, id=fault.name, marks=[] if fault.quick else pytest.mark.slow) for fault in faults]
+    """Slow but for one, and alone on the machine those whose time has a goal."""
+    return [
+        pytest.param(fault, id=fault.name, marks=[pytest.mark.slow] * (not fault.quick) + [pytest.mark.timed] * (fault.goal_s is not None))
+        for fault in faults
+    ]
 
 
 @pytest.mark.parametrize("fault", marked([fault for fault in FAULTS if not fault.is_apart]))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 
 from megavlm.testing.matrix.faults import DAMAGES, FAULTS
-from megavlm.testing.matrix.table import BEGIN, END, RESULTS, collected, write
+from megavlm.testing.matrix.table import BEGIN, END, RESULTS, collected, read, write
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 
@@ -21,7 +20,7 @@ def test_the_table_goes_between_the_marks(tmp_path: Path) -> None:
     slow = {**killed, "what": "a rank stopped", "detect_s": 51.0, "resume_s": 9.25, "goal_s": 60.0}
     flipped = {"what": "a bit flipped", "resume_s": 8.04, "lost": 4, "loss": "bit-exact"}
     rows = {"kill": killed, "stop": slow, "flip": flipped, "exploits": {"what": "9 files, none ran", "code": "0 or 2"}}
-    write({"rows": rows, "seconds": 321, "cores": 2, "load": 0.25, "date": "2026-01-02"}, page)
+    write({"rows": rows, "began": 1000.5, "ended": 1321.5, "cores": 2, "load": 0.25, "date": "2026-01-02"}, page)
     lines = page.read_text().splitlines()
     assert lines[:2] == ["before", BEGIN] and lines[-2:] == [END, "after"] and "old" not in lines
     assert lines[4:] == [
@@ -37,12 +36,20 @@ def test_the_table_goes_between_the_marks(tmp_path: Path) -> None:
     ]
 
 
-def test_what_was_measured_is_written_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(RESULTS, str(tmp_path / "found.json"))
-    with collected() as rows:
-        rows["kill"] = {"what": "killed"}
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["rows"] == {"kill": {"what": "killed"}} and found["seconds"] > 0 and found["cores"] == os.cpu_count()
+def test_what_several_processes_measured_is_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, last = DAMAGES[1].name, FAULTS[0].name, "SLURM, dead node"
+    monkeypatch.setenv(RESULTS, str(tmp_path))
+    for names in [(last, first), (second,)]:
+        with collected() as rows:
+            rows.update({name: {"what": name} for name in names})
+    found = read(tmp_path)
+    assert list(found["rows"].items()) == [(name, {"what": name}) for name in (second, first, last)]
+    assert found["ended"] > found["began"] and found["cores"] == os.cpu_count()
+
+
+def test_a_folder_without_results_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=f"{RESULTS}={tmp_path}"):
+        read(tmp_path)
 
 
 def test_the_page_has_the_marks_once() -> None:

@@ -112,6 +112,7 @@ def quiet(pool: RankPool, data_dir: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_a_killed_rank_and_the_time_limit_change_no_loss(
     quiet: list[float], data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: Figures
 ) -> None:
