@@ -1,5 +1,7 @@
 """torch's scaled_dot_product_attention, one call a segment; segments of one length are one batched call. Any device, any dtype.
 
+On a CPU plain segments of unequal lengths go by joined.py: the same kernel and the same bits, with one result instead of two.
+
 Per segment it costs the sum of squared lengths, as the kernels for packed sequences do; masks and padding cost more on a CPU by far
 (benchmarks/attention.py).
 
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
+from megavlm_kernels.packed_attention.joined import can_join, joined_attention
 from megavlm_kernels.packed_attention.segments import Segments
 
 SCORES_AT_A_TIME = 1 << 26
@@ -38,6 +41,9 @@ def sdpa_attention(
         batch = len(segments.query_lengths)
         q, k, v = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (query, key, value))
         return _attend(q, k, v, segments, 0, causal, scale, window, softcap).transpose(1, 2).flatten(0, 1)
+    plain = softcap is None and not segments.masked and (window is None or segments.longest_key <= window)
+    if plain and can_join(query, key, value, segments):
+        return joined_attention(query, key, value, segments, causal=causal, scale=scale)
     outputs = [
         _attend(q, k, v, segments, i, causal, scale, window, softcap).transpose(1, 2)
         for i, (q, k, v) in enumerate(_split(query, key, value, segments))

@@ -71,6 +71,11 @@ class Segments:
         return sum(self.query_lengths), sum(self.key_lengths)
 
     @cached_property
+    def query_starts(self) -> tuple[int, ...]:
+        """First row of each segment, and the number of all rows."""
+        return tuple(accumulate(self.query_lengths, initial=0))
+
+    @cached_property
     def is_square(self) -> bool:
         """Every segment has as many keys as queries."""
         return self.query_lengths == self.key_lengths

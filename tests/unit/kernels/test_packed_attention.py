@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from megavlm_kernels.packed_attention import BackendError, Segments, packed_attention
 from megavlm_kernels.packed_attention.backends import KERNELS, run_packed
@@ -84,6 +85,36 @@ def test_other_segments_do_not_change_by_a_bit(lengths: list[int], window: int |
         for old, new in zip(before, after, strict=True):
             assert new[start:end].isnan().any(), "the segment's own rows do change"
             assert torch.equal(old[:start], new[:start]) and torch.equal(old[end:], new[end:])
+
+
+def by_segment(x: list[torch.Tensor], lengths: list[int], causal: bool, scale: float | None) -> torch.Tensor:
+    """A call of torch's attention a segment, and a concatenation."""
+    split = [[part.transpose(0, 1).unsqueeze(0) for part in y.split(lengths)] for y in x]
+    options: dict[str, Any] = {"is_causal": causal, "enable_gqa": True, "scale": scale}
+    return torch.cat([scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)[0] for q, k, v in zip(*split, strict=True)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("causal", "scale", "groups"), [(True, None, 2), (False, 0.3, 4), (True, 0.3, 1)])
+def test_is_a_call_a_segment_to_the_bit(causal: bool, scale: float | None, groups: int, dtype: torch.dtype) -> None:
+    lengths = [5, 1, 70, 7]
+    x = inputs(Segments.of(lengths), 16, groups, dtype)
+    upstream = upstream_of(x[0])
+    got = forward_and_gradients(lambda *a: packed_attention(*a, Segments.of(lengths), causal=causal, scale=scale), x, upstream)
+    want = forward_and_gradients(lambda *a: by_segment([*a], lengths, causal, scale), x, upstream)
+    assert all(torch.equal(ours, torchs) for ours, torchs in zip(got, want, strict=True))
+
+
+def test_the_result_is_kept_once() -> None:
+    """Between the passes there are query, key, value, the result that the caller gets, and a number a row and head."""
+    segments = Segments.of([5, 12, 7])
+    x = inputs(segments)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        out = packed_attention(*x, segments, causal=True)
+    theirs = {tensor.data_ptr() for tensor in [*x, out]}
+    assert theirs <= {tensor.data_ptr() for tensor in kept}
+    assert sum(tensor.numel() for tensor in kept if tensor.data_ptr() not in theirs) == 24 * 4
 
 
 def test_masks_of_segments() -> None:
