@@ -107,19 +107,23 @@ def saving(folder: Path, saver: Saver, model: StageModel, ctx: ParallelContext, 
     stall, written, copied, dcp_stall, dcp_whole = [], [], [], [], []
     for _ in range(repeats + 1):
         shutil.rmtree(path, ignore_errors=True)  # replacing one takes the time of its deletion besides
+        os.sync()  # nobody pays for what the one before has left to the system
         start = time.perf_counter()
         saver.begin(path, {"step": 1})
         stall.append(time.perf_counter() - start)
         outcome = saver.wait()
         assert outcome is not None and outcome.error is None, outcome
         written.append(outcome.seconds)
+        os.sync()
         copied.append(seconds_of(lambda: copy_all(path, copy)))
         shutil.rmtree(copy)
+        os.sync()
         start = time.perf_counter()
         running = dcp.async_save(state, checkpoint_id=other)
         dcp_stall.append(time.perf_counter() - start)
         running.result()  # type: ignore[union-attr]
         shutil.rmtree(other)
+        os.sync()
         dcp_whole.append(seconds_of(lambda: dcp.save(state, checkpoint_id=other)))
         shutil.rmtree(other)
     gib = sum(p.stat().st_size for p in path.iterdir()) / GIB

@@ -23,7 +23,12 @@ _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def can_join(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments) -> bool:
-    """Whether `joined_attention` may be called; masks, windows and soft caps are for its caller to see."""
+    """Whether `joined_attention` may be called; masks, windows and soft caps are for its caller to see.
+
+    Not where torch is asked for another kernel (`sdpa_kernel`), as to count products, nor where autocast chooses formats.
+    """
+    if not torch.backends.cuda.flash_sdp_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
     alike = query.dtype == key.dtype == value.dtype and query.shape[-1] == key.shape[-1] == value.shape[-1]
     rows = all(x.stride(-1) == 1 for x in (query, key, value))
     return query.device.type == "cpu" and alike and rows and segments.is_square and segments.key_starts is None
@@ -42,7 +47,7 @@ class _Joined(torch.autograd.Function):
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: tuple[int, ...], causal: bool, scale: float
     ) -> torch.Tensor:
-        joined = torch.empty(query.shape, dtype=query.dtype)
+        joined = query.new_empty(query.shape)
         sums = []
         for target, q, k, v in _by_segment(starts, joined, query, key, value):
             result, log_sum = _FORWARD(q, k, v, 0.0, causal, scale=scale)
@@ -56,7 +61,7 @@ class _Joined(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, joined, *sums = ctx.saved_tensors
-        grads = [torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value)]
+        grads = [x.new_empty(x.shape) for x in (query, key, value)]
         segments = _by_segment(ctx.starts, *grads, upstream, query, key, value, joined)
         for (*targets, u, q, k, v, result), log_sum in zip(segments, sums, strict=True):
             found = _BACKWARD(u, q, k, v, result, log_sum, 0.0, ctx.causal, scale=ctx.scale)
