@@ -4,8 +4,8 @@
 
 One rank on the CPU, a language model with Adam's moments (12 bytes a parameter). Side by side, in turns, on the same disk and bytes:
 
-- standing still: `Saver.begin` (a copy to memory that is there already) beside torch.distributed.checkpoint's async_save (its copies are
-  cached from the second save on) and its synchronous save;
+- standing still: `Saver.begin` (a copy to memory that is there already) beside a plain copy of as many bytes from memory to memory,
+  torch.distributed.checkpoint's async_save (its copies are cached from the second save on) and its synchronous save;
 - writing: from `begin` to the checkpoint's name, fsynced and hashed, beside a plain copy of the same bytes with fsync;
 - reading: `store.load` with and without checksums, from the disk and from the system's cache, beside a plain read from the cache;
 - training: seconds of a step with a checkpoint every N steps and without, in turns of N steps.
@@ -104,10 +104,12 @@ def saving(folder: Path, saver: Saver, model: StageModel, ctx: ParallelContext, 
     path, copy, other = folder / "checkpoints" / "00000001-a", folder / "copy", folder / "dcp"
     pieces = pieces_of(model.modules, model.optimizer, ctx)
     state = {f"{piece.key}/{number}": piece.tensor for number, piece in enumerate([*pieces.model, *pieces.optimizer])}
-    stall, written, copied, dcp_stall, dcp_whole = [], [], [], [], []
+    stall, in_memory, written, copied, dcp_stall, dcp_whole = [], [], [], [], [], []
+    source, target = (torch.full((saver.host_bytes,), 1, dtype=torch.uint8) for _ in range(2))
     for _ in range(repeats + 1):
         shutil.rmtree(path, ignore_errors=True)  # replacing one takes the time of its deletion besides
         os.sync()  # nobody pays for what the one before has left to the system
+        in_memory.append(seconds_of(lambda: target.copy_(source)))
         start = time.perf_counter()
         saver.begin(path, {"step": 1})
         stall.append(time.perf_counter() - start)
@@ -128,14 +130,16 @@ def saving(folder: Path, saver: Saver, model: StageModel, ctx: ParallelContext, 
         shutil.rmtree(other)
     gib = sum(p.stat().st_size for p in path.iterdir()) / GIB
     # The first of each takes memory and imports; medians of the others.
-    middle = [statistics.median(seconds[1:]) for seconds in (stall, written, copied, dcp_stall, dcp_whole)]
+    middle = [statistics.median(seconds[1:]) for seconds in (stall, written, copied, dcp_stall, dcp_whole, in_memory)]
     return {
         "stall_s_per_gib": middle[0] / gib,
+        "memory_copy_s_per_gib": middle[5] / gib,
         "save_gib_per_s": gib / middle[1],
         "plain_copy_gib_per_s": gib / middle[2],
         "torch_async_stall_s_per_gib": middle[3] / gib,
         "torch_save_gib_per_s": gib / middle[4],
         "stall_s": stall,
+        "memory_copy_s": in_memory,
         "save_s": written,
         "plain_copy_s": copied,
         "torch_async_stall_s": dcp_stall,
@@ -229,8 +233,8 @@ def forget(path: Path) -> None:
 def show(found: dict[str, Any]) -> None:
     """The figures that have goals, and what they stand beside."""
     print(
-        f"{found['gib']:.2f} GiB: training stands still {found['stall_s_per_gib']:.3f} s a GiB (goal 0.1; torch's async_save "
-        f"{found['torch_async_stall_s_per_gib']:.3f})\n"
+        f"{found['gib']:.2f} GiB: training stands still {found['stall_s_per_gib']:.3f} s a GiB (goal 0.1; a plain copy in memory "
+        f"{found['memory_copy_s_per_gib']:.3f}, torch's async_save {found['torch_async_stall_s_per_gib']:.3f})\n"
         f"  saved at {found['save_gib_per_s']:.2f} GiB/s (plain copy {found['plain_copy_gib_per_s']:.2f}, torch's save "
         f"{found['torch_save_gib_per_s']:.2f})\n"
         f"  loaded at {found['load_gib_per_s']:.2f} GiB/s (plain read {found['plain_read_gib_per_s']:.2f}; from the disk "
