@@ -11,6 +11,8 @@ import torch
 
 BLOCK_ELEMENTS = 1 << 18
 """1 MiB in fp32: a handful of temporaries of one block fits in the second and third level of cache."""
+FEW_ELEMENTS = 1 << 16
+"""Up to here torch's own operations with their autograd are quicker on a CPU than blocks of rows: no Python stands between them."""
 
 
 def row_blocks(num_rows: int, width: int) -> Iterator[slice]:

@@ -16,11 +16,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from megavlm_kernels.backend import uses_triton
-from megavlm_kernels.blocks import BLOCK_ELEMENTS, accumulation_dtype, row_blocks, rows_per_block
+from megavlm_kernels.blocks import BLOCK_ELEMENTS, FEW_ELEMENTS, accumulation_dtype, row_blocks, rows_per_block
 from megavlm_kernels.rms_norm.limits import MAX_TRITON_WIDTH
-
-FEW_ELEMENTS = 1 << 16
-"""Up to here torch's own norm is quicker on a CPU: its backward pass is slower, but no Python stands between its operations."""
 
 
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float, *, zero_centered: bool = False) -> torch.Tensor:

@@ -13,11 +13,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from megavlm_kernels.backend import uses_triton
-from megavlm_kernels.blocks import row_blocks
+from megavlm_kernels.blocks import FEW_ELEMENTS, row_blocks
 from megavlm_kernels.rotary.reference import rotary_reference
-
-FEW_ELEMENTS = 1 << 16
-"""Up to here autograd of the formula is quicker on a CPU than blocks of it."""
 
 
 def rotary(x_LHK: torch.Tensor, cos_LW: torch.Tensor, sin_LW: torch.Tensor) -> torch.Tensor:

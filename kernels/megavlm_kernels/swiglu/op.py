@@ -16,11 +16,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from megavlm_kernels.backend import uses_triton
-from megavlm_kernels.blocks import row_blocks
+from megavlm_kernels.blocks import FEW_ELEMENTS, row_blocks
+from megavlm_kernels.quick_gelu import times_quick_gelu_slope
 from megavlm_kernels.swiglu.reference import ACTIVATIONS, gated_linear_unit_reference
-
-FEW_ELEMENTS = 1 << 16
-"""Up to here autograd of the formula is quicker on a CPU than blocks of it."""
 
 
 def gated_linear_unit(gate_up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
@@ -88,13 +86,6 @@ def _backward(grad_RF: torch.Tensor, gate_up_R2F: torch.Tensor, activation: str,
     return out_R2F
 
 
-def _times_quick_gelu_slope(grad: torch.Tensor, gate: torch.Tensor, out: torch.Tensor) -> None:
-    sigmoid = torch.sigmoid(1.702 * gate)
-    # d(gate x sigmoid) = sigmoid x (1 + 1.702 gate (1 - sigmoid))
-    slope = (1.0 - sigmoid).mul_(gate).mul_(1.702).add_(1.0).mul_(sigmoid)
-    torch.mul(grad, slope, out=out)
-
-
 def _times_slope(backward: Any, *more: Any, **named: Any) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
     def write(grad: torch.Tensor, gate: torch.Tensor, out: torch.Tensor) -> None:
         backward(grad, gate, *more, **named, grad_input=out)
@@ -107,7 +98,7 @@ _SLOPES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]] =
     "silu": _times_slope(_aten.silu_backward),
     "gelu": _times_slope(_aten.gelu_backward),
     "gelu_tanh": _times_slope(_aten.gelu_backward, approximate="tanh"),
-    "quick_gelu": _times_quick_gelu_slope,
+    "quick_gelu": times_quick_gelu_slope,
     "relu": _times_slope(_aten.threshold_backward, 0),
 }
 """(upstream gradient of the activated gate, gate, where the gate's gradient goes): torch's own backward formulas."""

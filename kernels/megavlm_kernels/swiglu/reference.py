@@ -7,9 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-
-def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.sigmoid(1.702 * x)
+from megavlm_kernels.quick_gelu import quick_gelu
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -20,7 +18,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": _gelu_tanh,
-    "quick_gelu": _quick_gelu,
+    "quick_gelu": quick_gelu,
     "relu": F.relu,
 }
 

@@ -10,17 +10,15 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.autograd.function import once_differentiable
 
-from megavlm_kernels.blocks import row_blocks
+from megavlm_kernels import quick_gelu as formula
+from megavlm_kernels.blocks import FEW_ELEMENTS, row_blocks
 from megavlm_kernels.swiglu import gated_linear_unit
-
-FEW_ELEMENTS = 1 << 16
-"""Up to here autograd of a formula is quicker on a CPU than blocks of it."""
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     """CLIP's sigmoid approximation of GELU; on a CPU nothing but x is kept for the backward pass."""
     if torch.compiler.is_compiling() or x.is_cuda or x.numel() <= FEW_ELEMENTS:
-        return x * torch.sigmoid(1.702 * x)
+        return formula.quick_gelu(x)
     out: torch.Tensor = _QuickGelu.apply(x)  # type: ignore[no-untyped-call]
     return out
 
@@ -34,7 +32,7 @@ class _QuickGelu(torch.autograd.Function):
         x_RF = x.reshape(-1, x.shape[-1])
         out_RF = torch.empty_like(x_RF, memory_format=torch.contiguous_format)
         for rows in row_blocks(*x_RF.shape):
-            torch.mul(x_RF[rows], torch.sigmoid(1.702 * x_RF[rows]), out=out_RF[rows])
+            formula.quick_gelu(x_RF[rows], out=out_RF[rows])
         return out_RF.view(x.shape)
 
     @staticmethod
@@ -44,10 +42,7 @@ class _QuickGelu(torch.autograd.Function):
         x_RF, grad_RF = (t.reshape(-1, x.shape[-1]) for t in (x, grad))
         out_RF = torch.empty_like(x_RF, memory_format=torch.contiguous_format)
         for rows in row_blocks(*x_RF.shape):
-            sigmoid = torch.sigmoid(1.702 * x_RF[rows])
-            # d(x sigmoid) = sigmoid (1 + 1.702 x (1 - sigmoid))
-            slope = (1.0 - sigmoid).mul_(x_RF[rows]).mul_(1.702).add_(1.0).mul_(sigmoid)
-            torch.mul(grad_RF[rows], slope, out=out_RF[rows])
+            formula.times_quick_gelu_slope(grad_RF[rows], x_RF[rows], out_RF[rows])
         return out_RF.view(x.shape)
 
 
