@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -27,21 +28,21 @@ class HungDisk:
         self._folder = str(folder)
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._device = -1
+        self._undo = ExitStack()
 
     def __enter__(self) -> HungDisk:
-        self._device = os.open(_DEVICE, os.O_RDWR)
-        try:
+        with ExitStack() as undo:
+            self._device = os.open(_DEVICE, os.O_RDWR)
+            undo.callback(os.close, self._device)
             options = f"fd={self._device},rootmode=40000,user_id=0,group_id=0"
             self._call("mount", b"hung", self._folder.encode(), b"fuse", 0, options.encode())
+            undo.callback(self._call, "umount2", self._folder.encode(), _MNT_FORCE_DETACH)
             self._shake_hands()
-        except BaseException:
-            os.close(self._device)
-            raise
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._call("umount2", self._folder.encode(), _MNT_FORCE_DETACH)
-        os.close(self._device)
+        self._undo.close()
 
     def _shake_hands(self) -> None:
         """The only request that is answered: the kernel's first."""

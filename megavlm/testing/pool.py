@@ -2,7 +2,8 @@
 
 Starting a rank costs seconds of imports; forking one from a process that has imported torch and megatron-core costs
 milliseconds. Each task names a picklable function and a world size; the first `world_size` workers form a process group,
-run the function and leave the group again. A worker that hangs is ended, and its stacks are in the error.
+run the function and leave the group again. A worker that hangs is ended, and its stacks are in the error. Where one hung
+or died, all are forked anew: others may still be at work on that task.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
 from typing import IO, Any
 
 import cloudpickle
@@ -96,14 +98,18 @@ class RankPool:
         import megatron.core.optimizer
         import megatron.core.pipeline_parallel  # noqa: F401
 
+        self._size = size
+        self._fork()
+
+    def _fork(self) -> None:
         # What exists already is nothing that a worker could free: its collections need not look at it.
         gc.collect()
         gc.freeze()
         context = mp.get_context("fork")
         self._connections: list[Connection] = []
-        self._processes = []
+        self._processes: list[ForkProcess] = []
         self._stacks: list[IO[bytes]] = []
-        for rank in range(size):
+        for rank in range(self._size):
             ours, theirs = context.Pipe()
             self._stacks.append(tempfile.TemporaryFile())  # noqa: SIM115
             # Not daemonic: megatron-core's checkpoint writer starts children of its own.
@@ -117,6 +123,20 @@ class RankPool:
     def run(self, function: Callable[..., Any], *args: Any, world_size: int = 1, timeout_s: float = 120.0, **kwargs: Any) -> list[Any]:
         """Call `function(*args, **kwargs)` on ranks 0..world_size-1. Raises RankError with the first failing rank's traceback."""
         task = cloudpickle.dumps((function, args, kwargs, world_size, free_port(), timeout_s))
+        if not self._processes:  # here, and not while that error was handled: every later one would carry it along
+            self._fork()
+        try:
+            answers = self._exchange(task, world_size, timeout_s)
+        except BaseException:
+            self._kill()
+            raise
+        failures = [text for is_good, text in answers if not is_good]
+        if failures:
+            raise RankError(failures[0])
+        return [value for _, value in answers]
+
+    def _exchange(self, task: bytes, world_size: int, timeout_s: float) -> list[tuple[bool, Any]]:
+        """Give the task to the first ranks; their answers. Raises RankError where one gives none."""
         connections = self._connections[:world_size]
         for connection in connections:
             connection.send_bytes(task)
@@ -134,13 +154,10 @@ class RankPool:
                 except EOFError:
                     rank = self._connections.index(c)
                     raise RankError(f"rank {rank} died\n{self._end([rank])}") from None
-        failures = [answers[c][1] for c in connections if not answers[c][0]]
-        if failures:
-            raise RankError(failures[0])
-        return [answers[c][1] for c in connections]
+        return [answers[c] for c in connections]
 
     def _end(self, ranks: list[int]) -> str:
-        """End these workers for good; their stacks."""
+        """End these workers; their stacks."""
         told = []
         for rank in ranks:
             process = self._processes[rank]
@@ -152,6 +169,17 @@ class RankPool:
             self._stacks[rank].seek(0)
             told.append(f"rank {rank}:\n{self._stacks[rank].read().decode(errors='replace')}")
         return "\n".join(told)
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        for connection in self._connections:
+            connection.close()
+        for stacks in self._stacks:
+            stacks.close()
+        self._processes, self._connections, self._stacks = [], [], []
 
     def close(self) -> None:
         """End every worker."""

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
 import pytest
 
 from megavlm.parallel.watchdog import POLL_S, Watchdog
@@ -25,10 +24,6 @@ def two(monkeypatch: pytest.MonkeyPatch) -> Iterator[RankPool]:
     ranks.close()
 
 
-def pids() -> list[int]:
-    return [process.pid for process in psutil.Process().children()]
-
-
 def hang_behind_a_watchdog(folder: str) -> None:
     """As a run does that has ended: its watchdog set and took back the only timer that faulthandler has."""
     with Watchdog(Path(folder), 0, 1) as dog:
@@ -38,16 +33,20 @@ def hang_behind_a_watchdog(folder: str) -> None:
         hangs_here()
 
 
+def rank_and_pid() -> tuple[str, int]:
+    return os.environ["RANK"], os.getpid()
+
+
 def hangs_here() -> None:
     time.sleep(600)
 
 
 def test_a_rank_that_hangs_is_ended_and_tells_where(two: RankPool, tmp_path: Path) -> None:
-    before = set(pids())
+    before = two.run(rank_and_pid, world_size=2)
     with pytest.raises(RankError, match="rank 1 did not answer within 2 s") as caught:
         two.run(hang_behind_a_watchdog, str(tmp_path), world_size=2, timeout_s=2.0)
     assert "in hangs_here" in str(caught.value)
-    assert two.run(os.getpid) and len(before - set(pids())) == 1, "rank 0 works on, rank 1 is gone"
+    assert not set(before) & set(two.run(rank_and_pid, world_size=2)), "others take their places"
 
 
 def die() -> None:
@@ -57,3 +56,17 @@ def die() -> None:
 def test_a_rank_that_dies_is_named(two: RankPool) -> None:
     with pytest.raises(RankError, match="rank 0 died"):
         two.run(die)
+
+
+def die_or_answer_late(other: str) -> str:
+    if os.environ["RANK"] == "0":
+        die()
+    time.sleep(0.5)
+    return other
+
+
+def test_an_answer_to_an_earlier_task_is_none_to_the_next(two: RankPool) -> None:
+    for _ in range(2):
+        with pytest.raises(RankError, match="rank 0 died"):
+            two.run(die_or_answer_late, "stale", world_size=2)
+        assert [rank for rank, _ in two.run(rank_and_pid, world_size=2)] == ["0", "1"]
