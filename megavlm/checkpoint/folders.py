@@ -95,7 +95,9 @@ def problem(path: Path) -> str | None:
     if missing:
         return f"it has no {' and no '.join(missing)}: it is not a checkpoint, or its save was interrupted"
     try:
-        _read_json(path / STATE)
+        state = _read_json(path / STATE)
+        if not isinstance(state, dict) or not isinstance(state.get("modules", {}), dict):
+            return f"its {STATE} is damaged (it is no object with modules)"
         files = _read_json(path / MANIFEST)["files"]
         for name, entry in files.items():
             size = _size(path / name)

@@ -13,6 +13,7 @@ import yaml
 
 from megavlm.checkpoint import folders
 from megavlm.checkpoint.errors import CheckpointError, Unreadable
+from megavlm.checkpoint.patience import without_waiting
 
 RECIPE = "recipe.yaml"
 
@@ -42,6 +43,7 @@ class Entry:
     """A start of the run would take it, if its checksums hold."""
 
 
+@without_waiting()
 def survey(run_dir: str | Path) -> list[Entry]:
     """Every checkpoint of a run, by ascending step; then what is none: what unfinished saves left, and what was found damaged.
 
@@ -55,9 +57,11 @@ def survey(run_dir: str | Path) -> list[Entry]:
     found = [(path, False) for path in folders.named(run_dir)]
     found += [(path, True) for node in local_checkpoints(run_dir) for path in folders.named(node)]
     found.sort(key=lambda item: (folders.step_and_stage(item[0].name)[0], item[1]))
-    whole = [(path.name, is_local) for path, is_local in found if _problem(path) is None]
+    problems = [_problem(path) for path, _ in found]
+    resumed = [item for item, problem in zip(found, problems, strict=True) if problem is None][-1:]
     others = sorted(path for path in root.iterdir() if folders.is_leftover(path) or is_set_aside(path))
-    return [_entry(path, is_local, whole[-1:], latest) for path, is_local in [*found, *((path, False) for path in others)]]
+    entries = [_entry(*item, problem, item in resumed, latest) for item, problem in zip(found, problems, strict=True)]
+    return entries + [_entry(path, False, _left_by(path), False, latest) for path in others]
 
 
 def is_set_aside(path: Path) -> bool:
@@ -148,9 +152,11 @@ def _manifest(path: Path) -> list[str]:
         return []
 
 
-def _entry(path: Path, is_local: bool, resumed: list[tuple[str, bool]], latest: str | None) -> Entry:
-    problem = "an interrupted save or deletion left it" if folders.is_leftover(path) else _problem(path)
-    problem = "a start found it damaged, and put it aside" if is_set_aside(path) else problem
+def _left_by(path: Path) -> str:
+    return "a start found it damaged, and put it aside" if is_set_aside(path) else "an interrupted save or deletion left it"
+
+
+def _entry(path: Path, is_local: bool, problem: str | None, resumes: bool, latest: str | None) -> Entry:
     stats = [file.stat() for file in path.rglob("*") if file.is_file()]
     state = {}
     try:
@@ -173,5 +179,5 @@ def _entry(path: Path, is_local: bool, resumed: list[tuple[str, bool]], latest: 
         has_optimizer=bool(state.get("has_optimizer")),
         problem=problem,
         is_latest=path.name == latest and not is_local,
-        resumes=(path.name, is_local) in resumed,
+        resumes=resumes,
     )

@@ -6,6 +6,7 @@ which a kept one does not hold itself.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from megavlm.checkpoint import folders
 from megavlm.checkpoint.errors import CheckpointError, Unreadable
 from megavlm.checkpoint.patience import without_waiting
 
+_log = logging.getLogger(__name__)
 NEWEST, LAST_OF_STAGE = "newest", "last of its stage"
 """Reasons to keep a checkpoint that a later one may take over."""
 HELD_OUT_LOSS = "held_out_loss"
@@ -100,12 +102,15 @@ def prune_local(run_dir: str | Path, number: int, newest: str, under_way: str) -
 def remove_strangers(run_dir: Path, nodes: Iterable[str]) -> None:
     """Delete from a run's folder in the local tier what is of none of these nodes: of machines that had other names or are gone.
 
-    No start uses it again. Several nodes may do this at a time to a folder that they share.
+    No start uses it again. Several nodes may do this at a time to a folder that they share. What a disk gives errors for stays.
     """
     own = set(nodes)
-    for path in run_dir.iterdir() if run_dir.is_dir() else []:
-        if path.name not in own and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+    try:
+        for path in run_dir.iterdir() if run_dir.is_dir() else []:
+            if path.name not in own and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+    except OSError as error:
+        _log.warning("%s cannot be read (%s): what other machines left there stays", run_dir, error.strerror or error)
 
 
 def remove_leftovers(root: Path, spare: str | None = None) -> list[str]:

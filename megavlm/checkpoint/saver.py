@@ -3,13 +3,13 @@
     begin     every rank copies its share to host memory (the only part that training waits for); a thread writes it
     written   all ranks' files are on the disk, fsynced: seen at the end of a step, by numbers that ranks exchange there anyway
     published rank 0's thread has written index, state and manifest, given the folder its name and moved `latest`: seen likewise
-    tidied    (on the nodes' own disks) each node has deleted what its part replaces: the next save needs the room
+    tidied    what the new one replaces is deleted, on the nodes' own disks by each node: the next save needs the room
 
 Threads write, not processes: hashing, writing and fsyncing hold no lock of the interpreter, there is nobody who can be killed without
 the rank, and nobody who outlives it. No thread waits for another rank. So a rank that dies leaves a folder that ends in `.tmp` and the
-checkpoints before it; a disk that hangs ends the job by the watchdog of the thread that hangs. megatron-core's writer is not used: it
-forks a process a file and waits for it without a limit, so that a killed one hangs the job, and starts a manager process that imports
-`__main__` again and outlives the rank.
+checkpoints before it; a disk that hangs ends the job by the watchdog of the thread that hangs, which gives each part of a save (writing,
+publishing, tidying up) `timeout_s`. megatron-core's writer is not used: it forks a process a file and waits for it without a limit, so
+that a killed one hangs the job, and starts a manager process that imports `__main__` again and outlives the rank.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ import torch.distributed as dist
 
 import megavlm
 from megavlm.checkpoint import folders, optimizer_state
-from megavlm.checkpoint.errors import CheckpointError
 from megavlm.checkpoint.pieces import Piece, pieces_of
 from megavlm.checkpoint.random_states import RandomStates, grid_of
 from megavlm.checkpoint.shares import Nodes, agree_on_shares
@@ -156,7 +155,7 @@ class Saver:
         has_failed, stage = bool(agreed[0]), -agreed[1]
         if has_failed:
             return self._fail(job)
-        if stage == (_TIDIED if job.is_local else _PUBLISHED):
+        if stage == _TIDIED:
             self._job = None
             return Outcome(job.path, job.is_local, job.stall_s, time.perf_counter() - job.began)
         if stage == _PUBLISHED and not job.is_tidying:
@@ -233,7 +232,7 @@ class Saver:
         return rank == (self.nodes.leader(rank) if job.is_local else 0)
 
     def _start(self, job: _Job, work: Callable[[_Job], None], what: str) -> None:
-        """Do this part of the job in a thread, and count it done."""
+        """Do this part of the job in a thread, with `timeout_s` of its own, and count it done."""
 
         def run() -> None:
             try:
@@ -242,20 +241,18 @@ class Saver:
             except Exception as error:
                 job.error = error
                 return
-            if job.is_publishing and not job.is_local:  # a local one is whole when the other nodes have theirs: see `advance`
-                self._tidy(job)
             job.stage += 1
 
         job.thread = threading.Thread(target=run, name=f"checkpoint {what}", daemon=True)
         job.thread.start()
 
     def _tidy(self, job: _Job) -> None:
-        """The checkpoint is good whatever becomes of older ones, and deleting may take its time."""
+        """The checkpoint is good whatever becomes of older ones."""
         try:
             if self.after is not None:
                 self.after(job.path, job.is_local)
-        except (OSError, CheckpointError) as error:
-            _log.warning("behind %s older checkpoints could not be deleted: %s", job.path.name, error)
+        except Exception as error:
+            _log.warning("behind %s older checkpoints could not be deleted: %s: %s", job.path.name, type(error).__name__, error)
 
     def _write(self, job: _Job) -> None:
         job.unfinished.mkdir(parents=True, exist_ok=True)

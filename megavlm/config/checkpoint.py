@@ -42,7 +42,8 @@ class CheckpointConfig(Block):
     timeout_s: PositiveFloat = 600.0
     """A save that takes longer than this ends the job instead of hanging."""
     on_disk_full: Literal["exit", "continue"] = "exit"
-    """continue: a save for which there is no room is told and left out, and training goes on; the last one of a stage or of a run ends the
-    job all the same. Older checkpoints are never touched for it."""
+    """exit: a save for which there is no room ends the job (exit code 80). continue: it is told and left out, and training goes on; the
+    last one of a stage or of a run ends the job all the same. One that a signal asks for is left out as any other: the job ends with the
+    signal's code, and the next start goes on from an older checkpoint. Older checkpoints are never touched for it."""
     local: LocalTierConfig | None = Field(default=None)
     """A second, quicker tier. The newer one of both is resumed from."""

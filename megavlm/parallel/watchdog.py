@@ -115,10 +115,11 @@ class Watchdog:
             if section is None:
                 continue
             self._arm(section, now)
+            mark = self._mark
             if section.deadline is not None and now >= section.deadline:
                 self.end(f"{section.name} takes longer than {section.setting}={section.limit_s:g} s", section.code)
-            elif self._mark is not None and section.is_half_over(now):
-                self.end(f"another rank hangs, and this one is in: {section.name}", self._mark)
+            elif mark is not None and section.is_half_over(now):
+                self.end(f"another rank hangs, and this one is in: {section.name}", mark)
 
     def _arm(self, section: _Section, now: float) -> None:
         """Set the timer that needs no interpreter, once a section."""
@@ -143,7 +144,7 @@ class Watchdog:
             now = time.monotonic()
             section = self._section
             if section is not None and section.is_half_over(now):
-                self._mark = self._code_of_mark()
+                self._mark = self._mark or self._code_of_mark()
 
     def _code_of_mark(self) -> int | None:
         """The exit code of a rank that hangs; None while none does."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megavlm.config.schema import Recipe
 from megavlm.planner.parameters import params
+from megavlm.topology.grid import RankGrid
 from megavlm.topology.table import human_bytes
 
 _ADAM_BYTES = 8
@@ -18,11 +19,19 @@ def checkpoint_bytes(recipe: Recipe) -> dict[str, int]:
 def node_bytes(recipe: Recipe, world_size: int, ranks_per_node: int) -> int:
     """Bytes of what the ranks of a node hold of the largest checkpoint: a local checkpoint, about.
 
-    Ranks of a model-parallel group are neighbours. What data ranks hold alike is there once a node, and what ZeRO deals out by shares.
+    Those of the node whose ranks cover most of the tensor and pipeline axes. What data ranks hold alike is there once a node, and what ZeRO
+    deals out by shares. So many ranks that the recipe cannot be laid out on them count as the next number that it can.
     """
     parallel = recipe.parallel
-    of_group = min(1.0, ranks_per_node / (parallel.tensor * parallel.pipeline))
-    of_all = min(1.0, ranks_per_node / world_size)
+    model_ranks = parallel.tensor * parallel.context * parallel.pipeline
+    copies = -(-world_size // model_ranks)
+    grid = RankGrid(model_ranks * copies, parallel.tensor, parallel.pipeline, context=parallel.context, data=copies)
+    covered: dict[int, set[tuple[int, int]]] = {}
+    for rank in range(grid.world_size):
+        place = grid.coordinates(rank)
+        covered.setdefault(rank // ranks_per_node, set()).add((place.tensor, place.pipeline))
+    of_group = max(map(len, covered.values())) / (parallel.tensor * parallel.pipeline)
+    of_all = min(1.0, ranks_per_node / grid.world_size)
     of_weights, of_states = (of_all if parallel.zero >= zero else of_group for zero in (3, 1))
     return int(max(of_weights * weights + of_states * states for weights, states in _weights_and_states(recipe).values()))
 

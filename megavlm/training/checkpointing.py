@@ -41,11 +41,11 @@ def resume_point(recipe: Recipe) -> RunState:
     """State of the newest good checkpoint, or the beginning; `warnings` tells of damaged ones that were passed over. All ranks call this.
 
     Raises ValueError when checkpoint.resume is off and run.dir already holds checkpoints: a run is never overwritten. Raises
-    CheckpointError when there are checkpoints and none is good.
+    CheckpointError when there are checkpoints and none is good, or when nobody can tell now.
     """
     if not recipe.checkpoint.resume:
-        there = from_rank_zero(bool(folders.named(recipe.run.dir)) if dist.get_rank() == 0 else None)
-        if there:
+        there = store.everywhere(lambda: bool(folders.named(recipe.run.dir)) if dist.get_rank() == 0 else None, "the run's checkpoints")
+        if from_rank_zero(there):
             raise ValueError(f"{checkpoint_root(recipe)} already holds checkpoints and checkpoint.resume is false: choose another run.dir")
     local = local_run_dir(recipe)
     found = resume.find(recipe.run.dir, local, None if local is None else _fits(recipe))

@@ -49,6 +49,8 @@ from megavlm.training.step import StepLoss, measure, train_step
 from megavlm.training.watch import StepWatch
 from megavlm_kernels.packed_attention import machine_of
 
+_GOES_ON = "training goes on without this checkpoint"
+
 
 @dataclass(frozen=True)
 class _Run:
@@ -206,9 +208,11 @@ class _StageRun:
                 self._save_if_due()
         self.watch.end()
         # What is stopped goes on later: where checkpoints may be left out, this one may.
-        self._save(waits=True, is_last=not signal_number)
+        is_saved = self._save(waits=True, is_last=not signal_number, without="the run stops without this checkpoint")
         if signal_number:
-            self.tracker.message(f"signal {signal_number}: saved step {self.state.step}, leaving")
+            done = "saved" if is_saved else "could not save"
+            goes_on = "" if is_saved else f"; the next start goes on from {self._newest()}"
+            self.tracker.message(f"signal {signal_number}: {done} step {self.state.step}, leaving{goes_on}")
         return signal_number
 
     def _end_early(self, end: EndOfData) -> None:
@@ -340,7 +344,8 @@ class _StageRun:
             with self.sections.checkpoint(), self._whole_parameters(), self.watch.memory.aside():
                 self.checkpointer.begin_local(self.state)
 
-    def _save(self, *, waits: bool, is_last: bool = False) -> None:
+    def _save(self, *, waits: bool, is_last: bool = False, without: str = _GOES_ON) -> bool:
+        """Begin to save; returns whether it has been, where it is waited for. `without`: what follows where it could not be."""
         if self.checkpointer.is_busy:
             start = time.perf_counter()
             with self.sections.checkpoint():
@@ -348,10 +353,16 @@ class _StageRun:
             self.tracker.message(f"saving step {self.state.step} waited {time.perf_counter() - start:.1f} s for the save before it")
         with self.sections.checkpoint(), self._whole_parameters(), self.watch.memory.aside():
             self.checkpointer.begin(self.state)
-            if waits:
-                self._tell(self.checkpointer.wait(self.state, is_last=is_last))
+            outcome = self.checkpointer.wait(self.state, is_last=is_last) if waits else None
+            self._tell(outcome, without)
+        return outcome is not None and outcome.error is None
 
-    def _tell(self, outcome: Outcome | None) -> None:
+    def _newest(self) -> str:
+        """Where a start goes on that comes now, in words."""
+        newer = "" if self.recipe.checkpoint.local is None else ", or a newer one on the nodes' own disks"
+        return (self.state.checkpoint or "the beginning") + newer
+
+    def _tell(self, outcome: Outcome | None, without: str = _GOES_ON) -> None:
         """Of a save that has ended. Local ones are told of only when they begin to fail, and when they do no more."""
         if outcome is None:
             return
@@ -362,7 +373,7 @@ class _StageRun:
             elif news is not None:
                 self.tracker.message(news.text)
         elif outcome.error is not None:
-            self._tell_failure(f"{outcome.error}; training goes on without this checkpoint")
+            self._tell_failure(f"{outcome.error}; {without}")
         else:
             self.tracker.message(f"saved {outcome.path.name} in {outcome.seconds:.1f} s, {outcome.stall_s:.2f} s of them without training")
 

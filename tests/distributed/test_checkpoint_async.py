@@ -179,10 +179,24 @@ def train_with_a_disk(recipe: Recipe, prunes: BaseException | None, writes: Base
         return int(train_and_read(recipe)[-1]["step"])
 
 
-def test_a_checkpoint_is_good_though_older_ones_cannot_be_deleted(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [OSError(errno.ENOTEMPTY, "Directory not empty"), AttributeError("a fault of the program")], ids=repr)
+def test_a_checkpoint_is_good_though_older_ones_cannot_be_deleted(error: Exception, pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
     recipe = make(tmp_path, data_dir, checkpoint={"every_steps": 1, "keep_last": 1})
-    assert pool.run(train_with_a_disk, recipe, OSError(errno.ENOTEMPTY, "Directory not empty"), None)[0] == 4
+    assert pool.run(train_with_a_disk, recipe, error, None)[0] == 4
     assert names(tmp_path) == [f"{step:08d}-all" for step in (1, 2, 3, 4)] and folders.latest(tmp_path) == "00000004-all"
+
+
+def train_where_deleting_hangs(recipe: Recipe) -> None:
+    with patch("megavlm.training.checkpointing.prune", lambda *_: time.sleep(600)):
+        train(recipe)
+
+
+def test_deleting_older_ones_has_a_time_limit_of_its_own(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    recipe = make(tmp_path, data_dir, checkpoint={"every_steps": 1, "timeout_s": 2.0})
+    with pytest.raises(RankError, match="rank 0 died"):
+        pool.run(train_where_deleting_hangs, recipe, timeout_s=60.0)
+    assert "tidying up behind" in (tmp_path / "stacks" / "rank-0.txt").read_text()
+    assert names(tmp_path) == ["00000001-all"] and folders.latest(tmp_path) == "00000001-all"
 
 
 def test_a_disk_that_fails_ends_the_run_as_what_a_restart_may_mend(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
@@ -191,23 +205,37 @@ def test_a_disk_that_fails_ends_the_run_as_what_a_restart_may_mend(pool: RankPoo
     assert SaveFailed.exit_code == Exit.SAVE_FAILED and Exit.SAVE_FAILED not in FINAL and DiskFull.exit_code in FINAL
 
 
-def stop_on_a_full_disk(recipe: Recipe) -> int:
-    """A signal comes in step 2, and there is no room for its checkpoint. Returns the exit code."""
-    step = Tracker.step
+def stop_on_a_full_disk(recipe: Recipe) -> tuple[int, list[str]]:
+    """A signal comes in step 2, and there is no room for its checkpoint. Returns the exit code, and what was said."""
+    said: list[str] = []
+    step, write = Tracker.step, saver._write_file
 
     def and_stop(self: Tracker, record: dict[str, Any]) -> None:
         step(self, record)
         if record["step"] == 2:
             os.kill(os.getpid(), signal.SIGUSR2)
 
-    full = OSError(errno.ENOSPC, "No space left on device")
-    with patch.object(Tracker, "step", and_stop), patch.object(saver, "_write_file", side_effect=full):
-        return train(recipe)
+    def and_fail(file: Path, *rest: Any) -> Any:
+        if file.parent.name.startswith("00000002-all"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, *rest)
+
+    with (
+        patch.object(Tracker, "step", and_stop),
+        patch.object(saver, "_write_file", and_fail),
+        patch.object(Tracker, "message", lambda self, text: said.append(text)),
+        patch.object(Tracker, "incident", lambda self, *what: said.append(what[2])),
+    ):
+        return train(recipe), said
 
 
-def test_without_room_a_signal_stops_by_policy(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
-    goes_on = {"every_steps": 10, "on_disk_full": "continue"}
-    assert pool.run(stop_on_a_full_disk, make(tmp_path / "goes on", data_dir, checkpoint=goes_on)) == [128 + signal.SIGUSR2]
+@pytest.mark.parametrize("every_steps, newest", [(1, "00000001-all"), (10, "the beginning")])
+def test_without_room_a_signal_stops_by_policy(every_steps: int, newest: str, pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    goes_on = {"every_steps": every_steps, "on_disk_full": "continue"}
+    code, said = pool.run(stop_on_a_full_disk, make(tmp_path / "goes on", data_dir, checkpoint=goes_on))[0]
+    assert code == 128 + signal.SIGUSR2
+    assert f"signal 12: could not save step 2, leaving; the next start goes on from {newest}" in said
+    assert any(text.endswith("No space left on device; the run stops without this checkpoint") for text in said)
     with pytest.raises(RankError, match="DiskFull"):
         pool.run(stop_on_a_full_disk, make(tmp_path / "ends", data_dir, checkpoint={"every_steps": 10}))
 

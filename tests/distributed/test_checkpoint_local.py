@@ -290,6 +290,17 @@ def test_the_older_one_stays_until_every_node_has_the_newer(pool: RankPool, data
     assert [local_folders(tmp_path, node) for node in (0, 1)] == [["00000004-all"]] * 2, "a part of a failed save goes"
 
 
+def train_where_deleting_fails(root: Path, data_dir: Path) -> None:
+    with patch.object(checkpointing, "prune_local", side_effect=AttributeError("a fault of the program")):
+        train_on_nodes(root, data_dir, 1, {}, 3)
+
+
+def test_a_part_is_good_though_older_ones_cannot_be_deleted(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(RankError, match="Killed"):
+        pool.run(train_where_deleting_fails, tmp_path, data_dir)
+    assert local_folders(tmp_path, 0) == ["00000001-all", "00000002-all"]
+
+
 def test_what_other_machines_left_goes_before_the_first_save(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
     """Of machines whose names were others, and of the time before nodes had folders of their own; not of other runs."""
     run = tmp_path / SHARED / _place(tmp_path, {"dir": str(tmp_path / SHARED)})

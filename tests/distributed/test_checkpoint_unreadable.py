@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 
 from megavlm.checkpoint import folders, patience
+from megavlm.checkpoint.errors import Unreadable
 from megavlm.config.exits import Exit
 from megavlm.config.schema import Recipe
 from megavlm.testing.pool import RankPool
@@ -104,3 +105,14 @@ def test_where_none_can_be_read_the_run_ends_and_may_be_started_again(pool: Rank
     error, code, _, _ = pool.run(go_on, make(run, data_dir), (0.01,), world_size=2)[0]
     assert error is not None and "holds no checkpoint that can be read now" in error and NEWEST in error
     assert code == Exit.UNREADABLE and sorted(p.name for p in (run / "checkpoints").iterdir()) == before
+
+
+def go_on_without_looking(recipe: Recipe) -> tuple[str | None, int, list[str], list[str]]:
+    with patch.object(folders, "named", side_effect=Unreadable("the folder cannot be read")):
+        return go_on(recipe, (0.01,))
+
+
+def test_a_run_that_may_not_resume_says_on_every_rank_that_it_cannot_look(pool: RankPool, data_dir: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, data_dir, [tiny_stage(steps=4)], checkpoint={"resume": False})
+    for error, code, _, _ in pool.run(go_on_without_looking, recipe, world_size=2, timeout_s=60.0):
+        assert (error, code) == ("the folder cannot be read", Exit.UNREADABLE)

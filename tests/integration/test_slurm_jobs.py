@@ -188,6 +188,22 @@ def test_ranks_do_not_start_behind_a_warning(cluster: SlurmCluster, run_dir: Pat
     assert said.index("back into the queue") < said.index("start 0 on") and said.count("entered") == 2, said
 
 
+def test_a_warning_while_the_ranks_are_being_started_is_heard(cluster: SlurmCluster, run_dir: Path, tmp_path: Path) -> None:
+    """It comes while the script clears the note of the last start away: behind its look at warnings, before there is anybody to tell."""
+    remove = tmp_path / "bin" / "rm"
+    remove.parent.mkdir()
+    warns = f'[ -e "{tmp_path}/warned" ] || {{ touch "{tmp_path}/warned"; kill -USR2 $PPID; }}'
+    remove.write_text(f'#!/bin/bash\n{warns}\nexec /bin/rm "$@"\n')
+    remove.chmod(0o755)
+    ranks = 'trap "exit 140" USR2; if [ "$MEGAVLM_START" = 0 ]; then while :; do sleep 0.1; done; fi'
+    job = start(run_dir, ranks, setup=[f"export PATH={remove.parent}:$PATH"])
+    until(job, "out of time at step 0: back into the queue")
+    cluster.start_requeued(job.id)
+    until(job, "done at step 0")
+    assert "again, on the same nodes" not in log(run_dir)
+    assert cluster.wait(job.id, ENDED)["JobState"] == "COMPLETED"
+
+
 def test_a_container_finds_the_nodes_own_tier(cluster: SlurmCluster, run_dir: Path, tmp_path: Path) -> None:
     """The folder is made on every node before the runtime, which mounts nothing that is not there, is called."""
     runtime = make_runtime(tmp_path / "bin")

@@ -45,6 +45,8 @@ def test_at_one_step_latest_decides(tmp_path: Path) -> None:
         (lambda p: (p / "state.json").unlink(), r"no state\.json.*interrupted"),
         (lambda p: (p / "manifest.json").unlink(), r"no manifest\.json.*interrupted"),
         (lambda p: (p / "state.json").write_text("{"), "damaged"),
+        (lambda p: (p / "state.json").write_text("[]"), "damaged"),
+        (lambda p: (p / "state.json").write_text('{"modules": null}'), "damaged"),
         (lambda p: (p / "manifest.json").write_text("[]"), "damaged"),
         (lambda p: p.rename(p.with_name("gone")), "no such folder"),
     ],

@@ -71,6 +71,17 @@ def test_a_state_that_cannot_be_read_is_not_called_damaged(tmp_path: Path) -> No
     assert "damaged" not in " ".join(listing.damage(path))
 
 
+def test_who_lists_checkpoints_waits_for_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, sick = make(tmp_path, "00000010-align"), make(tmp_path, "00000020-align")
+    (sick / folders.STATE).unlink()
+    (sick / folders.STATE).symlink_to("/proc/self/mem")
+    monkeypatch.setattr(patience.time, "sleep", lambda seconds: pytest.fail(f"waited {seconds} s"))
+    assert [(e.name, e.problem is None, e.resumes) for e in listing.survey(tmp_path)] == [
+        (good.name, True, True),
+        (sick.name, False, False),
+    ]
+
+
 def test_a_leftover_that_cannot_be_read_stops_no_start(tmp_path: Path) -> None:
     one, two = make(tmp_path, "00000010-align"), make(tmp_path, "00000020-align")
     one, two = (path.rename(folders.aside(path)) for path in (one, two))

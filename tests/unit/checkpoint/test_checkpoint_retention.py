@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megavlm.checkpoint import folders, patience
-from megavlm.checkpoint.retention import HELD_OUT_LOSS, Rules, prune, prune_local, reasons_to_keep
+from megavlm.checkpoint.retention import HELD_OUT_LOSS, Rules, prune, prune_local, reasons_to_keep, remove_strangers
 
 
 def make(run: Path, name: str, **state: Any) -> Path:
@@ -137,3 +137,17 @@ def test_one_that_cannot_be_deleted_keeps_no_other_from_it(run: Path, monkeypatc
         with pytest.raises(OSError, match="Input/output"):
             prune(run, Rules(keep_last=1))
         assert {name for name in left(run) if not name.startswith("00000001-a")} == {"00000002-a", "00000007-b"} | others
+
+
+@pytest.mark.parametrize("function", ["is_dir", "iterdir"])
+def test_a_sick_disk_keeps_what_other_machines_left(
+    function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One node's disk must not end a start that the others wait for."""
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, function, fail)
+    remove_strangers(tmp_path, ["node"])
+    assert f"{tmp_path} cannot be read (Input/output error): what other machines left there stays" in caplog.text

@@ -183,6 +183,10 @@ def test_room_on_the_nodes_own_tier_is_for_what_a_node_holds(tmp_path):
     assert whole == wanted(4) == pytest.approx(durable_room(recipe_of(tmp_path)).wanted_bytes * 2 / 3)  # 1 + 1 against 2 + 1
     assert wanted(4, pipeline=8) == pytest.approx(whole / 2) == wanted(4, zero=3)
     assert whole / 2 < wanted(4, zero=1) < whole
+    # Stages are far apart, tensor ranks neighbours: each node holds one stage; three ranks see two.
+    assert wanted(4, pipeline=2) == wanted(1, tensor=2) == pytest.approx(whole / 2)
+    assert wanted(3, pipeline=2) == wanted(2, tensor=2) == whole
+    assert wanted(1, pipeline=16) == pytest.approx(whole / 16), "also where the recipe does not fit so many ranks"
     recipe = recipe_of(tmp_path, checkpoint={"local": local})
     lay_down(folders.local_run_dir(local["dir"], recipe.run.name, recipe.run.dir) / "node", "00000005-align")
     assert 1000 < local_room(recipe, 8, 4).replaced_bytes < 2000
