@@ -148,6 +148,14 @@ def settle(
     )
 
 
+def tell_passed_over(recipe: Recipe, state: RunState, tracker: Tracker, log: IncidentLog) -> None:
+    """Checkpoints that were not used when `state` was read are incidents."""
+    stage = recipe.stages[min(state.stage_index, len(recipe.stages) - 1)].name
+    for warning in state.warnings:
+        log.add({"kind": warning.kind, "step": state.step, "stage": stage, "text": warning.text})
+        tracker.incident(warning.kind, state.step, warning.text)
+
+
 def roll_back(
     recipe: Recipe, state: RunState, beginning: RunState | None, incident: dict[str, Any], tracker: Tracker, log: IncidentLog
 ) -> RunState:
@@ -157,8 +165,7 @@ def roll_back(
     """
     keeps = recipe.checkpoint.model_copy(update={"resume": True})  # its own checkpoints, in the same run
     earlier = resume_point(recipe.model_copy(update={"checkpoint": keeps}))
-    for warning in earlier.warnings:
-        tracker.incident(warning.kind, earlier.step, warning.text)
+    tell_passed_over(recipe, earlier, tracker, log)
     if earlier.stage_index != state.stage_index or earlier.stage_step == 0:
         if beginning is None:
             raise TrainingFailure(f"{describe(incident)}. There is nothing to roll back to: no checkpoint of this stage is left")

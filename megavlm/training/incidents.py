@@ -24,10 +24,10 @@ INCIDENTS_FILE = "incidents.jsonl"
 _EARLIER = "earlier"
 """In place of the name of a run that had none."""
 Incident = dict[str, Any]
-"""What every line has: kind (nonfinite, spike, straggler, divergence, save_failed), step, stage, time_s (since 1970), run (its name for
-itself, `checkpoint.resume.run_id`). nonfinite and spike also action (skip, rollback, stop), data_step (of the stage's data, from 0), loss,
-grad_norm, samples {source: rows}, and suspects: the microbatches whose own loss was not finite. A rollback has to_step, and the data cursor
-that training went on from."""
+"""What every line has: kind (nonfinite, spike, straggler, divergence, save_failed, and those of a checkpoint that was passed over), step,
+stage, time_s (since 1970), run (its name for itself, `checkpoint.resume.run_id`). nonfinite and spike also action (skip, rollback, stop),
+data_step (of the stage's data, from 0), loss, grad_norm, samples {source: rows}, and suspects: the microbatches whose own loss was not
+finite. A rollback has to_step, and the data cursor that training went on from."""
 _log = logging.getLogger(__name__)
 
 

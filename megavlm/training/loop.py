@@ -34,7 +34,7 @@ from megavlm.training.answers import HeldOutAnswers
 from megavlm.training.build import StageModel
 from megavlm.training.checkpointing import Checkpointer, prepare_model
 from megavlm.training.data import RunData, StageStream
-from megavlm.training.faults import Finding, RollBack, StepJudge, TrainingFailure, describe, roll_back, settle
+from megavlm.training.faults import Finding, RollBack, StepJudge, TrainingFailure, describe, roll_back, settle, tell_passed_over
 from megavlm.training.incidents import IncidentLog
 from megavlm.training.layout import settled_layout, stage_layout
 from megavlm.training.loss_scale import scale_of
@@ -90,6 +90,7 @@ def run_stages(
     """Train from `state` on. Returns 0 when the recipe (or run.max_steps) is done, 128 + the signal's number when stopped by one."""
     incidents = IncidentLog(recipe.run.dir, has_resumed=bool(state.source))
     tracker.earlier_incidents(incidents.numbers())
+    tell_passed_over(recipe, state, tracker, incidents)
     beginning = None  # of the stage, where there is no checkpoint of it to roll back to
     while state.stage_index < len(recipe.stages):
         if recipe.run.max_steps is not None and state.step >= recipe.run.max_steps:

@@ -45,8 +45,6 @@ def _train(recipe: Recipe) -> int:
             shows_mfu = device.type == "cuda" or recipe.tracking.peak_tflops_per_rank is not None
             with StopRequest() as stop, Tracker(recipe, dist.get_rank(), dist.get_world_size(), shows_mfu=shows_mfu) as tracker:
                 tracker.start(state.step)
-                for warning in state.warnings:
-                    tracker.incident(warning.kind, state.step, warning.text)
                 if state.step:
                     tracker.message(f"resuming at step {state.step}, stage {recipe.stages[state.stage_index].name}, from {state.source}")
                 code = run_stages(recipe, state, RunData(recipe), tracker, stop, device, sections)

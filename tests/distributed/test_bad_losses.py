@@ -6,9 +6,11 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from megavlm.checkpoint.resume import PassedOver
 from megavlm.config.schema import Recipe
 from megavlm.testing.faults import NAN, bad_steps, without_data_of
 from megavlm.testing.in_rank import in_rank
@@ -16,6 +18,7 @@ from megavlm.testing.marks import slow_unless
 from megavlm.testing.pool import RankError, RankPool
 from megavlm.testing.recipes import tiny_recipe, tiny_stage, train_and_read
 from megavlm.tracking.metrics import read_metrics
+from megavlm.training.faults import tell_passed_over
 from megavlm.training.incidents import IncidentLog
 from megavlm.training.state import RunState
 
@@ -230,6 +233,18 @@ def test_incidents_of_an_earlier_run_in_the_folder_move_nothing(tmp_path: Path) 
     assert anew.number_with({"action": "rollback", "stage": "all", "step": 5, "data_step": 9}, 100) == 1
     anew.add({"kind": "spike", "action": "skip", "stage": "all", "step": 7, "data_step": 6})
     assert [i["step"] for i in IncidentLog(tmp_path, has_resumed=True).incidents] == [7] and len(incidents(tmp_path)) == 2
+
+
+@in_rank
+def test_checkpoints_that_were_passed_over_are_counted_over_restarts(tmp_path: Path) -> None:
+    recipe, told = recipe_of(tmp_path, tmp_path), Mock()
+    state = RunState(step=4, stage_index=1, warnings=[PassedOver("damaged_checkpoint", "not used")])  # at the end of the last stage
+    for number in (1, 2):
+        log = IncidentLog(tmp_path, has_resumed=True)
+        tell_passed_over(recipe, state, told, log)
+        assert IncidentLog(tmp_path, has_resumed=True).numbers() == {"damaged_checkpoint": number}
+    told.incident.assert_called_with("damaged_checkpoint", 4, "not used")
+    assert [(i["step"], i["stage"], i["text"]) for i in incidents(tmp_path)] == [(4, "all", "not used")] * 2
 
 
 OLD_LINE = '{"kind": "spike", "action": "rollback", "stage": "all", "step": 5, "data_step": 4, "to_step": 0, "cursor": {"step": 5}}\n'
