@@ -19,9 +19,9 @@ def _group() -> None:
 def replay(
     run_dir: Annotated[Path, typer.Argument(help="The run's folder, with its recipe.yaml.", metavar="RUN_DIR")],
     uri: Annotated[str | None, typer.Option(help="Instead of the recipe's tracking.mlflow_uri.")] = None,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds to try.")] = 600.0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds to try; a store that does not answer is asked again.")] = 600.0,
 ) -> None:
-    """Send what MLflow did not take while the run went on; exit code 1 when records are left.
+    """Send what MLflow did not take while the run went on; exit code 1 when records are left, by whomever they are to be sent.
 
     Records that were sent already are not doubled. What a training or evaluation that still runs has to send is left to it.
     """
@@ -43,8 +43,8 @@ def replay(
         typer.echo(f"{run_dir}: {before.held} records are left to the programs they are of, which still run and send them, {unless}")
     if not before.left:
         typer.echo(f"{run_dir}: nothing {'else ' if before.held else ''}waits for MLflow")
-        return
+        raise typer.Exit(1 if before.held else 0)
     left = deliver_spool(recipe, timeout)
     typer.echo(f"{run_dir}: {max(0, before.left - left)} of {before.left} records sent")
-    if left:
+    if left or waiting_of(run_dir).held:
         raise typer.Exit(1)

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from megavlm.tracking.mlflow_store import MlflowStore, Rejected, one_line, witho
 from megavlm.tracking.orders import Orders
 from megavlm.tracking.run_start import Start, saved_run_id
 from megavlm.tracking.spool import TORN, Item, SpoolReader, SpoolWriter
-from megavlm.tracking.spool_folders import DELIVERY_LOCK, WRITER_LOCK, SpoolLock, TakenSpool, num_waiting, remove_spool
+from megavlm.tracking.spool_folders import DELIVERY_LOCK, WRITER_LOCK, SpoolLock, TakenSpool, is_at_last_words
 from megavlm.tracking.spool_owner import Heart, Owner
 from megavlm.tracking.system_metrics import SystemMetrics
 
@@ -32,6 +32,21 @@ ITEMS_PER_DELIVERY = 500
 DELIVER_EVERY_S = 1.0
 RETRY_AFTER_S = (2.0, 5.0, 15.0, 60.0)
 """Pauses after a failed delivery; the last one repeats."""
+INSIST_EVERY_S = 2.0
+"""Pause between the last rounds of one who insists."""
+
+
+class _DiskError(OSError):
+    """What this machine's disk says of a spool or of the run's folder."""
+
+
+@contextlib.contextmanager
+def _on_disk() -> Iterator[None]:
+    """Tells errors of the disk from those of a client, which may be of the same kind."""
+    try:
+        yield
+    except OSError as error:
+        raise _DiskError(str(error)) from error
 
 
 @dataclass
@@ -71,6 +86,8 @@ class Delivery:
     ) -> None:
         self._store, self._run_dir, self._tell, self._clock = store, run_dir, tell, clock
         self._failures, self._next_try = 0, 0.0
+        self._trouble: str | None = None
+        self._disk_warned = False
         self._own, self._folder = self._delivered(spool, None), spool
         self._taken: list[_Spool] = []
         self._earlier, self._drop, self._heart = list(earlier), tuple(drop), heart or Heart()
@@ -85,38 +102,77 @@ class Delivery:
         """Deliver records, unless the store failed a moment ago. True: none is left that was there when the round began."""
         if not try_now and self._clock() < self._next_try:
             return False
+        is_tidy = self._tidy(self._take_earlier)
         try:
-            self._take_earlier()
             self._open_and_send()
-            self._remove_done()
         except Exception as error:  # whatever a client, a proxy, a database or a full disk raises: tracking never ends a run
             self._failed(error)
             return False
-        if self._failures:
-            self._tell("info", f"MLflow at {self._store.address} answers again")
-        self._failures, self._next_try = 0, 0.0
+        if self._trouble is not None:
+            self._tell("info", self._trouble)
+        self._failures, self._next_try, self._trouble = 0, 0.0, None
+        is_tidy = self._tidy(self._remove_done) and is_tidy
         self.is_well.set()
-        return True
+        return is_tidy
 
-    def files_round(self, try_now: bool = False) -> None:
-        """Upload files, those set aside a moment ago only with `try_now`. May take long; another thread may make `round`s meanwhile."""
+    def files_round(self, try_now: bool = False) -> bool:
+        """Upload files, those set aside a moment ago only with `try_now`. May take long; another thread may make `round`s meanwhile.
+
+        Returns whether each was tried or is set aside.
+        """
         for spool in (*self._taken, self._own):
             store_answers = False
             with contextlib.suppress(OSError):  # of this machine's disk, which `round` tells of
                 store_answers = spool.files.round(try_now)
             if not store_answers:
                 self.is_well.clear()  # until a round has found the store well again
-                return
+                return False
+        return True
 
-    def end(self, uploads: threading.Thread | None = None) -> None:
+    def end(self, uploads: threading.Thread | None = None, insists_until: float = 0.0) -> None:
         """The last round, for what a silent store takes now need not wait for another start; files behind the records, and behind what
-        `uploads` has begun."""
-        if self.round(try_now=True):
-            if uploads is not None:
-                uploads.join()
-            self.files_round(try_now=True)
-            with contextlib.suppress(OSError):
-                self._remove_done()
+        `uploads` has begun.
+
+        Args:
+            insists_until: rounds are repeated until this time, while the store does not answer or another process is at its last words.
+        """
+        aside_too = True  # once: they have few tries
+        while True:
+            is_done = self.round(try_now=True)
+            if self.is_well.is_set():
+                if uploads is not None:
+                    uploads.join()
+                is_done, aside_too = self.files_round(aside_too) and is_done, False
+                self._tidy(self._remove_done)
+            if is_done and not any(is_at_last_words(folder) for folder in self._earlier):
+                return
+            if self._clock() + INSIST_EVERY_S >= insists_until:
+                return
+            time.sleep(INSIST_EVERY_S)
+
+    def close(self) -> None:
+        """No more rounds: no file of a spool stays open, and what was taken over is let go."""
+        for spool in (*self._taken, self._own):
+            spool.files.close()
+        self.let_go()
+
+    def let_go(self) -> None:
+        """This process ends: any machine may go on with what it has taken over."""
+        for spool in list(self._taken):
+            if spool.taken is not None:
+                self._heart.remove(spool.taken.owner)
+                spool.taken.let_go()
+
+    def _tidy(self, step: Callable[[], None]) -> bool:
+        """Do something about what others left, which holds up nothing of this process's own. False: the disk did not take it."""
+        try:
+            step()
+        except OSError as error:
+            if not self._disk_warned:
+                self._tell("warning", f"the disk holds up what other programs left for MLflow in {self._folder.parent} ({one_line(error)})")
+            self._disk_warned = True
+            return False
+        return True
 
     def _take_earlier(self) -> None:
         for folder in list(self._earlier):
@@ -138,14 +194,22 @@ class Delivery:
             if spool.taken is not None and spool.taken.remove_if_done():
                 self._taken.remove(spool)
                 self._heart.remove(spool.taken.owner)
+                spool.files.close()
                 spool.taken.release()
 
     def _failed(self, error: Exception) -> None:
         self.is_well.clear()
         self._next_try = self._clock() + RETRY_AFTER_S[min(self._failures, len(RETRY_AFTER_S) - 1)]
-        if not self._failures:
-            self._tell("warning", f"MLflow at {self._store.address} does not take records; they wait in {self._folder} ({one_line(error)})")
         self._failures += 1
+        if isinstance(error, _DiskError):
+            text = f"the disk holds up records for MLflow; they wait in {self._folder} ({one_line(error)})"
+            over = "the disk takes records again"
+        else:
+            text = f"MLflow at {self._store.address} does not take records; they wait in {self._folder} ({one_line(error)})"
+            over = f"MLflow at {self._store.address} answers again"
+        if over != self._trouble:
+            self._tell("warning", text)
+        self._trouble = over
 
     def _open_and_send(self) -> None:
         if not self._store.is_open:
@@ -154,15 +218,17 @@ class Delivery:
         for spool in (*self._taken, self._own):
             for reader in spool.records:
                 while True:
-                    items, bad, place = reader.peek(ITEMS_PER_DELIVERY)
+                    with _on_disk():
+                        items, bad, place = reader.peek(ITEMS_PER_DELIVERY)
                     if bad:
                         self._reject(bad, TORN)
                     if records := [item for item in items if item["kind"] not in FILE_KINDS]:
                         self._send(records)
                     # Only behind records that were taken: what is repeated after a failure must not put the same files there again.
-                    if files := [item for item in items if item["kind"] in FILE_KINDS]:
-                        spool.files.put(files)
-                    reader.advance(place)
+                    with _on_disk():
+                        if files := [item for item in items if item["kind"] in FILE_KINDS]:
+                            spool.files.put(files)
+                        reader.advance(place)
                     if not items and not bad:
                         break
 
@@ -179,9 +245,9 @@ class Delivery:
     def _reject(self, lines: list[str], reason: str) -> None:
         path = self._run_dir / REJECTED_FILE
         reason = without_password(reason)
-        self._tell("warning", f"MLflow refuses {len(lines)} records; they are in {path} ({reason[:300]})")
-        with open(path, "a", encoding="utf-8") as file:
+        with _on_disk(), open(path, "a", encoding="utf-8") as file:
             file.writelines(encode_line({"reason": reason, "record": line}) + "\n" for line in lines)
+        self._tell("warning", f"MLflow refuses {len(lines)} records; they are in {path} ({reason[:300]})")
 
 
 def main() -> None:
@@ -214,10 +280,10 @@ def main() -> None:
     _deliver(settings, run_dir, run_id, spool, orders, tell, heart)
     # The program has let go of its spool when it said that this is the end; one that was killed has done so too.
     writer = SpoolLock.take(spool / WRITER_LOCK)
-    if writer is not None and not num_waiting(spool):
-        remove_spool(spool)
-    elif writer is not None and owner is not None:
-        owner.let_go()
+    if writer is not None:
+        mine = TakenSpool(spool, [writer, held], owner)
+        mine.remove_if_done()
+        mine.release()
 
 
 def _deliver(settings: dict[str, Any], run_dir: Path, run_id: str | None, spool: Path, orders: Orders, tell: Tell, heart: Heart) -> None:
@@ -234,6 +300,7 @@ def _deliver(settings: dict[str, Any], run_dir: Path, run_id: str | None, spool:
         heart=heart,
     )
     sampler = SystemMetrics.start(settings["system_every_s"], settings["node"], settings["many_nodes"])
+    orders.farewell = delivery.let_go
     uploads = threading.Thread(target=_send_files, args=(delivery, orders.ended), name="megavlm-files", daemon=True)
     uploads.start()
     while not orders.ended.wait(DELIVER_EVERY_S):
@@ -242,7 +309,8 @@ def _deliver(settings: dict[str, Any], run_dir: Path, run_id: str | None, spool:
                 writer.append(sampler.due())
         delivery.round()
     writer.close()
-    delivery.end(uploads)  # whatever hangs in here: this process ends when it was told to (orders.py)
+    delivery.end(uploads, orders.insists_until)  # whatever hangs in here: this process ends when it was told to (orders.py)
+    delivery.close()
 
 
 def _send_files(delivery: Delivery, ended: threading.Event) -> None:

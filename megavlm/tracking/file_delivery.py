@@ -56,11 +56,16 @@ class FileDelivery:
         self._passes, self._next_aside, self._has_warned = 0, 0.0, False
 
     def put(self, items: Iterable[Item]) -> None:
-        """More files."""
+        """More files: all of them, or none and OSError."""
         self._fresh.put(items)
 
+    def close(self) -> None:
+        """Nothing waits and nothing more comes: no file of the spool stays open."""
+        self._fresh.close()
+        self._aside.close()
+
     def round(self, try_now: bool = False) -> bool:
-        """Upload what waits. False: the store does not answer, and nothing more was tried.
+        """Upload what waits. False: the store does not answer, and nothing more was tried. Raises OSError for this machine's disk.
 
         Args:
             try_now: also what was set aside a moment ago.
@@ -75,6 +80,7 @@ class FileDelivery:
         return self._pass(self._fresh)
 
     def _pass(self, queue: _Queue) -> bool:
+        queue.reader.note()  # how far an earlier pass got, where the disk was full then
         for _ in range(len(queue)):  # what is set aside meanwhile goes to the end, for the next pass
             items, bad, place = queue.reader.peek(1)
             if bad:
@@ -123,7 +129,13 @@ class _Queue:
         with self._lock:
             if self._writer is None:
                 self._writer = SpoolWriter(self._folder)
-            self._writer.append(items)
+            self._writer.append_or_raise(items)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
 
     def __len__(self) -> int:
         return len(self.reader)

@@ -42,6 +42,12 @@ class LineFile:
             self._waiting.extend(f"{line}\n".encode() for line in lines)
             self._write_waiting()
 
+    def append_or_raise(self, lines: list[str]) -> None:
+        """Add all of the lines, or none of them and raise OSError."""
+        with self._lock:
+            self._write(b"".join([*self._waiting, *(f"{line}\n".encode() for line in lines)]))
+            self._waiting.clear()
+
     @property
     def num_waiting(self) -> int:
         """Lines that the disk has not taken yet."""
@@ -76,14 +82,14 @@ class LineFile:
             _log.warning("%s can be written again; lines lost meanwhile: %d", self.path, self.num_dropped)
             self._in_trouble = False
 
-    def _write(self, line: bytes) -> None:
-        """All of the line, or none of it: a disk may take its first half and be full."""
+    def _write(self, lines: bytes) -> None:
+        """All of the lines, or nothing of them: a disk may take the first half and be full."""
         written = 0
         try:
-            while written < len(line):
-                written += os.write(self._fd, line[written:])
+            while written < len(lines):
+                written += os.write(self._fd, lines[written:])
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self.num_bytes)
             raise
-        self.num_bytes += len(line)
+        self.num_bytes += len(lines)

@@ -7,6 +7,7 @@ their keys with "/" where a flat name is needed (MLflow, curves).
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -137,8 +138,18 @@ def cut_after(path: Path, step: int) -> tuple[int, int | None]:
     return len(cut), last_step
 
 
+def set_cut_aside(path: Path) -> None:
+    """What was cut from `path` so far moves on to <name>.cut-<number>.jsonl, which `read_cut` does not read: it is of another MLflow run
+    than what is written from now on. Raises OSError."""
+    cut = path.with_suffix(".cut.jsonl")
+    if cut.exists():
+        names = (path.with_suffix(f".cut-{number}.jsonl") for number in itertools.count(1))
+        cut.rename(next(name for name in names if not name.exists()))
+
+
 def read_cut(path: Path, after_step: int) -> dict[int, list[dict[str, Any]]]:
-    """What earlier starts of a run wrote into `path` of steps after this one, before it was cut: step -> their records."""
+    """What earlier starts of a run wrote into `path` of steps after this one, before it was cut: step -> their records. Not those of
+    starts before the run last began at step 0 (`set_cut_aside`)."""
     cut, found = path.with_suffix(".cut.jsonl"), defaultdict(list)
     for _, record in _lines(cut) if cut.exists() else ():
         if record is not None and record.get("step", 0) > after_step:

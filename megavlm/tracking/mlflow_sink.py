@@ -45,6 +45,8 @@ FINISH_TIMEOUT_S = 3.0
 GO_ON_SQLITE_S = 30.0
 """A file on this machine always takes what it is given, and a run shorter than the store's first start (seconds) should be in it: the
 delivering process may go on for so long behind the run's end. Where it is killed then (a container's end, SLURM) the spool has the rest."""
+_ITS_SHARE = 0.9
+"""Of the time at the end: the delivering process then lets go of spools by itself, and is killed when it does not."""
 RESTART_AFTER_S = 10.0
 """A delivering process that ended by itself (killed for memory, say) is started again after this."""
 
@@ -134,7 +136,7 @@ class MlflowSink:
             "run_name": run_name,
             "run_dir": str(self._run_dir),
             "run_id": run_id,
-            "reopen": resume_step is not None,
+            "reopen": resume_step is not None and node.index == 0,  # another node may open the run when the first has ended it
             "start": None if start is None else asdict(start),
             "params": param_values(recipe or {}),
             "spool": str(self._folder),
@@ -178,12 +180,13 @@ class MlflowSink:
         folder = Path(folder).resolve()
         self._put({"kind": "model", "path": str(folder), "name": name, "digest": _digest(folder)})
 
-    def finish(self, status: str | None = "FINISHED", timeout_s: float | None = None) -> int:
+    def finish(self, status: str | None = "FINISHED", timeout_s: float | None = None, insists: bool = False) -> int:
         """Deliver what waits and close the run; after `timeout_s` the rest stays in the spool.
 
         Args:
             status: of the run from now on; None leaves it to the one that waits in the spool.
             timeout_s: None: FINISH_TIMEOUT_S; the process that delivers to an sqlite store then goes on by itself, for GO_ON_SQLITE_S.
+            insists: a store that does not answer is asked again until the time is up, not only once.
 
         Returns the number of records in the spool. Raises TrackingError for a status that MLflow does not have.
         A second call does nothing.
@@ -198,7 +201,7 @@ class MlflowSink:
         self._spool.close()
         self._writer_lock.release()
         leaves = timeout_s is None and self.uri.startswith("sqlite")
-        has_ended = self._end_process(FINISH_TIMEOUT_S if timeout_s is None else timeout_s, leaves)
+        has_ended = self._end_process(FINISH_TIMEOUT_S if timeout_s is None else timeout_s, leaves, insists)
         atexit.unregister(self.finish)
         # What the delivering process noted on disk is what counts: it may have been killed at any moment.
         waiting = num_waiting(self._folder)
@@ -262,9 +265,22 @@ class MlflowSink:
             if self._stopping.is_set():
                 return
             _log.warning("the process that delivers to MLflow ended (%s); it is started again in %.0f s", process.wait(), RESTART_AFTER_S)
-            if self._stopping.wait(RESTART_AFTER_S):
+            if not self._start_again():
                 return
-            self._process = self._start()
+
+    def _start_again(self) -> bool:
+        """After RESTART_AFTER_S, or as soon behind it as the machine has a process to give. False: training ended meanwhile."""
+        has_warned = False
+        while not self._stopping.wait(RESTART_AFTER_S):
+            try:
+                self._process = self._start()
+                return True
+            except OSError as error:  # too many processes, no memory
+                if not has_warned:
+                    again = f"tried again every {RESTART_AFTER_S:.0f} s"
+                    _log.warning("the process that delivers to MLflow cannot be started (%s): %s", error, again)
+                has_warned = True
+        return False
 
     def _hear(self, line: bytes) -> None:
         try:
@@ -276,11 +292,12 @@ class MlflowSink:
         elif what in ("info", "warning"):
             (_log.warning if what == "warning" else _log.info)("%s", value)
 
-    def _end_process(self, timeout_s: float, leaves: bool) -> bool:
+    def _end_process(self, timeout_s: float, leaves: bool, insists: bool) -> bool:
         """Whether the delivering process has ended; one that `leaves` may go on."""
         self._stopping.set()
         process, end = self._process, time.monotonic() + timeout_s
-        self._order(process, json.dumps({"seconds": GO_ON_SQLITE_S if leaves else timeout_s, "leaves": leaves}))
+        seconds = GO_ON_SQLITE_S if leaves else _ITS_SHARE * timeout_s
+        self._order(process, json.dumps({"seconds": seconds, "leaves": leaves, "insists": insists}))
         has_ended = False
         for patience, say in ((min(2.0, timeout_s), timeout_s > 2.0), (timeout_s, False)):
             try:
@@ -311,14 +328,15 @@ def sink_for(recipe: Recipe, resume_step: int | None = None, node: Node | None =
 
 
 def deliver_spool(recipe: Recipe, timeout_s: float = 120.0) -> int:
-    """Send what ended programs of a run could not deliver. Returns the number of records that still wait and are nobody's.
+    """Send what ended programs of a run could not deliver, again and again until it is taken or the time is up. Returns the number of
+    records that still wait and are nobody's.
 
     Raises TrackingError with tracking.mlflow=false.
     """
     sink = sink_for(recipe)
     if sink is None:
         raise TrackingError(f"tracking.mlflow=false: the run in {recipe.run.dir} is not in MLflow, so there is nothing to send")
-    sink.finish(None, timeout_s)
+    sink.finish(None, timeout_s, insists=True)
     return waiting_of(Path(recipe.run.dir)).left
 
 

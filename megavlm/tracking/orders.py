@@ -7,15 +7,22 @@ import json
 import os
 import select
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 AFTER_DEATH_S = 3.0
-"""A training that was killed is outlived by so much, whatever this process is waiting for."""
+"""A program that was killed is outlived by so much, whatever this process is waiting for; not where it was told to go on by itself."""
 _LOOK_EVERY_S = 0.5
+_FAREWELL_S = 0.5
+"""Of a disk that hangs no more is waited for."""
 
 
 class Orders:
-    """The other end of the pipe from training: first a line of settings; later one that says {"seconds": s, "leaves": bool}, or its end.
+    """The other end of the pipe from training: first a line of settings; later one that says how to end, or the pipe's end.
+
+    The line is {"seconds": s, "leaves": bool, "insists": bool}: the time there is; whether it is spent without the program, which ends
+    meanwhile; whether a store that does not answer is to be tried for all of it.
 
     Args:
         descriptor: of the pipe.
@@ -26,6 +33,10 @@ class Orders:
         self._descriptor, self._parent, self._read = descriptor, parent, b""
         self.ended = threading.Event()
         """Set when this process is to end."""
+        self.insists_until = 0.0
+        """Of time.monotonic: until then a store that does not answer is tried again. 0: it is tried once."""
+        self.farewell: Callable[[], None] = lambda: None
+        """Called where this process ends because its time is up."""
 
     def settings(self) -> dict[str, Any] | None:
         """None: training ended before it said anything."""
@@ -38,13 +49,28 @@ class Orders:
 
     def _listen(self) -> None:
         line = self._next()
-        order: dict[str, Any] = json.loads(line) if line else {"seconds": AFTER_DEATH_S, "leaves": False}
+        order: dict[str, Any] = json.loads(line) if line else {"seconds": AFTER_DEATH_S, "leaves": False, "insists": False}
         if order["leaves"]:
             _leave()
-        timer = threading.Timer(order["seconds"], os._exit, (3,))
+        if order["insists"]:
+            self.insists_until = time.monotonic() + order["seconds"]
+        self._exit_after(order["seconds"])
+        self.ended.set()
+        if not order["leaves"]:
+            while self._next():
+                pass  # nothing more is said: this is the program's death
+            self._exit_after(AFTER_DEATH_S)
+
+    def _exit_after(self, seconds: float) -> None:
+        timer = threading.Timer(seconds, self._exit)
         timer.daemon = True
         timer.start()
-        self.ended.set()
+
+    def _exit(self) -> None:
+        last = threading.Thread(target=self.farewell, daemon=True)
+        last.start()
+        last.join(_FAREWELL_S)
+        os._exit(3)
 
     def _next(self) -> bytes:
         """The next line, or b"" when there will be none."""

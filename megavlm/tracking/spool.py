@@ -50,20 +50,29 @@ class SpoolWriter:
         self._file: LineFile | None = None
 
     def append(self, items: Iterable[Item]) -> None:
-        """Add to the end and hand the lines to the operating system."""
+        """Add to the end and hand the lines to the operating system; a disk that is full gets them with a later call, or at `close`."""
         for item in items:
-            if self._file is None:
-                self._file = self._next_file()
-            elif self._records >= RECORDS_PER_FILE and not self._file.num_waiting:
-                with contextlib.suppress(OSError):  # a full disk: this file grows on
-                    self._file = self._next_file()
-            self._file.append([encode_line(item)])
+            self._open_file().append([encode_line(item)])
             self._records += 1
+
+    def append_or_raise(self, items: Iterable[Item]) -> None:
+        """Add all of them to the end, or none and raise OSError."""
+        lines = [encode_line(item) for item in items]
+        self._open_file().append_or_raise(lines)
+        self._records += len(lines)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def _open_file(self) -> LineFile:
+        if self._file is None:
+            self._file = self._next_file()
+        elif self._records >= RECORDS_PER_FILE and not self._file.num_waiting:
+            with contextlib.suppress(OSError):  # a full disk: this file grows on
+                self._file = self._next_file()
+        return self._file
 
     def _next_file(self) -> LineFile:
         # An earlier process's file is never gone on with: its reader may have noted its end and be about to delete it.
@@ -78,7 +87,7 @@ class SpoolReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._at = self._noted()
+        self._at = self._noted_at = self._noted()
 
     def peek(self, count: int) -> tuple[list[Item], list[str], tuple[int, int]]:
         """Up to `count` lines from the front: (items, lines that are no item, place to `advance` to)."""
@@ -98,15 +107,21 @@ class SpoolReader:
         return items, bad, at
 
     def advance(self, place: tuple[int, int]) -> None:
-        """What lies before `place` has been dealt with: noted on disk, and files before it deleted."""
-        if place == self._at:
-            return
+        """What lies before `place` has been dealt with: this reader does not give it again, and notes that on disk (`note`)."""
         self._at = place
+        self.note()
+
+    def note(self) -> None:
+        """Note on disk how far this reader got, unless that is there, and delete files before it. Raises OSError; another call, also of
+        `advance`, then tries again."""
+        if self._at == self._noted_at:
+            return
         replacement = self.folder / f"{_DELIVERED}.new"
-        replacement.write_text(json.dumps({"file": place[0], "bytes": place[1]}), encoding="utf-8")
+        replacement.write_text(json.dumps({"file": self._at[0], "bytes": self._at[1]}), encoding="utf-8")
         os.replace(replacement, self.folder / _DELIVERED)
+        self._noted_at = self._at
         for number in _numbers(self.folder):
-            if number < place[0]:
+            if number < self._at[0]:
                 _file(self.folder, number).unlink(missing_ok=True)
 
     def keep(self, wanted: Callable[[Item], bool]) -> None:

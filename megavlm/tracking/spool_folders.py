@@ -82,6 +82,7 @@ class TakenSpool:
     locks: list[SpoolLock]
     owner: Owner | None
     """None: a spool without an owner's file."""
+    is_removed: bool = False
 
     @classmethod
     def take(cls, folder: Path, only_look: bool = False) -> Self | None:
@@ -115,13 +116,20 @@ class TakenSpool:
         if num_waiting(self.folder):
             return False
         remove_spool(self.folder)
+        self.is_removed = True
         return True
 
-    def release(self) -> None:
+    def let_go(self) -> None:
+        """Any machine may have it when its locks are free, without waiting for this owner to fall silent."""
         if self.owner is not None:
             self.owner.let_go()
+
+    def release(self) -> None:
+        self.let_go()
         for lock in self.locks:
             lock.release()
+        if self.is_removed:
+            remove_spool(self.folder)  # what NFS kept of it while the locks were open
 
 
 def make_spool(run_dir: Path, label: str, begun_ns: int | None = None) -> tuple[Path, SpoolLock]:
@@ -156,6 +164,17 @@ def spools_of(run_dir: Path) -> list[Path]:
     return sorted(p.parent for p in root.glob(f"*/{WRITER_LOCK}") if not p.parent.name.startswith("."))
 
 
+def is_at_last_words(folder: Path) -> bool:
+    """Whether the program has ended and only its delivering process, on this machine, is still at work."""
+    owner = Owner.of(folder)
+    if owner is not None and not owner.may_be_replaced():
+        return False
+    lock = SpoolLock.take(folder / WRITER_LOCK, own=False)
+    if lock is not None:
+        lock.release()
+    return lock is not None
+
+
 def old_spools(run_dir: Path) -> list[Path]:
     """Folders that an earlier version used as spools (old_spools.py moves them)."""
     signs = ("*.jsonl", "delivered.json", "system", OLD_LOCK)
@@ -172,7 +191,8 @@ def num_waiting(folder: Path) -> int:
 
 
 def remove_spool(folder: Path) -> None:
-    """Delete a spool, and the folder of all spools with the last of them. Only with both its locks."""
+    """Delete a spool, and the folder of all spools with the last of them. Only with both its locks; once more when they are closed, since
+    NFS keeps a deleted file that is open, under another name, and with it the folder."""
     shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):
         folder.parent.rmdir()

@@ -6,9 +6,11 @@ import contextlib
 import time
 from typing import Any, Self
 
+from megavlm.tracking.console import get_logger
 from megavlm.tracking.spool import Item
 
 PREFIX = "system/"
+_log = get_logger(__name__)
 
 
 class SystemMetrics:
@@ -22,7 +24,7 @@ class SystemMetrics:
 
     def __init__(self, monitors: list[Any], every_s: float, prefix: str) -> None:
         self._monitors, self._every_s, self._prefix = monitors, every_s, prefix
-        self._next = 0.0
+        self._next, self._has_warned = 0.0, False
 
     @classmethod
     def start(cls, every_s: float | None, node: str, many_nodes: bool) -> Self | None:
@@ -42,7 +44,7 @@ class SystemMetrics:
         return cls(monitors, every_s, f"{PREFIX}{node}/" if many_nodes else PREFIX)
 
     def due(self, now_s: float | None = None) -> list[Item]:
-        """A record when it is time for one, else nothing.
+        """A record when it is time for one, else nothing. A monitor that fails is left out of it, with one warning for all of them.
 
         Its step counts intervals since 1970: so those of several nodes and of a run's several starts lie in order on one axis.
         """
@@ -52,7 +54,17 @@ class SystemMetrics:
         self._next = now + self._every_s
         values: dict[str, float] = {}
         for monitor in self._monitors:
-            monitor.collect_metrics()
-            values.update({self._prefix + name: float(value) for name, value in monitor.aggregate_metrics().items()})
+            try:
+                monitor.collect_metrics()
+                values.update({self._prefix + name: float(value) for name, value in monitor.aggregate_metrics().items()})
+            except Exception as error:  # a driver that goes away, a GPU whose power limit is 0: the rest is worth having
+                self._warn(monitor, error)
             monitor.clear_metrics()
+        if not values:
+            return []
         return [{"kind": "metrics", "step": int(now // self._every_s), "time_ms": int(now * 1000), "values": values}]
+
+    def _warn(self, monitor: Any, error: Exception) -> None:
+        if not self._has_warned:
+            _log.warning("system metrics lack those of %s (%s: %s)", type(monitor).__name__, type(error).__name__, error)
+        self._has_warned = True

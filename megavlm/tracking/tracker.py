@@ -19,9 +19,9 @@ from megavlm.tracking.console import TrainingDisplay, get_logger, setup_logging
 from megavlm.tracking.curves import plot_curves
 from megavlm.tracking.environment import environment_report
 from megavlm.tracking.goodput import GoodputMeter
-from megavlm.tracking.metrics import EVALUATION_FILE, METRICS_FILE, MetricsWriter, flatten, read_cut, to_plain
+from megavlm.tracking.metrics import EVALUATION_FILE, METRICS_FILE, MetricsWriter, flatten, read_cut, set_cut_aside, to_plain
 from megavlm.tracking.mlflow_sink import MlflowSink, node_of, sink_for
-from megavlm.tracking.mlflow_store import without_password
+from megavlm.tracking.mlflow_store import TrackingError, without_password
 from megavlm.tracking.ranks import RankReport, write_ranks
 from megavlm.tracking.spool_folders import SPOOL_FOLDER
 
@@ -83,8 +83,11 @@ class Tracker:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._metrics = MetricsWriter(self.run_dir, resume_step)
         self._evaluations = MetricsWriter(self.run_dir, resume_step, EVALUATION_FILE, one_per_step=False)
+        if not resume_step:  # in a new MLflow run, which has nothing of what was cut
+            set_cut_aside(self._metrics.path)
+            set_cut_aside(self._evaluations.path)
         if cut := self._metrics.num_cut_lines:
-            _log.info("%s: %d lines after step %d moved to metrics.cut.jsonl", METRICS_FILE, cut, resume_step)
+            _log.info("%s: %d lines after step %d moved to metrics.cut*.jsonl", METRICS_FILE, cut, resume_step)
         self._goodput = GoodputMeter(self.run_dir)
         report = {**environment_report(), "world_size": self._world_size, "resume_step": resume_step}
         _write_json(self.run_dir / "environment.json", report)
@@ -151,7 +154,11 @@ class Tracker:
         the MLflow run by then, since every rank takes part in a step."""
         wanted = self._recipe.tracking.system_metrics_every_s is not None
         if self._node is not None and self._node.index and wanted and self._mlflow is None and not self._finished:
-            self._mlflow = sink_for(self._recipe, 1, self._node)
+            try:
+                self._mlflow = sink_for(self._recipe, 1, self._node)
+            except (OSError, TrackingError) as error:  # a full disk, no more processes
+                _log.warning("MLflow gets no system metrics of node %d: %s", self._node.index, error)
+                self._node = None  # so that it is not tried again
 
     def _is_whole(self, record: Mapping[str, Any]) -> bool:
         """Does MLflow get the whole record?"""

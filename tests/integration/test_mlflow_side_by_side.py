@@ -21,10 +21,10 @@ pytest.importorskip("mlflow")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def megavlm(*arguments: object) -> str:
+def megavlm(*arguments: object, codes: tuple[int, ...] = (0,)) -> str:
     command = [sys.executable, "-m", "megavlm.cli", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode in codes, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
@@ -58,7 +58,7 @@ def test_an_evaluation_and_a_replay_beside_a_training_lose_nothing_and_double_no
         assert "did not take it" in megavlm(*evaluate, "--out", tmp_path / "second")
         assert training.poll() is None and waiting_of(run_dir).left and waiting_of(run_dir).held
         server.start()
-        replayed = megavlm("track", "replay", run_dir)
+        replayed = megavlm("track", "replay", run_dir, codes=(0, 1))  # 1: the training has some of its own just now
         assert "records sent" in replayed and training.poll() is None
         assert not waiting_of(run_dir).left, "the evaluation's are sent; the training's are its own"
         os.kill(training.pid, signal.SIGTERM)

@@ -174,10 +174,12 @@ def test_a_server_that_comes_late_gets_the_spool(tmp_path, server):
     assert not (run_dir / "mlflow-spool").exists()
 
 
-def replay(run_dir: Path, recipe: Recipe, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def replay(
+    run_dir: Path, recipe: Recipe, environment: dict[str, str] | None = None, timeout_s: int = 60
+) -> subprocess.CompletedProcess[str]:
     """`megavlm track replay`."""
     dump_recipe(recipe, run_dir / "recipe.yaml")
-    command = [sys.executable, "-m", "megavlm.cli", "track", "replay", str(run_dir), "--timeout", "60"]
+    command = [sys.executable, "-m", "megavlm.cli", "track", "replay", str(run_dir), "--timeout", str(timeout_s)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **(environment or {})})
 
 
@@ -231,7 +233,7 @@ def test_a_server_with_passwords(tmp_path, monkeypatch):
         recipe = recipe_for(run_dir, server.uri)
         train(recipe, 0, 3)
         assert waiting_of(run_dir).left > 3
-        refused = replay(run_dir, recipe)
+        refused = replay(run_dir, recipe, timeout_s=12)
         assert refused.returncode == 1 and "does not take records" in refused.stderr + refused.stdout
         named = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": ADMIN_PASSWORD}
         assert replay(run_dir, recipe, named).returncode == 0

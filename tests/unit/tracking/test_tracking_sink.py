@@ -235,6 +235,29 @@ def test_system_metrics_have_the_names_of_mlflows_own(monkeypatch, tmp_path):
     assert SystemMetrics.start(None, "node-0", many_nodes=False) is None
 
 
+def test_a_monitor_that_fails_leaves_the_others_and_is_told_of_once(caplog):
+    class Good:
+        def __init__(self, power_limit=1):
+            self.power_limit, self.taken = power_limit, []
+
+        def collect_metrics(self):
+            self.taken.append(1 / self.power_limit)
+
+        def aggregate_metrics(self):
+            return {"use": self.taken[-1]}
+
+        def clear_metrics(self):
+            self.taken.clear()
+
+    class Broken(Good):
+        pass
+
+    sampler = SystemMetrics([Broken(power_limit=0), Good()], 5.0, "system/")
+    assert [sampler.due(now)[0]["values"] for now in (10.0, 20.0)] == [{"system/use": 1.0}] * 2
+    assert SystemMetrics([Broken(power_limit=0)], 5.0, "system/").due(10.0) == []
+    assert [r.getMessage() for r in caplog.records] == ["system metrics lack those of Broken (ZeroDivisionError: division by zero)"] * 2
+
+
 # ------------------------------------------------------------------------------------------------- names and addresses
 
 

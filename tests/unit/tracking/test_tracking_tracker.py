@@ -1,5 +1,6 @@
 """The facade: files of a run, silence of the other ranks, the picture of the curves."""
 
+import errno
 import json
 import logging
 import math
@@ -118,6 +119,40 @@ def test_a_step_made_again_goes_to_mlflow_once_unless_it_came_out_otherwise(reci
             assert set(sink.seen) == {6, 7, 8, 9, 10}, "4 and 5 are as before, the others came out otherwise or are new"
         tracker._finished = True
     assert [r["step"] for r in read_metrics(tracker.run_dir)] == list(range(1, 11))
+
+
+def test_a_run_that_begins_anew_sends_what_the_one_before_it_had_sent_elsewhere(recipe, monkeypatch):
+    for run, first, last in (("a", 0, 6), ("b", 0, 2), ("b", 2, 6), ("b", 4, 6)):
+        sink = FakeSink()
+        monkeypatch.setattr(tracker_module, "sink_for", lambda recipe, resume_step, node, sink=sink: sink)
+        tracker = Tracker(recipe)
+        tracker.start(first)
+        (tracker.run_dir / "mlflow_run_id").write_text(f"{run}\n")
+        for step in range(first + 1, last + 1):
+            tracker.step(record(step))
+            tracker.evaluation({"step": step, "loss": {"held": 0.5}})
+        assert set(sink.seen) == (set() if first == 4 else set(range(first + 1, last + 1))), (run, first)
+        assert all("evaluation/loss/held" in values for values in sink.seen.values())
+        tracker._finished = True
+    assert [r["step"] for r in read_metrics(tracker.run_dir, "metrics.cut-1.jsonl")] == list(range(1, 7))
+    assert [r["step"] for r in read_metrics(tracker.run_dir, "evaluation.cut-1.jsonl")] == list(range(1, 7))
+
+
+def test_a_node_that_cannot_tell_of_its_use_trains_on_and_warns_once(recipe, monkeypatch, capsys):
+    tries = []
+
+    def fail(recipe, resume_step, node):
+        tries.append(node.index)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tracker_module, "sink_for", fail)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with Tracker(recipe, rank=2, world_size=4) as tracker:
+        tracker.start(0)
+        for step in (1, 2):
+            tracker.step(record(step))
+    assert tries == [1] and capsys.readouterr().out.count("no system metrics of node 1: [Errno 28] No space left on device") == 1
 
 
 def test_going_back_cuts_the_files(recipe):
