@@ -7,6 +7,8 @@ again it is as good as it was.
 from __future__ import annotations
 
 import contextlib
+import logging
+import re
 import time
 import uuid
 from collections.abc import Mapping
@@ -23,6 +25,8 @@ from megavlm.checkpoint.shares import Nodes
 from megavlm.checkpoint.store import everywhere, verify_together
 from megavlm.parallel.reductions import from_rank_zero
 
+_log = logging.getLogger(__name__)
+
 LOCAL = "local"
 """In the state of a node's own checkpoint: what must be the same for it to be of use."""
 NODE = "node"
@@ -31,6 +35,8 @@ SAVE = "save"
 """In the same state: which save it was, the same on every node."""
 RUN_ID = "run-id"
 """File beside the checkpoints: a run that begins anew in the same folder must not take an earlier one's local checkpoints for its own."""
+
+_IS_RUN_ID = re.compile("[0-9a-f]{32}")
 
 SECOND_LOOK_S = 0.5
 """From the first word of something that is missing or malformed to the second look: a file server may have been about to tell."""
@@ -67,12 +73,15 @@ class _Candidate(NamedTuple):
 
 
 def run_id(run_dir: str | Path) -> str:
-    """The run's own name for itself, given when it is first asked for. Every rank calls this."""
+    """The run's own name for itself, given when it is first asked for, and anew where its file is damaged. Every rank calls this."""
 
     def read() -> str:
         file = Path(run_dir) / folders.CHECKPOINTS / RUN_ID
         with contextlib.suppress(*MISSING):
-            return patiently(lambda: file.read_text(encoding="utf-8"), file).strip()
+            known = patiently(file.read_bytes, file).decode(errors="replace").strip()
+            if _IS_RUN_ID.fullmatch(known):
+                return known
+            _log.warning("%s is damaged: the run gets a new one, and takes no earlier checkpoint of the local tier for its own", file)
         own = uuid.uuid4().hex
         file.parent.mkdir(parents=True, exist_ok=True)
         folders.write_bytes(file, own.encode())
