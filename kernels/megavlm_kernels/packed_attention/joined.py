@@ -38,7 +38,7 @@ def joined_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, *, causal: bool, scale: float
 ) -> torch.Tensor:
     """(L, H, K), (L, G, K), (L, G, K) -> (L, H, K), bit for bit what a call a segment gives."""
-    joined: torch.Tensor = _Joined.apply(query, key, value, segments.query_starts, causal, scale)
+    joined: torch.Tensor = _Joined.apply(query, key, value, segments.query_starts, causal, scale)  # type: ignore[no-untyped-call]
     return joined
 
 
