@@ -81,7 +81,7 @@ def run_id(run_dir: str | Path) -> str:
             known = patiently(file.read_bytes, file).decode(errors="replace").strip()
             if _IS_RUN_ID.fullmatch(known):
                 return known
-            _log.warning("%s is damaged: the run gets a new one, and takes no earlier checkpoint of the local tier for its own", file)
+            _log.warning("%s is damaged: the run gets a new one, and takes no earlier incident or local checkpoint for its own", file)
         own = uuid.uuid4().hex
         file.parent.mkdir(parents=True, exist_ok=True)
         folders.write_bytes(file, own.encode())

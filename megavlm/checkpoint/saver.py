@@ -8,8 +8,9 @@
 Threads write, not processes: hashing, writing and fsyncing hold no lock of the interpreter, there is nobody who can be killed without
 the rank, and nobody who outlives it. No thread waits for another rank. So a rank that dies leaves a folder that ends in `.tmp` and the
 checkpoints before it; a disk that hangs ends the job by the watchdog of the thread that hangs, which gives each part of a save (writing,
-publishing, tidying up) `timeout_s`. megatron-core's writer is not used: it forks a process a file and waits for it without a limit, so
-that a killed one hangs the job, and starts a manager process that imports `__main__` again and outlives the rank.
+publishing, tidying up) `timeout_s`; where training waits for it, all of it has that time and some seconds (training/sections.py).
+megatron-core's writer is not used: it forks a process a file and waits for it without a limit, so that a killed one hangs the job, and
+starts a manager process that imports `__main__` again and outlives the rank.
 """
 
 from __future__ import annotations
@@ -239,20 +240,20 @@ class Saver:
                 with watchdog(f"{what} {job.path}", self.timeout_s):
                     work(job)
             except Exception as error:
-                job.error = error
-                return
+                if not job.is_tidying:
+                    job.error = error
+                    return
+                # The checkpoint is good whatever becomes of older ones.
+                why = f"{type(error).__name__}: {error}"
+                _log.warning("behind %s older checkpoints could not be deleted: %s", job.path.name, why)
             job.stage += 1
 
         job.thread = threading.Thread(target=run, name=f"checkpoint {what}", daemon=True)
         job.thread.start()
 
     def _tidy(self, job: _Job) -> None:
-        """The checkpoint is good whatever becomes of older ones."""
-        try:
-            if self.after is not None:
-                self.after(job.path, job.is_local)
-        except Exception as error:
-            _log.warning("behind %s older checkpoints could not be deleted: %s: %s", job.path.name, type(error).__name__, error)
+        if self.after is not None:
+            self.after(job.path, job.is_local)
 
     def _write(self, job: _Job) -> None:
         job.unfinished.mkdir(parents=True, exist_ok=True)

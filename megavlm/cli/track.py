@@ -38,13 +38,15 @@ def replay(
     setup_logging()
     adopt_old_spools(run_dir)
     before = waiting_of(run_dir)
-    if before.held:
+    if running := before.held - before.ending:
         unless = "unless they were killed on another machine less than a minute ago"
-        typer.echo(f"{run_dir}: {before.held} records are left to the programs they are of, which still run and send them, {unless}")
-    if not before.left:
-        typer.echo(f"{run_dir}: nothing {'else ' if before.held else ''}waits for MLflow")
-        raise typer.Exit(1 if before.held else 0)
+        typer.echo(f"{run_dir}: {running} records are left to the programs they are of, which still run and send them, {unless}")
+    first = before.left + before.ending
+    if not first:
+        typer.echo(f"{run_dir}: nothing {'else ' if running else ''}waits for MLflow")
+        raise typer.Exit(1 if running else 0)
     left = deliver_spool(recipe, timeout)
-    typer.echo(f"{run_dir}: {max(0, before.left - left)} of {before.left} records sent")
-    if left or waiting_of(run_dir).held:
+    after = waiting_of(run_dir)
+    typer.echo(f"{run_dir}: {max(0, first - left - after.ending)} of {first} records sent")
+    if left or after.held:
         raise typer.Exit(1)

@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -65,9 +66,10 @@ def missing_programs() -> list[str]:
 class SlurmCluster:
     """Started by `with`; every process it started is ended behind it."""
 
-    def __init__(self, folder: Path, nodes: int = 2, gpus: int = 0, *, lost_after_s: int = 10, kill_wait_s: int = 5) -> None:
-        self.folder, self.nodes = folder, nodes
-        self.configuration = folder / "slurm.conf"
+    def __init__(self, nodes: int = 2, gpus: int = 0, *, lost_after_s: int = 10, kill_wait_s: int = 5) -> None:
+        # Of its own, for a test's is too long: a step listens on a socket in it, whose path may have 108 bytes.
+        self.folder, self.nodes = Path(tempfile.mkdtemp(prefix="slurm-")), nodes
+        self.configuration = self.folder / "slurm.conf"
         self._gpus, self._times = gpus, (lost_after_s, kill_wait_s)
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -176,6 +178,7 @@ class SlurmCluster:
                 daemon.wait()
         self._daemons.clear()
         self._kill_what_is_left()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _kill_what_is_left(self) -> None:
         """Steps that a killed daemon left behind, and their ranks."""

@@ -175,6 +175,7 @@ class Delivery:
         return True
 
     def _take_earlier(self) -> None:
+        trouble = None
         for folder in list(self._earlier):
             if folder.exists():
                 taken = TakenSpool.take(folder)
@@ -182,12 +183,15 @@ class Delivery:
                     continue  # its holder is at its last words, or still works
                 try:
                     taken.keep(lambda item: item["kind"] not in self._drop)
-                except OSError:  # a full disk: another round tries again
+                except OSError as error:  # a full disk: another round tries again
                     taken.release()
-                    raise
+                    trouble = error
+                    continue
                 self._heart.add(taken.owner)
                 self._taken.append(self._delivered(folder, taken))
             self._earlier.remove(folder)
+        if trouble is not None:
+            raise trouble
 
     def _remove_done(self) -> None:
         for spool in list(self._taken):
@@ -215,22 +219,31 @@ class Delivery:
         if not self._store.is_open:
             self._store.open()
             self._tell("open", {"run_id": self._store.run_id, "experiment_id": self._store.experiment_id})
+        trouble = None
         for spool in (*self._taken, self._own):
-            for reader in spool.records:
-                while True:
-                    with _on_disk():
-                        items, bad, place = reader.peek(ITEMS_PER_DELIVERY)
-                    if bad:
-                        self._reject(bad, TORN)
-                    if records := [item for item in items if item["kind"] not in FILE_KINDS]:
-                        self._send(records)
-                    # Only behind records that were taken: what is repeated after a failure must not put the same files there again.
-                    with _on_disk():
-                        if files := [item for item in items if item["kind"] in FILE_KINDS]:
-                            spool.files.put(files)
-                        reader.advance(place)
-                    if not items and not bad:
-                        break
+            try:
+                self._send_all(spool)
+            except _DiskError as error:  # of this spool: the others' records go out all the same
+                trouble = error
+        if trouble is not None:
+            raise trouble
+
+    def _send_all(self, spool: _Spool) -> None:
+        for reader in spool.records:
+            while True:
+                with _on_disk():
+                    items, bad, place = reader.peek(ITEMS_PER_DELIVERY)
+                if records := [item for item in items if item["kind"] not in FILE_KINDS]:
+                    self._send(records)
+                # Only behind records that were taken: what is repeated after a failure must not put the same files there again.
+                if bad:
+                    self._reject(bad, TORN)
+                with _on_disk():
+                    if files := [item for item in items if item["kind"] in FILE_KINDS]:
+                        spool.files.put(files)
+                    reader.advance(place)
+                if not items and not bad:
+                    break
 
     def _send(self, items: list[Item]) -> None:
         try:

@@ -45,8 +45,8 @@ FINISH_TIMEOUT_S = 3.0
 GO_ON_SQLITE_S = 30.0
 """A file on this machine always takes what it is given, and a run shorter than the store's first start (seconds) should be in it: the
 delivering process may go on for so long behind the run's end. Where it is killed then (a container's end, SLURM) the spool has the rest."""
-_ITS_SHARE = 0.9
-"""Of the time at the end: the delivering process then lets go of spools by itself, and is killed when it does not."""
+LETTING_GO_S = 1.0
+"""Of the time at the end, a tenth at most: the delivering process then lets go of spools by itself, and is killed when it does not."""
 RESTART_AFTER_S = 10.0
 """A delivering process that ended by itself (killed for memory, say) is started again after this."""
 
@@ -296,7 +296,7 @@ class MlflowSink:
         """Whether the delivering process has ended; one that `leaves` may go on."""
         self._stopping.set()
         process, end = self._process, time.monotonic() + timeout_s
-        seconds = GO_ON_SQLITE_S if leaves else _ITS_SHARE * timeout_s
+        seconds = GO_ON_SQLITE_S if leaves else max(0.9 * timeout_s, timeout_s - LETTING_GO_S)
         self._order(process, json.dumps({"seconds": seconds, "leaves": leaves, "insists": insists}))
         has_ended = False
         for patience, say in ((min(2.0, timeout_s), timeout_s > 2.0), (timeout_s, False)):

@@ -54,8 +54,8 @@ class Orders:
             _leave()
         if order["insists"]:
             self.insists_until = time.monotonic() + order["seconds"]
-        self._exit_after(order["seconds"])
         self.ended.set()
+        self._exit_after(order["seconds"])
         if not order["leaves"]:
             while self._next():
                 pass  # nothing more is said: this is the program's death
@@ -64,13 +64,18 @@ class Orders:
     def _exit_after(self, seconds: float) -> None:
         timer = threading.Timer(seconds, self._exit)
         timer.daemon = True
-        timer.start()
+        try:
+            timer.start()
+        except RuntimeError:  # the machine has no other thread to give
+            os._exit(3)
 
     def _exit(self) -> None:
-        last = threading.Thread(target=self.farewell, daemon=True)
-        last.start()
-        last.join(_FAREWELL_S)
-        os._exit(3)
+        try:
+            last = threading.Thread(target=self.farewell, daemon=True)
+            last.start()
+            last.join(_FAREWELL_S)
+        finally:
+            os._exit(3)
 
     def _next(self) -> bytes:
         """The next line, or b"" when there will be none."""

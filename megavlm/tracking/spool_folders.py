@@ -207,19 +207,22 @@ class Waiting:
     held: int
     """Of programs that still run, or another process delivers: they are sent without anybody's doing. Also of those killed on another
     machine a moment ago (spool_owner.py)."""
+    ending: int = 0
+    """Of `held`, those whose program has ended: its delivering process is at its last words."""
 
 
 def waiting_of(run_dir: Path) -> Waiting:
     """What waits for MLflow in a run's spools."""
-    left, held = 0, sum(num_waiting(folder) for folder in old_spools(run_dir))
+    left, held, ending = 0, sum(num_waiting(folder) for folder in old_spools(run_dir)), 0
     for folder in spools_of(run_dir):
         taken = TakenSpool.take(folder, only_look=True)
         if taken is None:
             held += num_waiting(folder)
+            ending += num_waiting(folder) if is_at_last_words(folder) else 0
             continue
         left += num_waiting(folder)
         taken.release()
-    return Waiting(left, held)
+    return Waiting(left, held, ending)
 
 
 @contextmanager

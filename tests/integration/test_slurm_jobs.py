@@ -28,7 +28,7 @@ save() { # rank 0 writes; a rank that ended before it would have it killed
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
+    with SlurmCluster() as cluster:
         before = os.environ.get("SLURM_CONF")
         os.environ["SLURM_CONF"] = str(cluster.configuration)
         try:

@@ -99,7 +99,7 @@ class Run:
 @contextmanager
 def under_way(folder: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, nodes: int = 2) -> Iterator[tuple[SlurmCluster, Run]]:
     """A cluster, and a run on it that has saved once and gone on."""
-    with SlurmCluster(folder / "slurm", nodes, lost_after_s=LOST_AFTER_S) as cluster:
+    with SlurmCluster(nodes, lost_after_s=LOST_AFTER_S) as cluster:
         run = Run(cluster, folder, data_dir, monkeypatch)
         run.reaches(SAVED_EVERY + 1)
         yield cluster, run

@@ -255,7 +255,7 @@ def test_slurm_is_missing_or_silent(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(bool(missing_programs()), reason=f"no SLURM here: {', '.join(missing_programs())} missing")
 def test_partitions_of_a_real_slurm(tmp_path, monkeypatch):
-    with SlurmCluster(tmp_path / "slurm") as cluster:
+    with SlurmCluster() as cluster:
         monkeypatch.setenv("SLURM_CONF", str(cluster.configuration))
         assert "partitions: debug" in slurm.check_slurm(None).detail
         good = slurm.check_slurm(ClusterConfig(partition="debug", nodes=1))

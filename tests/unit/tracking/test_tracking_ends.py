@@ -169,6 +169,14 @@ def test_a_program_that_dies_behind_its_order_is_outlived_by_a_moment(monkeypatc
     read, write = os.pipe()
     heard = Orders(read, os.getppid())
     heard.farewell = lambda: farewells.append(1)
+    timers = []
+
+    class Timer(threading.Timer):
+        def __init__(self, *given):
+            super().__init__(*given)
+            timers.append(self)
+
+    monkeypatch.setattr(orders.threading, "Timer", Timer)
     heard.listen()
     os.write(write, (json.dumps({"seconds": 600.0, "leaves": leaves, "insists": True}) + "\n").encode())
     assert heard.ended.wait(10) and heard.insists_until > time.monotonic() + 500
@@ -176,6 +184,9 @@ def test_a_program_that_dies_behind_its_order_is_outlived_by_a_moment(monkeypatc
     os.close(write)
     assert gone.wait(0.5 if leaves else 10) is not leaves
     assert (exits, farewells) == (([], []) if leaves else ([3], [1]))
+    assert timers
+    for timer in timers:
+        timer.cancel()  # behind the test nothing keeps it from ending the process
     if not leaves:
         os.close(read)
 

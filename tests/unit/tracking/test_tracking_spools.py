@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 
 import pytest
 from typer.testing import CliRunner
@@ -14,7 +15,7 @@ from megavlm.testing.spools import spooled
 from megavlm.tracking.file_delivery import ASIDE_RETRY_S, MAX_TRIES
 from megavlm.tracking.mlflow_sink import MlflowSink
 from megavlm.tracking.spool import SpoolReader
-from megavlm.tracking.spool_folders import TakenSpool, num_waiting, spools_of, waiting_of
+from megavlm.tracking.spool_folders import DELIVERY_LOCK, SpoolLock, TakenSpool, num_waiting, spools_of, waiting_of
 from tests.unit.tracking.test_tracking_sink import Bench
 
 
@@ -131,6 +132,23 @@ def test_replay_leaves_a_running_program_its_records(tmp_path):
     done = CliRunner().invoke(app, ["replay", str(tmp_path)])
     assert done.exit_code == 1 and "2 records are left to the programs they are of" in done.output and "nothing else waits" in done.output
     assert [i["step"] for i in spooled(tmp_path)] == [1, 2] and not (tmp_path / "mlflow_run_id").exists()
+
+
+def test_replay_waits_for_the_last_words_of_a_program_that_has_ended(tmp_path):
+    recipe = {"run": {"dir": str(tmp_path), "name": "n"}, "data": {"sources": {"a": {"path": "x"}}}}
+    recipe["stages"] = [{"name": "s", "steps": 1, "mixture": {"a": 1}}]
+    dump_recipe(Recipe.model_validate(recipe), tmp_path / "recipe.yaml")
+    ended = Bench(tmp_path)
+    ended.put(1, 2)
+    ended.lock.release()
+    delivers = SpoolLock.take(ended.spool / DELIVERY_LOCK)
+    assert (waiting_of(tmp_path).held, waiting_of(tmp_path).ending) == (2, 2)
+    start = time.monotonic()
+    done = CliRunner().invoke(app, ["replay", str(tmp_path), "--uri", f"http://127.0.0.1:{free_port()}", "--timeout", "4"])
+    assert done.exit_code == 1 and "0 of 2 records sent" in done.output and "still run" not in done.output
+    assert time.monotonic() - start > 2
+    delivers.release()
+    assert (waiting_of(tmp_path).left, waiting_of(tmp_path).held) == (2, 0)
 
 
 def test_a_lock_whose_file_was_deleted_meanwhile_is_none(tmp_path):
