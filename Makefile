@@ -7,7 +7,7 @@ ARGS ?=
 # Test processes; a file of tests stays in one of them, and each has its own pool of ranks.
 WORKERS ?= 2
 
-# The rows of docs/reliability.md. Those whose time has a goal run alone, the others four at a time: they wait more than they compute.
+# The rows of docs/reliability.md. Those whose time has a goal run alone, the others three at a time: they often wait.
 FAULTS := tests/faults tests/exploits/test_nothing_runs_code.py::test_no_kind_of_file_runs_code tests/integration/test_slurm_training.py
 
 VENV := .venv
@@ -52,7 +52,7 @@ families: $(STAMP) ## Prove every model family against transformers and write th
 faults: $(STAMP) ## Break runs in every known way, see them recover, and write the table of docs/reliability.md
 	rm -rf build/faults && mkdir -p build/faults
 	MEGAVLM_FAULTS_RESULTS=build/faults $(BIN)/python -m pytest -m "timed" $(FAULTS) $(ARGS)
-	MEGAVLM_FAULTS_RESULTS=build/faults $(BIN)/python -m pytest -m "not timed and not gpu" -n 4 $(FAULTS) $(ARGS)
+	MEGAVLM_FAULTS_RESULTS=build/faults $(BIN)/python -m pytest -m "not timed and not gpu" -n 3 --dist loadgroup $(FAULTS) $(ARGS)
 	$(BIN)/python -m megavlm.testing.matrix.table build/faults docs/reliability.md
 
 check: $(STAMP) ## Lint, format, types, floors, Dockerfile, shell

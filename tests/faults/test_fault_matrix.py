@@ -18,6 +18,8 @@ from megavlm.testing.matrix.run import FaultyRun, can_mount
 from megavlm.testing.matrix.table import Figures
 from megavlm.testing.recipes import assert_same_records
 
+STOPPED = pytest.mark.xdist_group("a stopped run")
+"""With `--dist loadgroup` tests of a group are in one process: what they share is made once."""
 END_S = 200.0
 """More than a start and all steps take on a busy machine."""
 
@@ -83,9 +85,9 @@ def recovered(fault: Fault, broken: dict[str, Any], resumed: int, resume_s: floa
 
 
 def marked(faults: list[Fault]) -> list[Any]:
-    """Slow but for one, and alone on the machine those whose time has a goal."""
+    """Slow but for one. Those that happen to one and the same run, all that have a goal among them, are alone on the machine."""
     return [
-        pytest.param(fault, id=fault.name, marks=[pytest.mark.slow] * (not fault.quick) + [pytest.mark.timed] * (fault.goal_s is not None))
+        pytest.param(fault, id=fault.name, marks=[pytest.mark.slow] * (not fault.quick) + [pytest.mark.timed] * (not fault.is_apart))
         for fault in faults
     ]
 
@@ -110,6 +112,7 @@ def test_a_run_survives(
     figures[fault.name] = row
 
 
+@pytest.mark.xdist_group("runs of their own")
 @pytest.mark.parametrize("fault", marked([fault for fault in FAULTS if fault.is_apart]))
 def test_a_run_that_was_made_for_it_survives(
     fault: Fault, data_dir: Path, tmp_path: Path, uninterrupted: list[dict[str, Any]], figures: Figures
@@ -130,6 +133,7 @@ def test_a_run_that_was_made_for_it_survives(
 
 
 @pytest.mark.slow
+@STOPPED
 @pytest.mark.parametrize("damage", DAMAGES, ids=[damage.name for damage in DAMAGES])
 def test_a_damaged_checkpoint_is_left_for_the_one_before(
     damage: Damage, data_dir: Path, tmp_path: Path, stopped: Path, uninterrupted: list[dict[str, Any]], figures: Figures
@@ -148,6 +152,7 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(
 
 
 @pytest.mark.slow
+@STOPPED
 def test_the_only_checkpoint_is_damaged(data_dir: Path, tmp_path: Path, stopped: Path) -> None:
     """It must not begin at the beginning as if there had been nothing."""
     shutil.copytree(stopped / "run", tmp_path / "run")
@@ -163,6 +168,7 @@ def test_the_only_checkpoint_is_damaged(data_dir: Path, tmp_path: Path, stopped:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("runs of their own")
 def test_another_layout_in_the_middle_of_a_run(
     data_dir: Path, tmp_path: Path, uninterrupted: list[dict[str, Any]], figures: Figures
 ) -> None:

@@ -45,6 +45,7 @@ def points(server: MlflowServer, run: FaultyRun) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("runs of their own")
 @pytest.mark.parametrize(
     ("name", "what"),
     [("killed", "the MLflow server killed"), ("frozen", "the MLflow server frozen (SIGSTOP)"), ("blinked", "the same, for a second")],
