@@ -87,6 +87,8 @@ class Delivery:
         self._store, self._run_dir, self._tell, self._clock = store, run_dir, tell, clock
         self._failures, self._next_try = 0, 0.0
         self._trouble: str | None = None
+        self._is_refused = False
+        """The store said no to this user: asking again changes nothing."""
         self._disk_warned = False
         self._own, self._folder = self._delivered(spool, None), spool
         self._taken: list[_Spool] = []
@@ -110,7 +112,7 @@ class Delivery:
             return False
         if self._trouble is not None:
             self._tell("info", self._trouble)
-        self._failures, self._next_try, self._trouble = 0, 0.0, None
+        self._failures, self._next_try, self._trouble, self._is_refused = 0, 0.0, None, False
         is_tidy = self._tidy(self._remove_done) and is_tidy
         self.is_well.set()
         return is_tidy
@@ -134,7 +136,8 @@ class Delivery:
         `uploads` has begun.
 
         Args:
-            insists_until: rounds are repeated until this time, while the store does not answer or another process is at its last words.
+            insists_until: rounds are repeated until this time, while the store does not answer or another process is at its last words;
+                not where the store refuses this user.
         """
         aside_too = True  # once: they have few tries
         while True:
@@ -146,7 +149,7 @@ class Delivery:
                 self._tidy(self._remove_done)
             if is_done and not any(is_at_last_words(folder) for folder in self._earlier):
                 return
-            if self._clock() + INSIST_EVERY_S >= insists_until:
+            if self._is_refused or self._clock() + INSIST_EVERY_S >= insists_until:
                 return
             time.sleep(INSIST_EVERY_S)
 
@@ -205,6 +208,8 @@ class Delivery:
         self.is_well.clear()
         self._next_try = self._clock() + RETRY_AFTER_S[min(self._failures, len(RETRY_AFTER_S) - 1)]
         self._failures += 1
+        status = getattr(error, "get_http_status_code", None)  # of MLflow's errors
+        self._is_refused = status is not None and status() in (401, 403)
         if isinstance(error, _DiskError):
             text = f"the disk holds up records for MLflow; they wait in {self._folder} ({one_line(error)})"
             over = "the disk takes records again"

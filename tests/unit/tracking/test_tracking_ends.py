@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException, get_error_code
 
 from megavlm.config.schema import TrackingConfig
 from megavlm.testing.mlflow_server import free_port
@@ -103,6 +104,18 @@ def test_one_who_insists_asks_a_silent_store_until_it_answers_or_the_time_is_up(
     assert len(pauses) == 4 and bench.now == 8.0 and not bench.store.taken
     bench.delivery.end(insists_until=100.0)
     assert len(pauses) == 9 and bench.store.steps() == [1]
+
+
+@pytest.mark.parametrize(("status", "asks_again"), [(401, False), (403, False), (500, True)])
+def test_one_who_insists_takes_no_for_an_answer(bench, monkeypatch, status, asks_again):
+    def refuse():
+        raise MlflowException("no", error_code=get_error_code(status))
+
+    bench.put(1)
+    monkeypatch.setattr(bench.store, "open", refuse)
+    pauses = at_pauses(monkeypatch, bench, {})
+    bench.delivery.end(insists_until=100.0)
+    assert bool(pauses) is asks_again and not bench.store.taken
 
 
 def test_one_who_insists_waits_for_last_words_and_for_no_program_that_runs(tmp_path, monkeypatch):
