@@ -240,7 +240,7 @@ def test_a_wrong_line_of_the_env_file_is_not_printed(cluster: SlurmCluster, run_
 
 @pytest.mark.parametrize("code", [2, 78])
 def test_what_a_restart_does_not_mend_is_not_started_again(cluster: SlurmCluster, run_dir: Path, code: int) -> None:
-    job = start(run_dir, f"exit {code}")
+    job = start(run_dir, f'echo {code} > "$MEGAVLM_EXIT_NOTE"; exit {code}')  # as megavlm's command line does
     found = cluster.wait(job.id, ENDED)
     assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", f"{code}:0", "0")
     assert "which a restart does not mend" in log(run_dir) and "start 1" not in log(run_dir)
