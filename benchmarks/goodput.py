@@ -2,7 +2,7 @@
 
     python benchmarks/goodput.py [--seeds 20] [--detect-crash-s 2 --start-s 90 ...] [--out benchmarks/results/goodput.json]
     python benchmarks/goodput.py --tiny         (two seconds; to see that it runs)
-    python benchmarks/goodput.py --real         (three minutes: a real run on two ranks, broken all the time, beside its simulation)
+    python benchmarks/goodput.py --real         (six minutes: a real run on two ranks, broken all the time, beside its simulation)
 
 419 unexpected interruptions in 54 days on 16,384 H100 (The Llama 3 Herd of Models, https://arxiv.org/abs/2407.21783, section 3.3.4 and
 table 5), drawn as a Poisson process with the table's causes. A failure loses the steps since the newest checkpoint that can be loaded;

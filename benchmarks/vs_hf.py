@@ -8,12 +8,12 @@ Two workloads, in useful tokens per second (padding does not count):
 
 Both sides alternate step by step, so that a busy machine hurts both. Losses of the first step must agree, or nothing is written.
 `share_of_matmul_rate`: FLOPs of the formula over seconds, as a share of what a plain matmul of this format reaches on the same threads, in
-the same run. Peak memory is what each side, alone in a process of its own, adds over three steps to what its imports took; blocks that were
-freed go back to the system at once on both sides (MALLOC_MMAP_THRESHOLD_), because glibc would keep them.
+the same run. `cpu`: seconds of both threads in the program and in the system, which mostly hands out fresh pages of memory. What that takes
+differs much between machines: `ratio_of_user_seconds` is without it. Peak memory: what each side, alone in a process of its own, adds over
+three steps to what its imports took; freed blocks go back to the system at once (MALLOC_MMAP_THRESHOLD_), because glibc would keep them.
 `floor` is the planner's count for megavlm's pack: weights, gradients and Adam's moments, which both sides hold; what autograd keeps from
 the forward to the backward pass, with `--recompute` as it is; and the head. `left_for_activations_mib` is what half of Hugging Face's peak
-leaves beside the first: where more is kept, only recomputation gets there. `--recompute` is megavlm's `parallel.recompute` (selective: the
-MLPs); Hugging Face keeps all of its activations, as it does unless told otherwise.
+leaves beside the first: where more is kept, only recomputation gets there: `--recompute` (selective: the MLPs), for megavlm alone.
 Writes benchmarks/results/vs_hf-<size>-<dtype>.json, with recomputation vs_hf-<size>-<dtype>-<recompute>.json.
 """
 
@@ -340,11 +340,14 @@ def compare(hf: HuggingFace, ours: Megavlm, batches: list[list[Sample]], matmul_
     if abs(first[0] - first[1]) > tolerance * first[0]:
         sys.exit(f"the two sides do not compute the same loss: Hugging Face {first[0]}, megavlm {first[1]}")
     seconds: dict[str, list[float]] = {"hf": [], "megavlm": []}
+    cpu = {name: {"user_s": 0.0, "system_s": 0.0} for name in seconds}
     for samples in batches[1:]:
         for name, side in (("hf", hf), ("megavlm", ours)):
-            start = time.perf_counter()
+            start, used = time.perf_counter(), os.times()
             side.step(samples)
             seconds[name].append(time.perf_counter() - start)
+            for kind, before, after in zip(cpu[name], used, os.times(), strict=False):  # user and system come first
+                cpu[name][kind] += after - before
     useful = sum(s.tokens.numel() for samples in batches[1:] for s in samples)
     padded = sum(len(samples) * max(s.tokens.numel() for s in samples) for samples in batches[1:])
     flops = sum(flops_of(ours, samples) for samples in batches[1:])
@@ -355,6 +358,8 @@ def compare(hf: HuggingFace, ours: Megavlm, batches: list[list[Sample]], matmul_
         "ratio": round(speed["megavlm"] / speed["hf"], 3),
         "ratio_of_medians": round(statistics.median(seconds["hf"]) / statistics.median(seconds["megavlm"]), 3),
         "share_of_matmul_rate": {side: round(flops / sum(times) / matmul_rate, 3) for side, times in seconds.items()},
+        "cpu": {name: {kind: round(value, 2) for kind, value in used.items()} for name, used in cpu.items()},
+        "ratio_of_user_seconds": round(cpu["hf"]["user_s"] / cpu["megavlm"]["user_s"], 3),
         "hf_padding_share": round(1 - useful / padded, 3),
         "first_losses": first,
         "seconds": seconds,

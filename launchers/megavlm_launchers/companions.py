@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from megavlm_launchers.environment import free_port, rank_environment
+from megavlm_launchers.environment import held_port, rank_environment
 from megavlm_launchers.errors import LaunchError
 from megavlm_launchers.local import child_setup
 
@@ -29,34 +29,35 @@ def companions(argv: Sequence[str], num_ranks: int, env: Mapping[str, str] | Non
     """
     if num_ranks < 1:
         raise LaunchError(f"num_ranks={num_ranks}: at least 1 is needed")
-    environ, port = dict(os.environ if env is None else env), free_port()
+    environ = dict(os.environ if env is None else env)
     folder = Path(tempfile.mkdtemp(prefix="megavlm-ranks-"))
     prepare = child_setup(os.getpid(), set())
     processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank in range(1, num_ranks):
-            with (folder / f"rank{rank}.log").open("wb") as log:
-                processes.append(
-                    subprocess.Popen(
-                        list(argv),
-                        env=rank_environment(rank, num_ranks, port, environ),
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        process_group=0,
-                        preexec_fn=prepare,
+    with held_port() as port:
+        try:
+            for rank in range(1, num_ranks):
+                with (folder / f"rank{rank}.log").open("wb") as log:
+                    processes.append(
+                        subprocess.Popen(
+                            list(argv),
+                            env=rank_environment(rank, num_ranks, port, environ),
+                            stdin=subprocess.DEVNULL,
+                            stdout=log,
+                            stderr=subprocess.STDOUT,
+                            process_group=0,
+                            preexec_fn=prepare,
+                        )
                     )
-                )
-        yield rank_environment(0, num_ranks, port, environ)
-        for rank, process in enumerate(processes, start=1):
-            code = _ending(process)
-            if code:
-                raise LaunchError(f"rank {rank} ended with exit code {code}; what it wrote: {folder / f'rank{rank}.log'}")
-    finally:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            yield rank_environment(0, num_ranks, port, environ)
+            for rank, process in enumerate(processes, start=1):
+                code = _ending(process)
+                if code:
+                    raise LaunchError(f"rank {rank} ended with exit code {code}; what it wrote: {folder / f'rank{rank}.log'}")
+        finally:
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def _ending(process: subprocess.Popen[bytes]) -> int:

@@ -5,11 +5,13 @@ torchrun's names (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, M
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megavlm_launchers.errors import LaunchError
@@ -63,11 +65,21 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def free_port() -> int:
-    """A TCP port on the loopback address that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """A free TCP port of the loopback address, kept from everybody who asks the system for one until the block ends.
+
+    Rank 0 listens on it seconds after it was chosen, behind Python's imports: another run on this machine must not be given it meanwhile.
+    On Linux an address may be bound again with SO_REUSEADDR, which torch's store sets, while nobody listens there (socket(7)), and is
+    never given out by itself. Elsewhere the port is free when it is chosen, and no more.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind((LOOPBACK, 0))
+        port = int(held.getsockname()[1])
+        if sys.platform != "linux":
+            held.close()
+        yield port
 
 
 def num_visible_gpus(environ: Mapping[str, str]) -> int:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megavlm.config.exits import Exit
-from megavlm_launchers.environment import free_port, rank_environment
+from megavlm_launchers.environment import held_port, rank_environment
 from megavlm_launchers.errors import LaunchError
 
 PR_SET_PDEATHSIG = 1
@@ -118,9 +118,9 @@ def launch_local(
     folder = Path(log_dir) if log_dir is not None else Path(tempfile.mkdtemp(prefix="megavlm-logs-"))
     folder.mkdir(parents=True, exist_ok=True)
     group = _Group(say or _to_stderr, grace_s)
-    with _blocked(WATCHED) as mask_before:
+    with _blocked(WATCHED) as mask_before, held_port() as port:
         try:
-            _start(group, argv, num_ranks, dict(os.environ if env is None else env), folder, mask_before)
+            _start(group, argv, num_ranks, port, dict(os.environ if env is None else env), folder, mask_before)
             _wait(group)
         finally:
             for rank in group.ranks:
@@ -143,8 +143,7 @@ def _blocked(signals: set[signal.Signals]) -> Iterator[set[int]]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start(group: _Group, argv: Sequence[str], num_ranks: int, env: dict[str, str], folder: Path, mask: set[int]) -> None:
-    port = free_port()
+def _start(group: _Group, argv: Sequence[str], num_ranks: int, port: int, env: dict[str, str], folder: Path, mask: set[int]) -> None:
     prepare = child_setup(os.getpid(), mask)
     for rank in range(num_ranks):
         log = None if rank == 0 else folder / f"rank{rank}.log"

@@ -78,11 +78,12 @@ def launch(recipe: Recipe, path: Path, overrides: list[str], nproc: int | None) 
     import os
     import sys
 
-    from megavlm_launchers.environment import free_port, rank_environment
+    from megavlm_launchers.environment import held_port, rank_environment
     from megavlm_launchers.local import launch_local
 
     num_ranks = nproc or _num_ranks(recipe)
     if num_ranks == 1:
-        return _train_here(recipe, rank_environment(0, 1, free_port(), os.environ))
+        with held_port() as port:
+            return _train_here(recipe, rank_environment(0, 1, port, os.environ))
     command = [sys.executable, "-m", "megavlm.cli", "train", str(path), *overrides]
     return launch_local(command, num_ranks, log_dir=Path(recipe.run.dir) / "logs")

@@ -16,7 +16,6 @@ import multiprocessing as mp
 import os
 import resource
 import signal
-import socket
 import tempfile
 import time
 import traceback
@@ -27,6 +26,8 @@ from typing import IO, Any
 
 import cloudpickle
 
+from megavlm_launchers.environment import held_port
+
 _QUIT = b"quit"
 GRACE_S = 10.0
 """Behind the time limit: by then collectives have raised in the ranks that can say so."""
@@ -36,13 +37,6 @@ END_S = 5.0
 
 class RankError(AssertionError):
     """A rank raised; the message holds its traceback."""
-
-
-def free_port() -> int:
-    """A TCP port nobody listens on right now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def _worker(rank: int, connection: Connection, stacks: IO[bytes]) -> None:
@@ -122,11 +116,11 @@ class RankPool:
 
     def run(self, function: Callable[..., Any], *args: Any, world_size: int = 1, timeout_s: float = 120.0, **kwargs: Any) -> list[Any]:
         """Call `function(*args, **kwargs)` on ranks 0..world_size-1. Raises RankError with the first failing rank's traceback."""
-        task = cloudpickle.dumps((function, args, kwargs, world_size, free_port(), timeout_s))
         if not self._processes:  # here, and not while that error was handled: every later one would carry it along
             self._fork()
         try:
-            answers = self._exchange(task, world_size, timeout_s)
+            with held_port() as port:
+                answers = self._exchange(cloudpickle.dumps((function, args, kwargs, world_size, port, timeout_s)), world_size, timeout_s)
         except BaseException:
             self._kill()
             raise

@@ -22,8 +22,8 @@ from megavlm.checkpoint.retention import Rules, prune
 from megavlm.checkpoint.saver import Saver
 from megavlm.config.schema import ParallelConfig
 from megavlm.parallel.context import enter_grid, start_process_group
-from megavlm.testing.pool import free_port
 from megavlm.testing.tiny import tiny_chunks, tiny_model_config
+from megavlm_launchers.environment import held_port
 
 RANKS = 2
 CPU = torch.device("cpu")
@@ -57,7 +57,12 @@ def save_for_ever(rank: int, port: int, run_dir: Path) -> None:
 
 def kill_while_saving(run_dir: Path, dice: random.Random) -> int:
     """Start the ranks, kill one at a random moment, and see the other end by itself. Returns the step that was saved last."""
-    context, port = mp.get_context("fork"), free_port()
+    with held_port() as port:
+        return _kill_while_saving(run_dir, dice, port)
+
+
+def _kill_while_saving(run_dir: Path, dice: random.Random, port: int) -> int:
+    context = mp.get_context("fork")
     ranks = [context.Process(target=save_for_ever, args=(rank, port, run_dir), daemon=True) for rank in range(RANKS)]
     before = folders.latest(run_dir)
     for process in ranks:

@@ -16,9 +16,9 @@ import torch
 from megavlm.config.parallel import ContextSplit
 from megavlm.models.layers.attention import attend_packed
 from megavlm.models.layers.packing import pack
-from megavlm.testing.pool import free_port
 from megavlm.topology.context import ContextLayout, context_layout
 from megavlm_kernels.packed_attention import BACKENDS, BackendError
+from megavlm_launchers.environment import held_port, rank_environment
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -137,18 +137,11 @@ def in_a_rank(comm: str, split: ContextSplit, folder: str) -> None:
 )
 def test_two_gpus_compute_what_one_does(comm: str, split: str, tmp_path: Path) -> None:
     root = str(Path(__file__).parents[2])
-    common = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([root, *sys.path]),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path])}
     command = [sys.executable, "-c", RANK, comm, split, str(tmp_path)]
-    ranks = [
-        subprocess.Popen(command, env={**common, "RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in range(2)
-    ]
-    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    with held_port() as port:
+        ranks = [subprocess.Popen(command, env=rank_environment(r, 2, port, environ), stderr=subprocess.PIPE, text=True) for r in range(2)]
+        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks), errors
     if (tmp_path / "0.json").exists():
         pytest.skip(json.loads((tmp_path / "0.json").read_text()))

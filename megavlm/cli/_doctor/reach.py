@@ -11,7 +11,7 @@ from typing import Any
 
 from megavlm.cli._doctor.check import Check
 from megavlm.topology.table import human_bytes
-from megavlm_launchers.environment import free_port, rank_environment
+from megavlm_launchers.environment import held_port, rank_environment
 
 TIMEOUT_S = 60.0
 """Between ranks of one machine."""
@@ -25,7 +25,12 @@ _REMEDY = {
 
 def check_here(backend: str, num_ranks: int) -> Check:
     """Start so many ranks on this machine and let them talk."""
-    name, port = f"{backend}, {num_ranks} ranks here", free_port()
+    name = f"{backend}, {num_ranks} ranks here"
+    with held_port() as port:
+        return _check_here(name, backend, num_ranks, port)
+
+
+def _check_here(name: str, backend: str, num_ranks: int, port: int) -> Check:
     command = [sys.executable, "-m", "megavlm.parallel.reach", backend, str(TIMEOUT_S)]
     ranks = [
         subprocess.Popen(

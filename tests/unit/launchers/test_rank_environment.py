@@ -1,11 +1,13 @@
 """Who started this process, and as which rank: torchrun, srun, or nobody."""
 
+import errno
 import shutil
+import socket
 import subprocess
 
 import pytest
 
-from megavlm_launchers.environment import found_ranks, num_visible_gpus, rank_environment
+from megavlm_launchers.environment import LOOPBACK, found_ranks, held_port, num_visible_gpus, rank_environment
 from megavlm_launchers.errors import LaunchError
 from megavlm_launchers.slurm import first_host, master_port, slurm_environment, tasks_of_node
 
@@ -104,3 +106,18 @@ def test_cuda_visible_devices(listed, num):
 
 def test_rank_environment_keeps_the_rest():
     assert rank_environment(0, 1, 5, {"PATH": "p"})["PATH"] == "p"
+
+
+def test_a_port_is_held_for_rank_0_until_the_run_ends():
+    """Between the choice and rank 0's listening lie seconds of imports, in which other runs choose theirs."""
+    import torch
+
+    with held_port() as port:
+        with socket.socket() as somebody, pytest.raises(OSError) as refused:
+            somebody.bind((LOOPBACK, port))
+        assert refused.value.errno == errno.EADDRINUSE
+        store = torch.distributed.TCPStore(LOOPBACK, port, is_master=True)
+        store.set("who", "rank 0")
+        assert torch.distributed.TCPStore(LOOPBACK, port, is_master=False).get("who") == b"rank 0"
+        with held_port() as another:
+            assert another != port
