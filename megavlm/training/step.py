@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import to_local_if_dtensor
 
 from megavlm.data.types import PackedBatch
 from megavlm.models.layers.fp8 import constant_weights
@@ -173,11 +173,17 @@ def _update(optimizer: MegatronOptimizer, loss: float, allows: Judge) -> float |
     if not allows(loss, grad_norm):
         return None
     for part_ in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if parameters := part_.get_parameters():
-            clip_grad_by_total_norm_fp32(
-                parameters, part_.config.clip_grad, grad_norm, part_.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
-            )
+        _clip(part_.get_parameters(), part_.config.clip_grad, grad_norm)
     return grad_norm if optimizer.step_with_ready_grads() else None
+
+
+def _clip(parameters: Sequence[torch.Tensor], max_norm: float, norm: float) -> None:
+    """Scale gradients in place, in one call for all of them; where Transformer Engine and Apex are missing, megatron-core writes scaled
+    copies first, tensor by tensor."""
+    coefficient = max_norm / (norm + 1e-6)
+    gradients = [to_local_if_dtensor(p.grad) for p in parameters if p.grad is not None]
+    if gradients and coefficient < 1.0:
+        torch._foreach_mul_(gradients, coefficient)
 
 
 @torch.no_grad()
