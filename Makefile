@@ -39,10 +39,10 @@ quickstart: $(STAMP) ## Make data, train a small vision-language model, measure 
 	$(BIN)/megavlm quickstart $(ARGS)
 
 test: $(STAMP) ## Run the tests (no GPU needed)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-all: $(STAMP) ## Run the slow tests and, where there is a GPU, those too
-	$(BIN)/python -m pytest -m "" -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 families: $(STAMP) ## Prove every model family against transformers and write the table of docs/families.md
 	mkdir -p build

@@ -8,8 +8,8 @@ Two workloads, in useful tokens per second (padding does not count):
 
 Both sides alternate step by step, so that a busy machine hurts both. Losses of the first step must agree, or nothing is written.
 `share_of_matmul_rate`: FLOPs of the formula over seconds, as a share of what a plain matmul of this format reaches on the same threads, in
-the same run. `cpu`: seconds of both threads in the program and in the system, which mostly hands out fresh pages of memory. What that takes
-differs much between machines: `ratio_of_user_seconds` is without it. Peak memory: what each side, alone in a process of its own, adds over
+the same run. `cpu`: processor seconds of the program and of the system for it, presumably for fresh pages of memory, whose price
+is the machine's: `ratio_of_user_seconds` is without it. Peak memory: what each side, alone in a process of its own, adds over
 three steps to what its imports took; freed blocks go back to the system at once (MALLOC_MMAP_THRESHOLD_), because glibc would keep them.
 `floor` is the planner's count for megavlm's pack: weights, gradients and Adam's moments, which both sides hold; what autograd keeps from
 the forward to the backward pass, with `--recompute` as it is; and the head. `left_for_activations_mib` is what half of Hugging Face's peak

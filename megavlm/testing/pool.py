@@ -118,12 +118,13 @@ class RankPool:
         """Call `function(*args, **kwargs)` on ranks 0..world_size-1. Raises RankError with the first failing rank's traceback."""
         if not self._processes:  # here, and not while that error was handled: every later one would carry it along
             self._fork()
-        try:
-            with held_port() as port:
-                answers = self._exchange(cloudpickle.dumps((function, args, kwargs, world_size, port, timeout_s)), world_size, timeout_s)
-        except BaseException:
-            self._kill()
-            raise
+        with held_port() as port:
+            task = cloudpickle.dumps((function, args, kwargs, world_size, port, timeout_s))
+            try:
+                answers = self._exchange(task, world_size, timeout_s)
+            except BaseException:
+                self._kill()
+                raise
         failures = [text for is_good, text in answers if not is_good]
         if failures:
             raise RankError(failures[0])
