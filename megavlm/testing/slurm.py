@@ -19,11 +19,14 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 
 PORTS = (20000, 32000)
+FIRST_JOBS = (1, 1_000_000)
+"""Clusters of tests share a machine: a job's number is what tells its processes and its ranks' port from those of another cluster."""
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 _CONFIGURATION = """
 ClusterName=megavlm
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={port}
+FirstJobId={first_job}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -200,7 +203,14 @@ class SlurmCluster:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         lost_after, kill_wait = self._times
         ports = _ports(self.nodes + 1)
-        text = _CONFIGURATION.format(port=ports[0], root=self.folder, nodes=self.nodes, lost_after=lost_after, kill_wait=kill_wait)
+        text = _CONFIGURATION.format(
+            port=ports[0],
+            first_job=random.randrange(*FIRST_JOBS),
+            root=self.folder,
+            nodes=self.nodes,
+            lost_after=lost_after,
+            kill_wait=kill_wait,
+        )
         resources = []
         for number in range(1, self.nodes + 1):
             text += (

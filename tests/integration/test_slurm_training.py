@@ -105,6 +105,7 @@ def under_way(folder: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, nod
     with SlurmCluster(nodes, lost_after_s=LOST_AFTER_S) as cluster:
         run = Run(cluster, folder, data_dir, monkeypatch)
         run.reaches(SAVED_EVERY + 1)
+        until(lambda: (run.dir / "checkpoints" / "latest").exists(), run.log)  # written beside training: steps may overtake it
         yield cluster, run
 
 
