@@ -52,7 +52,7 @@ families: $(STAMP) ## Prove every model family against transformers and write th
 faults: $(STAMP) ## Break runs in every known way, see them recover, and write the table of docs/reliability.md
 	rm -rf build/faults && mkdir -p build/faults
 	MEGAVLM_FAULTS_RESULTS=build/faults $(BIN)/python -m pytest -m "timed" $(FAULTS) $(ARGS)
-	MEGAVLM_FAULTS_RESULTS=build/faults $(BIN)/python -m pytest -m "not timed and not gpu" -n 3 --dist loadgroup $(FAULTS) $(ARGS)
+	MEGAVLM_FAULTS_RESULTS=build/faults $(BIN)/python -m pytest -m "not timed and not gpu" -n 3 $(FAULTS) $(ARGS)
 	$(BIN)/python -m megavlm.testing.matrix.table build/faults docs/reliability.md
 
 check: $(STAMP) ## Lint, format, types, floors, Dockerfile, shell

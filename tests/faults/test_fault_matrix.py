@@ -18,8 +18,6 @@ from megavlm.testing.matrix.run import FaultyRun, can_mount
 from megavlm.testing.matrix.table import Figures
 from megavlm.testing.recipes import assert_same_records
 
-STOPPED = pytest.mark.xdist_group("a stopped run")
-"""With `--dist loadgroup` tests of a group are in one process: what they share is made once."""
 END_S = 200.0
 """More than a start and all steps take on a busy machine."""
 
@@ -112,7 +110,6 @@ def test_a_run_survives(
     figures[fault.name] = row
 
 
-@pytest.mark.xdist_group("runs of their own")
 @pytest.mark.parametrize("fault", marked([fault for fault in FAULTS if fault.is_apart]))
 def test_a_run_that_was_made_for_it_survives(
     fault: Fault, data_dir: Path, tmp_path: Path, uninterrupted: list[dict[str, Any]], figures: Figures
@@ -133,7 +130,6 @@ def test_a_run_that_was_made_for_it_survives(
 
 
 @pytest.mark.slow
-@STOPPED
 @pytest.mark.parametrize("damage", DAMAGES, ids=[damage.name for damage in DAMAGES])
 def test_a_damaged_checkpoint_is_left_for_the_one_before(
     damage: Damage, data_dir: Path, tmp_path: Path, stopped: Path, uninterrupted: list[dict[str, Any]], figures: Figures
@@ -152,7 +148,6 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(
 
 
 @pytest.mark.slow
-@STOPPED
 def test_the_only_checkpoint_is_damaged(data_dir: Path, tmp_path: Path, stopped: Path) -> None:
     """It must not begin at the beginning as if there had been nothing."""
     shutil.copytree(stopped / "run", tmp_path / "run")
@@ -168,7 +163,6 @@ def test_the_only_checkpoint_is_damaged(data_dir: Path, tmp_path: Path, stopped:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("runs of their own")
 def test_another_layout_in_the_middle_of_a_run(
     data_dir: Path, tmp_path: Path, uninterrupted: list[dict[str, Any]], figures: Figures
 ) -> None:

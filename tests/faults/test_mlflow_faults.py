@@ -49,7 +49,6 @@ def points(server: MlflowServer, run: FaultyRun) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("runs of their own")
 @pytest.mark.parametrize(
     ("name", "what"),
     [

@@ -25,10 +25,7 @@ from megavlm.testing.slurm import SlurmCluster, missing_programs
 from megavlm.tracking.metrics import read_metrics
 from tests.integration.test_train_command import megavlm
 
-pytestmark = [
-    pytest.mark.skipif(bool(missing_programs()), reason=f"no SLURM here: {', '.join(missing_programs())} missing"),
-    pytest.mark.xdist_group("SLURM"),
-]
+pytestmark = pytest.mark.skipif(bool(missing_programs()), reason=f"no SLURM here: {', '.join(missing_programs())} missing")
 STEPS, SAVED_EVERY = 60, 10
 LOST_AFTER_S = 10
 """SLURM's SlurmdTimeout here; its default is 300."""

@@ -6,10 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 from megavlm.cli.track import app
-from megavlm.config.load import dump_recipe
-from megavlm.config.schema import Recipe, TrackingConfig
+from megavlm.config.schema import TrackingConfig
 from megavlm.testing.mlflow_server import free_port
-from megavlm.testing.spools import spooled
+from megavlm.testing.spools import spooled, write_recipe
 from megavlm.tracking.metrics import encode_line
 from megavlm.tracking.mlflow_sink import MlflowSink
 from megavlm.tracking.old_spools import adopt_old_spools
@@ -78,8 +77,6 @@ def test_a_start_finds_them(old):
 
 
 def test_replay_counts_them(old):
-    recipe = {"run": {"dir": str(old), "name": "n"}, "data": {"sources": {"a": {"path": "x"}}}}
-    recipe["stages"] = [{"name": "s", "steps": 1, "mixture": {"a": 1}}]
-    dump_recipe(Recipe.model_validate(recipe), old / "recipe.yaml")
+    write_recipe(old)
     done = CliRunner().invoke(app, ["replay", str(old), "--uri", f"http://127.0.0.1:{free_port()}", "--timeout", "1"])
     assert done.exit_code == 1 and "0 of 5 records sent" in done.output

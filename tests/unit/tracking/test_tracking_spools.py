@@ -8,10 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from megavlm.cli.track import app
-from megavlm.config.load import dump_recipe
-from megavlm.config.schema import Recipe, TrackingConfig
+from megavlm.config.schema import TrackingConfig
 from megavlm.testing.mlflow_server import free_port
-from megavlm.testing.spools import spooled
+from megavlm.testing.spools import spooled, write_recipe
 from megavlm.tracking.file_delivery import ASIDE_RETRY_S, MAX_TRIES
 from megavlm.tracking.mlflow_sink import MlflowSink
 from megavlm.tracking.spool import SpoolReader
@@ -124,9 +123,7 @@ def test_what_ended_programs_left_is_found_and_what_others_hold_is_left_alone(tm
 
 
 def test_replay_leaves_a_running_program_its_records(tmp_path):
-    recipe = {"run": {"dir": str(tmp_path), "name": "n"}, "data": {"sources": {"a": {"path": "x"}}}}
-    recipe["stages"] = [{"name": "s", "steps": 1, "mixture": {"a": 1}}]
-    dump_recipe(Recipe.model_validate(recipe), tmp_path / "recipe.yaml")
+    write_recipe(tmp_path)
     running = Bench(tmp_path)
     running.put(1, 2)
     done = CliRunner().invoke(app, ["replay", str(tmp_path)])
@@ -135,9 +132,7 @@ def test_replay_leaves_a_running_program_its_records(tmp_path):
 
 
 def test_replay_waits_for_the_last_words_of_a_program_that_has_ended(tmp_path):
-    recipe = {"run": {"dir": str(tmp_path), "name": "n"}, "data": {"sources": {"a": {"path": "x"}}}}
-    recipe["stages"] = [{"name": "s", "steps": 1, "mixture": {"a": 1}}]
-    dump_recipe(Recipe.model_validate(recipe), tmp_path / "recipe.yaml")
+    write_recipe(tmp_path)
     ended = Bench(tmp_path)
     ended.put(1, 2)
     ended.lock.release()
