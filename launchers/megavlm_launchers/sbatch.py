@@ -19,6 +19,8 @@ from megavlm_launchers.errors import LaunchError
 TEMPLATES = Path(__file__).parent / "templates"
 REQUEUE_S = 20
 """What the script keeps of the time between the warning and the limit, to kill ranks that do not end and go back into the queue."""
+TELL_S = 5
+"""Until they have ended, the ranks are told that often to save and end."""
 AWAY_S = 60
 """What the script waits before it starts ranks again that could not read any checkpoint: until a file server may be back."""
 AWAY_STARTS = 10
@@ -71,6 +73,7 @@ def render(job: SlurmJob) -> str:
         env_file=job.env_file,
         setup=cluster.setup,
         signal=cluster.signal,
+        tell_s=TELL_S,
         local_dir=job.local_dir if job.cluster.container is not None else None,
         patience=max(cluster.signal_before_s - REQUEUE_S, cluster.signal_before_s // 2),
         srun=shlex.join(_srun_options(job)),

@@ -4,6 +4,7 @@ checkpoints as training does."""
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -202,6 +203,25 @@ def test_a_warning_while_the_ranks_are_being_started_is_heard(cluster: SlurmClus
     until(job, "done at step 0")
     assert "again, on the same nodes" not in log(run_dir)
     assert cluster.wait(job.id, ENDED)["JobState"] == "COMPLETED"
+
+
+def test_a_warning_that_srun_drops_is_said_again(
+    cluster: SlurmCluster, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It drops what comes before its tasks have started: here for as long as the test wants. A stop has no limit."""
+    monkeypatch.setattr(sbatch, "TELL_S", 0.2)
+    deaf = tmp_path / "bin" / "srun"
+    deaf.parent.mkdir()
+    hears = f'echo starting; trap "echo dropped" USR2; while [ ! -e "{tmp_path}/go" ]; do sleep 0.1; done; trap "" USR2'
+    deaf.write_text(f'#!/bin/bash\n{hears}\nexec {shutil.which("srun")} "$@"\n')
+    deaf.chmod(0o755)
+    job = start(run_dir, 'trap "save; exit 140" USR2; while :; do sleep 0.1; done', setup=[f"export PATH={deaf.parent}:$PATH"])
+    until(job, "starting")
+    jobs.stop(job)
+    until(job, "dropped")
+    (tmp_path / "go").touch()
+    assert cluster.wait(job.id, ENDED)["JobState"] == "COMPLETED", log(run_dir)
+    assert log(run_dir).count("the ranks save and end") == 1 and "stopped at step" in log(run_dir) and "start 1 on" not in log(run_dir)
 
 
 def test_a_container_finds_the_nodes_own_tier(cluster: SlurmCluster, run_dir: Path, tmp_path: Path) -> None:
