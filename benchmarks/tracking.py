@@ -22,7 +22,7 @@ import torch
 from timing import write_report
 
 from megavlm.config.schema import TrackingConfig
-from megavlm.testing.mlflow_server import MlflowServer, free_port
+from megavlm.testing.mlflow_server import DEAD_SERVER, MlflowServer
 from megavlm.tracking.mlflow_sink import MlflowSink
 
 SIDES = ("no tracking", "sqlite", "server", "frozen server", "dead server")
@@ -49,7 +49,7 @@ def measure(rounds: int, steps: int, products: int) -> dict[str, Any]:
         for side in ("server", "frozen server"):
             (folder / side).mkdir()
         with MlflowServer(folder / "server") as server, MlflowServer(folder / "frozen server") as frozen:
-            uris = {"sqlite": None, "server": server.uri, "frozen server": frozen.uri, "dead server": f"http://127.0.0.1:{free_port()}"}
+            uris = {"sqlite": None, "server": server.uri, "frozen server": frozen.uri, "dead server": DEAD_SERVER}
             sinks = {
                 side: MlflowSink(TrackingConfig(mlflow_uri=uri), side, folder / side / "run", resume_step=0) for side, uri in uris.items()
             }

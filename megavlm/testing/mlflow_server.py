@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,15 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from megavlm_launchers.environment import LOOPBACK, held_port
+
 ADMIN_PASSWORD = "a password of tests"
 _START_TIMEOUT_S = 240.0
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on at this moment."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+DEAD_SERVER = f"http://{LOOPBACK}:9"
+"""Refuses every connection at once: the port of a service (discard, RFC 863) that nobody runs, nor is any program given it."""
 
 
 class MlflowServer:
@@ -35,12 +31,14 @@ class MlflowServer:
     """
 
     def __init__(self, folder: Path, arguments: list[str] | None = None, auth: bool = False) -> None:
-        self.folder, self.port, self._auth = folder, free_port(), auth
-        self.uri = f"http://127.0.0.1:{self.port}"
+        self.folder, self._auth = folder, auth
+        self._held = contextlib.ExitStack()  # also while it is killed: it comes back on the same port
+        self.port = self._held.enter_context(held_port())
+        self.uri = f"http://{LOOPBACK}:{self.port}"
         if arguments is None:
             store = ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}", "--artifacts-destination", str(folder / "artifacts")]
             arguments = ["server", *store, *(["--app-name", "basic-auth"] if auth else [])]
-        self._command = [sys.executable, "-m", "mlflow", *arguments, "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        self._command = [sys.executable, "-m", "mlflow", *arguments, "--host", LOOPBACK, "--port", str(self.port), "--workers", "1"]
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -95,3 +93,4 @@ class MlflowServer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.kill()
+        self._held.close()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megavlm.config.schema import TrackingConfig
-from megavlm.testing.mlflow_server import free_port
+from megavlm.testing.mlflow_server import DEAD_SERVER
 from megavlm.testing.spools import spooled
 from megavlm.tracking import mlflow_sink
 from megavlm.tracking.mlflow_sink import MlflowSink
@@ -127,8 +127,9 @@ def test_a_program_that_dies_without_finish_keeps_its_records(tmp_path):
         sink.metrics(1, {"loss": 1.0})
         raise KeyError("boom")
     """
-    uri = f"http://127.0.0.1:{free_port()}"
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), uri, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), DEAD_SERVER, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 1 and "boom" in done.stderr
     assert [i.get("step", i.get("status")) for i in spooled(tmp_path)] == [1, "FAILED"]
 
@@ -229,7 +230,7 @@ def test_a_slow_sqlite_store_does_not_hold_up_the_exit_and_has_all_in_the_end(tm
 
 
 def test_after_the_end(tmp_path):
-    sink = MlflowSink(TrackingConfig(mlflow_uri=f"http://127.0.0.1:{free_port()}"), "n", tmp_path)
+    sink = MlflowSink(TrackingConfig(mlflow_uri=DEAD_SERVER), "n", tmp_path)
     with pytest.raises(TrackingError, match="DONE"):
         sink.finish("DONE")
     assert sink.finish(timeout_s=0.1) == 1 == sink.finish()
@@ -239,7 +240,7 @@ def test_after_the_end(tmp_path):
 
 @pytest.mark.parametrize(("resume_step", "kept"), [(0, ["tags", 9]), (5, [1, 8, "tags", 9]), (None, [1, 8, "tags", "FAILED", 9])])
 def test_what_an_earlier_start_left_goes_on_unless_training_begins_anew(tmp_path, resume_step, kept):
-    config = TrackingConfig(mlflow_uri=f"http://127.0.0.1:{free_port()}")
+    config = TrackingConfig(mlflow_uri=DEAD_SERVER)
     first = MlflowSink(config, "n", tmp_path, resume_step=0)
     for step in (1, 8):
         first.metrics(step, {"loss": 1.0})

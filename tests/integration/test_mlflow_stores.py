@@ -14,7 +14,7 @@ import pytest
 
 from megavlm.config.load import dump_recipe
 from megavlm.config.schema import Recipe, TrackingConfig
-from megavlm.testing.mlflow_server import ADMIN_PASSWORD, MlflowServer, free_port
+from megavlm.testing.mlflow_server import ADMIN_PASSWORD, DEAD_SERVER, MlflowServer
 from megavlm.tracking.mlflow_sink import MlflowSink
 from megavlm.tracking.spool_folders import SPOOL_FOLDER, waiting_of
 from megavlm.tracking.tracker import Tracker
@@ -161,7 +161,7 @@ def test_the_recommended_command_shows_metrics_and_pictures(server):
 
 def test_a_server_that_comes_late_gets_the_spool(tmp_path, server):
     run_dir = tmp_path / "a"
-    train(recipe_for(run_dir, f"http://127.0.0.1:{free_port()}"), 0, 8)
+    train(recipe_for(run_dir, DEAD_SERVER), 0, 8)
     assert waiting_of(run_dir).left > 8 and not (run_dir / "mlflow_run_id").exists()
     tracker = train(recipe_for(run_dir, server.uri), 5, 10, connected=True)
     replay(run_dir, recipe_for(run_dir, server.uri))  # what a slow machine did not send by now

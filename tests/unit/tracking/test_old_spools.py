@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from megavlm.cli.track import app
 from megavlm.config.schema import TrackingConfig
-from megavlm.testing.mlflow_server import free_port
+from megavlm.testing.mlflow_server import DEAD_SERVER
 from megavlm.testing.spools import spooled, write_recipe
 from megavlm.tracking.metrics import encode_line
 from megavlm.tracking.mlflow_sink import MlflowSink
@@ -71,12 +71,12 @@ def test_one_whose_program_still_runs_is_left_to_it(old):
 
 
 def test_a_start_finds_them(old):
-    config = TrackingConfig(mlflow_uri=f"http://127.0.0.1:{free_port()}")
+    config = TrackingConfig(mlflow_uri=DEAD_SERVER)
     MlflowSink(config, "n", old, resume_step=5).finish(None, timeout_s=0.1)
     assert [item["step"] for item in spooled(old)] == [2, 3, 5, 4], "the end of the earlier start was not the end"
 
 
 def test_replay_counts_them(old):
     write_recipe(old)
-    done = CliRunner().invoke(app, ["replay", str(old), "--uri", f"http://127.0.0.1:{free_port()}", "--timeout", "1"])
+    done = CliRunner().invoke(app, ["replay", str(old), "--uri", DEAD_SERVER, "--timeout", "1"])
     assert done.exit_code == 1 and "0 of 5 records sent" in done.output

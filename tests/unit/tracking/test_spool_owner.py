@@ -6,7 +6,7 @@ import time
 import pytest
 
 from megavlm.config.schema import TrackingConfig
-from megavlm.testing.mlflow_server import free_port
+from megavlm.testing.mlflow_server import DEAD_SERVER
 from megavlm.tracking import mlflow_sink, spool_owner
 from megavlm.tracking.mlflow_sink import MlflowSink
 from megavlm.tracking.spool_folders import TakenSpool, spools_of, waiting_of
@@ -91,7 +91,7 @@ def test_a_delivering_process_beats_from_its_start_and_lets_go_at_its_end(tmp_pa
         return folder, held
 
     monkeypatch.setattr(mlflow_sink, "make_spool", silent)
-    sink = MlflowSink(TrackingConfig(mlflow_uri=f"http://127.0.0.1:{free_port()}"), "n", tmp_path)
+    sink = MlflowSink(TrackingConfig(mlflow_uri=DEAD_SERVER), "n", tmp_path)
     (spool,) = spools_of(tmp_path)
     sink.tags({"a": "b"})
     wait_for(lambda: time.time() - next(spool.glob("owner.*")).stat().st_mtime < 100)

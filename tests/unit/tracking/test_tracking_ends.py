@@ -14,7 +14,7 @@ import pytest
 from mlflow.exceptions import MlflowException, get_error_code
 
 from megavlm.config.schema import TrackingConfig
-from megavlm.testing.mlflow_server import free_port
+from megavlm.testing.mlflow_server import DEAD_SERVER
 from megavlm.tracking import delivery, line_file, mlflow_sink, orders, spool, spool_folders
 from megavlm.tracking.mlflow_sink import MlflowSink, Node
 from megavlm.tracking.orders import Orders
@@ -232,7 +232,7 @@ def test_nothing_of_a_spool_stays_where_open_files_outlive_their_names(tmp_path,
 
 
 def test_only_the_first_node_opens_an_ended_run_again(tmp_path):
-    config = TrackingConfig(mlflow_uri=f"http://127.0.0.1:{free_port()}", system_metrics_every_s=None)
+    config = TrackingConfig(mlflow_uri=DEAD_SERVER, system_metrics_every_s=None)
     reopens = []
     for resume_step, node in ((1, Node(0, 2)), (1, Node(1, 2)), (None, None)):
         sink = MlflowSink(config, "n", tmp_path, resume_step=resume_step, node=node)
@@ -243,7 +243,7 @@ def test_only_the_first_node_opens_an_ended_run_again(tmp_path):
 
 def test_a_delivering_process_is_started_again_when_the_machine_has_one_to_give(tmp_path, monkeypatch):
     monkeypatch.setattr(mlflow_sink, "RESTART_AFTER_S", 0.05)
-    sink = MlflowSink(TrackingConfig(mlflow_uri=f"http://127.0.0.1:{free_port()}"), "n", tmp_path)
+    sink = MlflowSink(TrackingConfig(mlflow_uri=DEAD_SERVER), "n", tmp_path)
     start, refused = sink._start, []
 
     def none():

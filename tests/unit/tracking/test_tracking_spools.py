@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from megavlm.cli.track import app
 from megavlm.config.schema import TrackingConfig
-from megavlm.testing.mlflow_server import free_port
+from megavlm.testing.mlflow_server import DEAD_SERVER
 from megavlm.testing.spools import spooled, write_recipe
 from megavlm.tracking.file_delivery import ASIDE_RETRY_S, MAX_TRIES
 from megavlm.tracking.mlflow_sink import MlflowSink
@@ -139,7 +139,7 @@ def test_replay_waits_for_the_last_words_of_a_program_that_has_ended(tmp_path):
     delivers = SpoolLock.take(ended.spool / DELIVERY_LOCK)
     assert (waiting_of(tmp_path).held, waiting_of(tmp_path).ending) == (2, 2)
     start = time.monotonic()
-    done = CliRunner().invoke(app, ["replay", str(tmp_path), "--uri", f"http://127.0.0.1:{free_port()}", "--timeout", "4"])
+    done = CliRunner().invoke(app, ["replay", str(tmp_path), "--uri", DEAD_SERVER, "--timeout", "4"])
     assert done.exit_code == 1 and "0 of 2 records sent" in done.output and "still run" not in done.output
     assert time.monotonic() - start > 2
     delivers.release()
@@ -193,7 +193,7 @@ def test_a_full_disk_ends_no_start(tmp_path, monkeypatch):
     ended.lock.release()
     with monkeypatch.context() as now:
         now.setattr(SpoolReader, "keep", full)
-        sink = MlflowSink(TrackingConfig(mlflow_uri=f"http://127.0.0.1:{free_port()}"), "n", tmp_path, resume_step=1)
+        sink = MlflowSink(TrackingConfig(mlflow_uri=DEAD_SERVER), "n", tmp_path, resume_step=1)
     sink.finish(None, timeout_s=0.1)
     assert [i["step"] for i in spooled(tmp_path)] == [1]
 
