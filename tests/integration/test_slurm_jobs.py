@@ -189,6 +189,14 @@ def test_ranks_do_not_start_behind_a_warning(cluster: SlurmCluster, run_dir: Pat
     assert said.index("back into the queue") < said.index("start 0 on") and said.count("entered") == 2, said
 
 
+def test_a_warning_during_the_clusters_own_setup_is_heard(cluster: SlurmCluster, run_dir: Path) -> None:
+    """Of which nobody knows how long it takes."""
+    job = start(run_dir, "echo entered", setup=['[ -n "${SLURM_RESTART_COUNT:-}" ] || kill -USR2 $$'])
+    cluster.start_requeued(job.id)
+    assert cluster.wait(job.id, ENDED)["JobState"] == "COMPLETED", log(run_dir)
+    assert "out of time at step 0: back into the queue" in log(run_dir) and log(run_dir).count("entered") == 2
+
+
 def test_a_warning_while_the_ranks_are_being_started_is_heard(cluster: SlurmCluster, run_dir: Path, tmp_path: Path) -> None:
     """It comes while the script clears the note of the last start away: behind its look at warnings, before there is anybody to tell."""
     remove = tmp_path / "bin" / "rm"
