@@ -10,10 +10,15 @@ import torch
 import torch.distributed as dist
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
+"""What a SLURM job tells its ranks, again and again until they have ended."""
 
 
 class StopRequest:
-    """Remembers the first signal; `agreed` shares it, so that all ranks leave after the same step."""
+    """Remembers the first signal; `agreed` shares it, so that all ranks leave after the same step.
+
+    Behind the block warnings are ignored for good: what is left to do there (groups of ranks, the upload of a model) is what they ask for.
+    """
 
     def __init__(self) -> None:
         self._received = 0
@@ -26,7 +31,7 @@ class StopRequest:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, signal.SIG_IGN if number in WARNINGS else handler)  # type: ignore[arg-type]
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._received = self._received or number

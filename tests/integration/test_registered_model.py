@@ -1,8 +1,10 @@
 """A trained model all the way into MLflow: registered at the end of training and by an export, its evaluation beside it."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,12 +23,32 @@ def megavlm(*arguments: object) -> str:
     return done.stdout + done.stderr
 
 
+def train_under_warnings(recipe: Path, run_dir: Path) -> None:
+    """Told to save and end, as a SLURM job tells it, all the while that it has nothing left but to say so and to upload its model."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megavlm.cli", "train", str(recipe)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        warnings, end = 0, time.monotonic() + 600
+        while process.poll() is None:
+            assert time.monotonic() < end, "no end within 600 s"
+            if (run_dir / "checkpoints" / "latest").exists():
+                process.send_signal(signal.SIGUSR2)
+                warnings += 1
+            time.sleep(0.3)
+        said = process.communicate()[0].decode()
+        assert (process.returncode, warnings > 3) == (0, True), said
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_training_export_and_evaluation_are_in_one_mlflow_run(tmp_path, data_dir, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run_dir, file = tmp_path / "run", tmp_path / "recipe.yaml"
     tracking = {"mlflow": True, "register_model": "tiny", "system_metrics_every_s": None, "peak_tflops_per_rank": 1.0}
     dump_recipe(tiny_recipe(run_dir, data_dir, [tiny_stage(steps=2)], tracking=tracking), file)
-    megavlm("train", file)
+    train_under_warnings(file, run_dir)
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     run_id = (run_dir / "mlflow_run_id").read_text().strip()
     (version,) = client.search_model_versions("name='tiny'")
