@@ -197,7 +197,7 @@ def test_shared_memory_is_freed_with_the_batch(make_recipe, tokenizer):
 
 
 RUN = """
-import sys, time
+import faulthandler, sys, time
 from megavlm.config.schema import Recipe
 from megavlm.data.index import build_index
 from megavlm.data.loader import StageData
@@ -205,6 +205,7 @@ from megavlm.data.plan import StepPlanner
 from megavlm.data.tokenizer import load_tokenizer
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(60, exit=True)  # where it hangs, if it does
     recipe = Recipe.model_validate_json(open(sys.argv[1]).read())
     tokenizer, stage = load_tokenizer(recipe.data.tokenizer), recipe.stages[0]
     indexes = {"a": build_index(recipe.data.sources["a"], recipe.data, recipe.model, "multimodal", tokenizer, progress=False)}
@@ -257,7 +258,7 @@ def test_interrupt_ends_the_run_alone_and_quietly(running):
     process, workers = running
     for each in (process.pid, *workers):  # what a scheduler does; a terminal spares the workers
         os.kill(each, signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=90)
     assert wait_until_gone(workers, limit_s=5) == []
-    assert errors.rstrip().endswith("KeyboardInterrupt")
+    assert errors.rstrip().endswith("KeyboardInterrupt"), errors
     assert errors.count("Traceback") == 1, errors
