@@ -25,6 +25,7 @@ save() { # rank 0 writes; a rank that ended before it would have it killed
   echo "0000000$step-all" > "$RUN/checkpoints/latest"
 }
 """
+WARNED = 'trap "save; exit 140" USR2; if [ "$MEGAVLM_START" = 0 ]; then echo ready; while :; do sleep 0.1; done; fi'
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +92,9 @@ def test_every_task_is_a_rank_that_can_find_the_first(cluster: SlurmCluster, run
     assert "a b" not in Path(job.script or "").read_text(), "what the env file says stays out of the script"
 
 
-def test_the_warning_before_the_limit_saves_and_the_job_goes_on_by_itself(cluster: SlurmCluster, run_dir: Path) -> None:
-    job = start(run_dir, 'trap "save; exit 140" USR2; if [ "$MEGAVLM_START" = 0 ]; then echo ready; while :; do sleep 0.1; done; fi')
+@pytest.mark.parametrize("setup", [[], ["trap : TERM USR2", "ranks=1 teller=1 timer=1"]], ids=["plain", "set-up lines that meddle"])
+def test_the_warning_before_the_limit_saves_and_the_job_goes_on_by_itself(cluster: SlurmCluster, run_dir: Path, setup: list[str]) -> None:
+    job = start(run_dir, WARNED, setup=setup)
     until(job, "1: ready")
     cluster.run("scancel", "--batch", "--signal=USR2", job.id)  # as SLURM sends it
     cluster.start_requeued(job.id)
@@ -105,8 +107,7 @@ def test_the_warning_before_the_limit_saves_and_the_job_goes_on_by_itself(cluste
 @pytest.mark.slow
 def test_slurm_itself_warns_before_the_limit(cluster: SlurmCluster, run_dir: Path) -> None:
     """It counts limits in minutes, and warns up to a minute early."""
-    trapped = 'trap "save; exit 140" USR2; if [ "$MEGAVLM_START" = 0 ]; then echo ready; while :; do sleep 0.1; done; fi'
-    job = start(run_dir, trapped, time="1", signal_before_s=50)
+    job = start(run_dir, WARNED, time="1", signal_before_s=50)
     until(job, "out of time at step 1: back into the queue", 90)
     cluster.start_requeued(job.id)
     until(job, "done at step 1")
