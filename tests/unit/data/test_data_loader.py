@@ -112,8 +112,10 @@ def test_restoring_costs_nothing_whatever_was_buffered(open_stage):
     text = json.dumps(data.cursor)
     assert len(text) <= 10_000
     wanted = digest(data.next())
+    begun = time.perf_counter()
     again, planner = open_stage(workers=1, prefetch=1, cursor=json.loads(text))
     step = again.next()
+    assert time.perf_counter() - begun < 1.0
     assert planner.count <= 2, "nothing is planned or read twice to find the place"
     assert digest(step) == wanted
 
