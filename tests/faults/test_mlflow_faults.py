@@ -67,13 +67,18 @@ def test_training_does_not_notice(
     uninterrupted: list[dict[str, Any]],
     figures: Figures,
 ) -> None:
-    break_it: dict[str, Callable[[], None]] = {"killed": server.kill, "frozen": server.freeze, "blinked": lambda: blink(server)}
-    mend_it: dict[str, Callable[[], None]] = {"killed": server.start, "frozen": server.thaw}
+    break_it: dict[str, Callable[[], None]] = {
+        "answers": nothing,
+        "killed": server.kill,
+        "frozen": server.freeze,
+        "blinked": lambda: blink(server),
+    }
+    mend_it: dict[str, Callable[[], None]] = {"answers": nothing, "killed": server.start, "frozen": server.thaw, "blinked": nothing}
     tracking = {"mlflow": True, "mlflow_uri": server.uri, "log_every_steps": 5}
     with FaultyRun(tmp_path, recipe_of(tmp_path, data_dir, tracking=tracking, run={"name": tmp_path.name})) as run:
         run.start(num_ranks=1)
         run.wait_for_step(3)
-        break_it.get(name, nothing)()
+        break_it[name]()
         run.wait_for_step(STEPS)
         start = time.monotonic()
         assert run.wait(60) == 0, run.output[-3000:]
@@ -81,7 +86,7 @@ def test_training_does_not_notice(
         assert exit_s <= EXIT_S
         assert not run.orphans()
         assert_same_records(run.records(), uninterrupted)
-        mend_it.get(name, nothing)()
+        mend_it[name]()
         command = [sys.executable, "-m", "megavlm.cli", "track", "replay", str(run.dir)]
         path = os.pathsep.join(p for p in sys.path if p)
         done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False, timeout=200)

@@ -25,9 +25,9 @@ def megavlm(*arguments: object) -> str:
 
 def train_under_warnings(recipe: Path, run_dir: Path) -> None:
     """Told to save and end, as a SLURM job tells it, all the while that it has nothing left but to say so and to upload its model."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "megavlm.cli", "train", str(recipe)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    log = run_dir.with_name("log")
+    with log.open("wb") as file:
+        process = subprocess.Popen([sys.executable, "-m", "megavlm.cli", "train", str(recipe)], stdout=file, stderr=subprocess.STDOUT)
     try:
         warnings, end = 0, time.monotonic() + 600
         while process.poll() is None:
@@ -36,8 +36,7 @@ def train_under_warnings(recipe: Path, run_dir: Path) -> None:
                 process.send_signal(signal.SIGUSR2)
                 warnings += 1
             time.sleep(0.3)
-        said = process.communicate()[0].decode()
-        assert (process.returncode, warnings > 3) == (0, True), said
+        assert (process.returncode, warnings > 3) == (0, True), log.read_text()
     finally:
         process.kill()
         process.wait()

@@ -156,24 +156,25 @@ def test_progress_from_the_nodes_own_disks_is_progress(cluster: SlurmCluster, ru
     assert "at step 20: again" in log(run_dir) and "done at step 20" in log(run_dir)
 
 
+def make_program(path: Path, script: str) -> Path:
+    """One that a job finds before the real one, where its folder stands first in PATH."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
 def make_runtime(folder: Path) -> Path:
     """A container runtime that mounts nothing that is not there, and contains nothing."""
-    runtime = folder / "apptainer"
-    folder.mkdir()
-    runtime.write_text(
-        '#!/bin/bash\nwhile [ "$1" != image.sif ]; do\n'
-        '  if [ "$1" = --bind ] && [ ! -d "${2%%:*}" ]; then echo "no ${2%%:*}" >&2; exit 255; fi\n  shift\ndone\nshift; exec "$@"\n'
-    )
-    runtime.chmod(0o755)
-    return runtime
+    mounts = 'if [ "$1" = --bind ] && [ ! -d "${2%%:*}" ]; then echo "no ${2%%:*}" >&2; exit 255; fi'
+    return make_program(folder / "apptainer", f'while [ "$1" != image.sif ]; do\n  {mounts}\n  shift\ndone\nshift; exec "$@"')
 
 
 def test_ranks_do_not_start_behind_a_warning(cluster: SlurmCluster, run_dir: Path, tmp_path: Path) -> None:
     """One that comes while the folders of the nodes' own tier are made: ranks that start then would never hear of it."""
     runtime, go = make_runtime(tmp_path / "bin"), tmp_path / "go"
-    slow = runtime.with_name("mkdir")
-    slow.write_text(f'#!/bin/bash\necho making\nwhile [ ! -e "{go}" ]; do sleep 0.1; done\nsleep 0.5\nexec /bin/mkdir "$@"\n')
-    slow.chmod(0o755)
+    waits = f'echo making\nwhile [ ! -e "{go}" ]; do sleep 0.1; done\nsleep 0.5'
+    make_program(runtime.with_name("mkdir"), f'{waits}\nexec /bin/mkdir "$@"')
     job = start(
         run_dir,
         "echo entered",
@@ -200,11 +201,8 @@ def test_a_warning_during_the_clusters_own_setup_is_heard(cluster: SlurmCluster,
 
 def test_a_warning_while_the_ranks_are_being_started_is_heard(cluster: SlurmCluster, run_dir: Path, tmp_path: Path) -> None:
     """It comes while the script clears the note of the last start away: behind its look at warnings, before there is anybody to tell."""
-    remove = tmp_path / "bin" / "rm"
-    remove.parent.mkdir()
     warns = f'[ -e "{tmp_path}/warned" ] || {{ touch "{tmp_path}/warned"; kill -USR2 $PPID; }}'
-    remove.write_text(f'#!/bin/bash\n{warns}\nexec /bin/rm "$@"\n')
-    remove.chmod(0o755)
+    remove = make_program(tmp_path / "bin" / "rm", f'{warns}\nexec /bin/rm "$@"')
     ranks = 'trap "exit 140" USR2; if [ "$MEGAVLM_START" = 0 ]; then while :; do sleep 0.1; done; fi'
     job = start(run_dir, ranks, setup=[f"export PATH={remove.parent}:$PATH"])
     until(job, "out of time at step 0: back into the queue")
@@ -219,11 +217,8 @@ def test_a_warning_that_srun_drops_is_said_again(
 ) -> None:
     """It drops what comes before its tasks have started: here for as long as the test wants. A stop has no limit."""
     monkeypatch.setattr(sbatch, "TELL_S", 0.2)
-    deaf = tmp_path / "bin" / "srun"
-    deaf.parent.mkdir()
     hears = f'echo starting; trap "echo dropped" USR2; while [ ! -e "{tmp_path}/go" ]; do sleep 0.1; done; trap "" USR2'
-    deaf.write_text(f'#!/bin/bash\n{hears}\nexec {shutil.which("srun")} "$@"\n')
-    deaf.chmod(0o755)
+    deaf = make_program(tmp_path / "bin" / "srun", f'{hears}\nexec {shutil.which("srun")} "$@"')
     job = start(run_dir, 'trap "save; exit 140" USR2; while :; do sleep 0.1; done', setup=[f"export PATH={deaf.parent}:$PATH"])
     until(job, "starting")
     jobs.stop(job)
