@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -187,9 +188,10 @@ def compare(out: Path | None) -> int:
         data = make_tiny_data(folder / "data")
         times, failures = inputs(folder, data), schedule()
         real = broken_run(folder / "broken", data, failures)
-    plays = [Run(times, real["elapsed_s"] / DAY_S, 0.0, 0, moved(failures, number)).play() for number in range(PLAYS)]
+    as_long = partial(Run, times, real["elapsed_s"] / DAY_S, 0.0, 0)
+    plays = [as_long(moved(failures, number)).play() for number in range(PLAYS)]
     simulated = mean(play.share for play in plays)
-    unmoved = Run(times, real["elapsed_s"] / DAY_S, 0.0, 0, failures).play().share
+    unmoved = as_long(failures).play().share
     steps = mean(play.kept for play in plays) / times.step_s
     parts = {part: mean(play.parts.get(part, 0.0) for play in plays) for part in sorted({part for play in plays for part in play.parts})}
     real["effective"] = real["kept_s"] / real["elapsed_s"]

@@ -9,9 +9,9 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
-HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 """What a SLURM job tells its ranks, again and again until they have ended."""
+HANDLED = (signal.SIGINT, signal.SIGTERM, *WARNINGS)
 
 
 class StopRequest:
